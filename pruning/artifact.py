@@ -1,0 +1,165 @@
+"""A pruned model on disk: plan.json (what it is) and model.safetensors (its weights). No pickle.
+
+plan.json: {"format": 1, "model": {"name", "args"}, "input": {"size", "mean", "std", ...}, "plan": {...}}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pruning.data import InputSpec
+from pruning.errors import ArtifactError, PlanError, VitfrontError
+from pruning.exits import truncate
+from pruning.models import create_model, load_weights
+from pruning.plan import Plan
+from pruning.surgery import apply_plan
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """All but the weights."""
+
+    name: str
+    """timm's name of the dense model."""
+    args: Mapping[str, Any]
+    """What `timm.create_model` took besides."""
+    input: InputSpec
+    plan: Plan
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": {"name": self.name, "args": dict(self.args)},
+            "input": asdict(self.input),
+            "plan": self.plan.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Description:
+        """What `to_json` wrote.
+
+        Raises:
+            ArtifactError: another format, or anything else that `to_json` does not write.
+        """
+        try:
+            if record.get("format") != FORMAT:
+                raise ArtifactError(f"its format is {record.get('format')}, not {FORMAT}, the one known here")
+            spec: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in record["input"].items()
+            }
+            model = record["model"]
+            plan = Plan.from_json(record["plan"])
+            return cls(name=model["name"], args=dict(model["args"]), input=InputSpec(**spec), plan=plan)
+        except (AttributeError, KeyError, TypeError, PlanError) as error:
+            raise ArtifactError(f"not what is saved with a model: {type(error).__name__} {error}") from None
+
+
+def save(model: nn.Module, description: Description, folder: str | Path) -> None:
+    """Writes the folder, whole or not at all; one that is there is replaced.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
+            fresh = Path(staging) / "fresh"
+            fresh.mkdir()
+            (fresh / "plan.json").write_text(json.dumps(description.to_json()) + "\n", encoding="utf-8")
+            save_file(_contiguous(model), fresh / "model.safetensors", metadata={"format": "pt"})
+            if folder.exists():
+                os.replace(folder, Path(staging) / "old")
+            os.replace(fresh, folder)
+    except Exception as error:  # safetensors has an error type of its own for a full disk
+        raise ArtifactError(f"cannot write {folder}: {error}") from error
+
+
+def load(folder: str | Path) -> tuple[nn.Module, Description]:
+    """The model, in eval mode on the CPU, and its description.
+
+    Raises:
+        ArtifactError: a file is missing or is not what `save` wrote.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    try:
+        weights: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    except Exception as error:
+        raise ArtifactError(f"cannot read {folder / 'model.safetensors'}: {error}") from error
+    try:
+        model = skeleton(description)
+        load_weights(model, weights, "its model.safetensors")
+    except VitfrontError as error:
+        raise ArtifactError(f"cannot load {folder}: {error}") from error
+    return model.eval(), description
+
+
+def read_description(folder: Path) -> Description:
+    """plan.json of a saved model.
+
+    Raises:
+        ArtifactError: it is missing or is not what `save` wrote.
+    """
+    path = folder / "plan.json"
+    try:
+        return Description.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:  # not UTF-8, not JSON, not a description
+        raise ArtifactError(f"cannot read {path}: {error}") from error
+
+
+def skeleton(description: Description) -> nn.Module:
+    """The model with random weights: timm's dense model, cut and pruned by the plan."""
+    dense = create_model(description.name, args=description.args)
+    return apply_plan(truncate(dense, description.plan.exit_block), description.plan)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Writes a model's weights alone, whole or not at all.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_contiguous(model), draft)
+        os.replace(draft, path)
+    except Exception as error:  # safetensors has an error type of its own for a full disk
+        with contextlib.suppress(OSError):  # where its folder could not be made, there is none
+            draft.unlink()
+        raise ArtifactError(f"cannot write {path}: {error}") from error
+
+
+def _contiguous(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def copy_to(folder: str | Path, target: str | Path) -> None:
+    """Copies a saved model into a folder that is not there yet.
+
+    Raises:
+        ArtifactError: the target is there already, or cannot be written.
+    """
+    target = Path(target)
+    if target.exists():
+        raise ArtifactError(f"{target} exists; give a folder that does not")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as staging:
+            os.replace(shutil.copytree(folder, Path(staging) / "fresh"), target)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error}") from error

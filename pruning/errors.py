@@ -1,0 +1,40 @@
+"""Everything that can be wrong with what the user gave, as one tree.
+
+    VitfrontError (ValueError)
+    ├── ModelError             a model that cannot be had or is not of a supported family
+    │   └── CheckpointError    weights whose names or shapes do not fit the model
+    ├── DataError              images or classes that are missing, empty or broken
+    ├── PlanError              a plan that does not fit its model
+    ├── ArtifactError          a saved model that cannot be written or read
+    └── SettingError           a setting out of its range or unknown (`search` adds its own below this one)
+
+Each message is one line: what is wrong, the value, and what would do. Our own mistakes are `assert`s.
+"""
+
+
+class VitfrontError(ValueError):
+    """The root; the command line prints it as one line and exits with 2."""
+
+
+class ModelError(VitfrontError):
+    """A model that cannot be had or is not of a supported family."""
+
+
+class CheckpointError(ModelError):
+    """Weights whose names or shapes do not fit the model."""
+
+
+class DataError(VitfrontError):
+    """Images or classes that are missing, empty or broken."""
+
+
+class PlanError(VitfrontError):
+    """A plan that does not fit its model."""
+
+
+class ArtifactError(VitfrontError):
+    """A saved model that cannot be written or read."""
+
+
+class SettingError(VitfrontError):
+    """A setting out of its range or unknown."""

@@ -1,0 +1,1 @@
+"""The search: candidate -> outcome -> ledger -> front -> report, tracking, export."""

@@ -1,0 +1,208 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pruning.errors import VitfrontError
+
+app = typer.Typer(
+    help="Finds the pruned vision transformers with the best accuracy and the best measured throughput.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(width=None if sys.stdout.isatty() else 100)
+err = Console(stderr=True)
+
+Recipe = Annotated[str, typer.Argument(help="A YAML file, or a shipped name.")]
+Runs = Annotated[Path, typer.Option(help="Folder of all sweeps.", envvar="VITFRONT_RUNS")]
+Sets = Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="Change a key of the recipe.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Bounds = Annotated[list[str], typer.Option(metavar="METRIC=VALUE")]
+
+
+@app.command()
+def run(
+    recipe: Recipe = "digits",
+    name: Annotated[str | None, typer.Option(help="Of the sweep; by default the recipe's.")] = None,
+    trials: Annotated[int | None, typer.Option(help="In all, those of an earlier run included.")] = None,
+    time_budget: Annotated[str | None, typer.Option(help="No trial starts later: 90s, 10m, 2h.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster: auto, or host:port.")] = None,
+    sets: Sets = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Search a front, or go on with a search that was stopped."""
+    from search.config import load_config
+    from search.progress import ProgressLine
+    from search.sweep import run_sweep
+
+    config = load_config(recipe, name=name, trials=trials, time_budget=time_budget, sets=sets)
+    with ProgressLine(err) as line:
+        record = run_sweep(config, runs, line, address=address)
+    _show_front(record, runs, as_json)
+
+
+@app.command()
+def front(
+    name: Annotated[str, typer.Argument(help="Of the sweep.")],
+    at_least: Bounds = [],  # noqa: B006
+    at_most: Bounds = [],  # noqa: B006
+    pick: Annotated[str | None, typer.Option(help="knee, fastest, most-accurate, or an id.")] = None,
+    runs: Runs = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Show the front of a sweep, or pick a point of it."""
+    from search.folder import Folder, select
+
+    record = select(Folder(runs, name).read_front(), pick, _bounds(at_least), _bounds(at_most))
+    _show_front(record, runs, as_json)
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(help="Of the sweep.")],
+    to: Annotated[Path, typer.Option(help="Folder to make.")],
+    pick: Annotated[str, typer.Option(help="knee, fastest, most-accurate, or an id.")] = "knee",
+    format: Annotated[list[str], typer.Option(help="safetensors.")] = ["safetensors"],  # noqa: B006
+    runs: Runs = Path("runs"),
+) -> None:
+    """Copy a model of the front out of its sweep."""
+    from search import folder
+    from search.errors import ConfigError
+
+    unknown = [each for each in format if each != "safetensors"]
+    if unknown:
+        raise ConfigError(f"format {unknown[0]!r} is not known; give safetensors")
+    point = folder.export(runs, name, pick, to)
+    out.print(f"{point['id']} (top-1 {point['top1']:.3f}, {point['speedup']:.2f} x dense) is in {to}", highlight=False)
+
+
+@app.command()
+def prune(
+    recipe: Recipe = "digits",
+    target_ratio: Annotated[float, typer.Option(help="Share of the dense MACs to keep.")] = 0.6,
+    budget: Annotated[float, typer.Option(help="Accuracy points that each block may cost.")] = 1.0,
+    exit_block: Annotated[int | None, typer.Option(help="Answer after this many blocks.")] = None,
+    cutoff_channel: Annotated[float, typer.Option(help="Cut-off of the channel score.")] = 0.1,
+    cutoff_token: Annotated[float, typer.Option(help="Cut-off of the token score.")] = 0.85,
+    token_share: Annotated[float, typer.Option(help="Share of the budget that tokens may spend.")] = 0.56,
+    to: Annotated[Path | None, typer.Option(help="Folder to make for the model.")] = None,
+    sets: Sets = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Prune one model by one plan, without a search."""
+    from search.config import load_config
+    from search.prune import prune_once
+
+    config = load_config(recipe, sets=sets)
+    with err.status("loading, pruning and measuring ..."):
+        outcome, dense = prune_once(
+            config, runs, to,
+            target_ratio=target_ratio, budget=budget, exit_block=exit_block,
+            cutoff_channel=cutoff_channel, cutoff_token=cutoff_token, token_share=token_share,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(outcome.to_json()))
+        return
+    _print_blocks(outcome.to_json(), asdict(dense))
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000, runs: Runs = Path("runs")) -> None:
+    """MLflow's pages of all sweeps, on this machine alone."""
+    from search.tracking import default_uri, serve_ui
+
+    raise typer.Exit(serve_ui(default_uri(runs), runs / "mlartifacts", port))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: what the user got wrong is one line and exit code 2.
+
+    Args:
+        arguments: by default those of the process.
+    """
+    try:
+        app(arguments)
+    except (VitfrontError, OSError) as error:  # a disk, a folder or a network is not as it should be
+        err.print(f"vitfront: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _bounds(texts: list[str]) -> dict[str, float]:
+    from search.errors import ConfigError
+
+    bounds = {}
+    for text in texts:
+        metric, _, value = text.partition("=")
+        try:
+            bounds[metric] = float(value)
+        except ValueError:
+            raise ConfigError(f"bound {text!r} is not of the form metric=number") from None
+    return bounds
+
+
+def _show_front(record: dict[str, Any], runs: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(record))
+        return
+    dense, points = record["dense"], record["points"]
+    table = Table(
+        title=f"Front of {record['name']}: {len(points)} of {record['trials']} trials; accuracy on val and test",
+        title_justify="left",
+    )
+    for column in ("", "val", "test", "speed-up", "95 %", "images/s", "ms/batch", "MACs", "exit"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+
+    def row(label: str, point: dict[str, Any], exit_block: str) -> None:
+        test = point["top1_test"]
+        table.add_row(
+            label,
+            f"{point['top1']:.4f}",
+            "-" if test is None else f"{test:.4f}",
+            f"{point['speedup']:.2f}",
+            f"{point['speedup_low']:.2f}-{point['speedup_high']:.2f}",
+            f"{point['throughput_img_s']:,.0f}",
+            f"{point['latency_ms_p50']:.2f}",
+            f"{point['macs'] / dense['macs']:.0%}",
+            exit_block,
+        )
+
+    row("dense", dense, "")
+    for point in points:
+        mark = " knee" if point["id"] == record["knee"] else ""
+        row(point["id"] + mark, point, str(len(point["plan"]["blocks"])))
+    out.print(table)
+    folder = runs / record["name"]
+    out.print(f"hypervolume {record['hypervolume']:.4f}; models, tables and plans are in {folder}", highlight=False)
+
+
+def _print_blocks(outcome: dict[str, Any], dense: dict[str, Any]) -> None:
+    table = Table(title="What is kept", title_justify="left")
+    for column in ("block", "heads", "qk", "v", "hidden", "tokens", "drop"):
+        table.add_column(column, justify="right")
+    for index, (block, drop) in enumerate(zip(outcome["plan"]["blocks"], outcome["block_drops"], strict=True)):
+        widths = len(block["keep_heads"]), len(block["keep_qk"][0]), len(block["keep_v"][0]), len(block["keep_hidden"])
+        table.add_row(str(index), *map(str, widths), str(block["num_tokens"]), f"{drop:+.2f}")
+    out.print(table)
+    found = outcome["measurement"]
+    out.print(
+        f"top-1 {dense['top1']:.4f} -> {found['top1']:.4f}, MACs {found['macs'] / dense['macs']:.0%}, "
+        f"{found['speedup']:.2f} x as fast ({found['speedup_low']:.2f}-{found['speedup_high']:.2f})",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Ray as a sweep uses it: started or joined, what a trial takes of it, tasks, and the trials under Ray Tune.
+
+Workers: one actor for each slot of the cluster, reused from trial to trial (a fresh one costs 8 s of imports). The
+dense model and the images lie in the object store once, and every actor takes them from there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # read at import: no CSV and JSON file a trial
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables are printed whatever `verbose` says
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it takes Ctrl-C for the end of the trials
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+import torch
+from ray import tune
+from ray.exceptions import RayError, RaySystemError, RayTaskError
+from torch import nn
+
+from pruning.errors import VitfrontError
+from pruning.plan import Plan
+from search.config import Config
+from search.errors import ConfigError, SweepError
+from search.inputs import Inputs
+from search.outcome import Candidate, Measurement, Outcome, State
+from search.searcher import StudySearcher
+from search.trial import Bench, Confirmation, confirm, prepare, run_trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a task or a trial takes of the cluster."""
+
+    cpus: int
+    """Cores, and torch threads."""
+    gpus: float
+
+
+class TrialActor(tune.Trainable):
+    """A worker: keeps the bench on its device and runs trial after trial."""
+
+    def setup(self, config: dict[str, Any], bench: Sequence[Any] = (), cpus: int = 1) -> None:
+        torch.set_num_threads(cpus)
+        # Behind a list, Tune hands the reference on instead of storing the bench a second time.
+        self.bench: Bench = ray.get(bench[0]).to(_device())
+        self.trial = config
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.trial = new_config
+        return True
+
+    def step(self) -> dict[str, Any]:
+        outcome = run_trial(self.bench, Candidate.from_json(self.trial["candidate"]), self.trial["id"])
+        return {"outcome": json.dumps(outcome.to_json()), "done": True}
+
+
+class _Bookkeeper(tune.Callback):
+    """Turns the end of every trial into an outcome; a worker that died leaves one too."""
+
+    def __init__(self, record_outcome: Callable[[Outcome], None], give_up: Callable[[], None]) -> None:
+        self._record_outcome, self._give_up = record_outcome, give_up
+        self.error: VitfrontError | None = None
+        """Why an outcome could not be recorded."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune saves its callbacks to resume by; we resume by the ledger
+
+    def _record(self, outcome: Outcome) -> None:
+        try:
+            self._record_outcome(outcome)
+        except VitfrontError as error:  # Tune would log it, take the trial for failed and go on
+            self.error = self.error or error
+            self._give_up()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._record(Outcome.from_json(json.loads(trial.last_result["outcome"])))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._record(
+            Outcome(
+                id=trial.config["id"],
+                state=State.FAILED,
+                candidate=Candidate.from_json(trial.config["candidate"]),
+                reason=f"the worker broke: {_last_line(Path(trial.error_file))}",
+            )
+        )
+
+
+def _last_line(error_file: Path) -> str:
+    lines = error_file.read_text(encoding="utf-8").split("\n") if error_file.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no reason was left behind")
+
+
+def run_trials(
+    bench_ref: Any,
+    searcher: StudySearcher,
+    num_trials: int,
+    share: Share,
+    record_outcome: Callable[[Outcome], None],
+) -> None:
+    """Runs trials until there are so many, or until the searcher has no more to suggest.
+
+    Args:
+        bench_ref: reference to the bench.
+        record_outcome: called in the driver with every outcome, as it comes; if it raises, no further trial starts.
+
+    Raises:
+        VitfrontError: what `record_outcome` raised.
+    """
+    bookkeeper = _Bookkeeper(record_outcome, searcher.finish)
+    trainable = tune.with_parameters(TrialActor, bench=[bench_ref], cpus=share.cpus)
+    # Tune keeps what it would resume by; we resume by the ledger.
+    with tempfile.TemporaryDirectory(prefix="vitfront.", ignore_cleanup_errors=True) as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"CPU": share.cpus, "GPU": share.gpus}),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=num_trials,
+                reuse_actors=True,
+                trial_name_creator=lambda trial: trial.config["id"],
+                trial_dirname_creator=lambda trial: trial.config["id"],
+            ),
+            run_config=tune.RunConfig(
+                name="ray",
+                storage_path=scratch,
+                callbacks=[bookkeeper],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+    if bookkeeper.error is not None:
+        raise bookkeeper.error
+
+
+def prepare_remotely(config: Config, inputs: Inputs, exit_blocks: list[int]) -> tuple[Bench, Measurement]:
+    """`prepare` on a worker's device; the bench comes back on the CPU, where every worker can take it from."""
+    model: nn.Module = inputs.model.to(_device())
+    bench, dense = prepare(config, model, inputs.splits, exit_blocks, trained=inputs.trained)
+    return bench.to("cpu"), dense
+
+
+def confirm_remotely(bench: Bench, plans: list[Plan]) -> Confirmation:
+    """`confirm` on a worker's device; the models come back on the CPU."""
+    found = confirm(bench.to(_device()), plans)
+    return replace(found, models=[model.cpu() for model in found.models])
+
+
+def submit(function: Callable[..., Any], share: Share, *args: Any, num_returns: int = 1) -> Any:
+    """A task on the cluster, with as many torch threads as it has cores; gives a reference to each of its results."""
+
+    def task(*arguments: Any) -> Any:
+        torch.set_num_threads(share.cpus)
+        return function(*arguments)
+
+    options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "num_returns": num_returns, "max_retries": 0}
+    return ray.remote(task).options(**options).remote(*args)
+
+
+def fetch(reference: Any) -> Any:
+    """A task's result; the user's errors come as they were raised, not wrapped in the worker's traceback."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, VitfrontError):
+            raise error.cause from None
+        if isinstance(error.cause, RaySystemError):  # the worker cannot even unpickle its work
+            raise SweepError(f"a worker has not what it needs: {_first_line(error.cause)}") from error
+        raise
+    except RayError as error:  # the worker was killed, its node is gone, ...
+        raise SweepError(f"a worker broke: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+
+
+def trial_share(config: Config) -> Share:
+    """What the recipe gives a trial: one GPU, or the recipe's part of one, where the cluster has any."""
+    gpus = config.resources.gpus_per_trial
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+    return Share(cpus=config.resources.cpus_per_trial, gpus=gpus)
+
+
+def check_resources(config: Config) -> None:
+    """A trial that is larger than this machine would wait for ever; to a cluster, nodes may still come.
+
+    Raises:
+        ConfigError: names the key and what there is.
+    """
+    share = trial_share(config)
+    for key, wanted, kind in (("cpus_per_trial", share.cpus, "CPU"), ("gpus_per_trial", share.gpus, "GPU")):
+        there = ray.cluster_resources().get(kind, 0)
+        if wanted > there:
+            raise ConfigError(f"resources.{key}: {wanted:g} is more than this machine has, {there:g}")
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError if nobody answers at host:port; Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+@contextmanager
+def ray_running(address: str | None) -> Iterator[None]:
+    """Ray, quiet; started for this sweep unless an address is given or it runs already."""
+    if address is not None:  # Tune lets one trial wait at a time, so an autoscaler would start worker by worker
+        os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "4")
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            _reach(address)
+            ray.init(
+                address=address or "local",  # else Ray joins whatever cluster it finds on this machine
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                include_dashboard=None if address else False,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            where = "Ray cannot be started" if address is None else f"no Ray cluster at {address!r}"
+            hint = "; it wants a token: RAY_AUTH_MODE=token, and the head's ~/.ray/auth_token here"
+            is_locked = "AuthToken" in str(error.__cause__)  # as `ray start` has it, and --address auto knows it
+            raise SweepError(f"{where}: {_first_line(error)}{hint if is_locked else ''}") from error
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()

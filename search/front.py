@@ -1,0 +1,251 @@
+"""What is best when two things count: the front, its hypervolume, its knee, and the pick of one point. numpy only."""
+
+# n points, m objectives; inside this file every objective is maximised
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.errors import SweepError
+from search.outcome import Measurement, Outcome
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """One thing that counts."""
+
+    name: str
+    """A field of `Measurement`."""
+    direction: str
+    """`maximize` or `minimize`."""
+
+
+OBJECTIVES = (Objective(name="top1", direction="maximize"), Objective(name="speedup", direction="maximize"))
+
+
+def non_dominated(values: Values) -> NDArray[np.intp]:
+    """Which points no other point beats.
+
+    A point dominates another if it is as good in every objective and better in one. Of equal points only the
+    first counts; a point with a NaN never does.
+
+    Args:
+        values: (n, m), all maximised; n = 0 is fine.
+
+    Returns:
+        Row numbers, ascending.
+    """
+    (rows,) = np.nonzero(~np.isnan(values).any(axis=1))
+    # Best first, objective by objective: no row is dominated by a later one. lexsort is stable, equal rows keep order.
+    order = rows[np.lexsort(-values[rows].T[::-1])]
+    front: list[int] = []
+    for row in order:
+        if not (values[front] >= values[row]).all(axis=1).any():
+            front.append(int(row))
+    return np.sort(np.array(front, dtype=np.intp))
+
+
+def hypervolume(values: Values, reference: Values) -> float:
+    """Volume that the points dominate above the reference, exactly.
+
+    Points at or below the reference in any objective add nothing, nor do duplicates, dominated points and NaNs.
+
+    Args:
+        values: (n, m), all maximised, m >= 1; n = 0 gives 0.
+        reference: (m,).
+    """
+    gains = values - reference
+    gains = gains[(gains > 0).all(axis=1)]
+    return _volume(gains[non_dominated(gains)])
+
+
+def _volume(gains: Values) -> float:
+    """Volume of the union of the boxes from the origin to each point; (n, m), positive, non-dominated."""
+    if len(gains) == 0:
+        return 0.0
+    if gains.shape[1] == 1:
+        return float(gains.max())
+    gains = gains[np.argsort(-gains[:, -1])]
+    heights = -np.diff(gains[:, -1], append=0.0)
+    if gains.shape[1] == 2:  # a staircase: as the last objective falls, the first rises
+        return float(gains[:, 0] @ heights)
+    # Between two neighbouring heights, the slice is the union of all boxes at least as high.
+    tops = (gains[: count + 1, :-1] for count in range(len(gains)))
+    return sum(float(height) * _volume(top[non_dominated(top)]) for height, top in zip(heights, tops, strict=True))
+
+
+def knee(values: Values) -> int:
+    """The point of a front after which more of one objective costs much of the other.
+
+    Both objectives are scaled to [0, 1]; the knee is the point nearest to (1, 1), the best of both. The usual
+    distance above the line between the ends finds no knee on a front that sags below it, and would give an end.
+    Ties, and so a front of two points, go to the first objective (the more accurate model).
+
+    Args:
+        values: (n, 2), non-dominated, n >= 1.
+
+    Returns:
+        Its row.
+    """
+    low, high = values.min(axis=0), values.max(axis=0)
+    missing = (high - values) / np.where(high > low, high - low, 1.0)
+    distance = np.linalg.norm(missing, axis=1).round(12)  # rounded, so that a tie stays one
+    return int(np.lexsort((-values[:, 0], distance))[0])
+
+
+def front_of(outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
+    """The measured outcomes that no other dominates, the slowest first."""
+    measured = [outcome for outcome in outcomes if outcome.measurement is not None]
+    front = [measured[row] for row in non_dominated(_values(measured))]
+    return tuple(sorted(front, key=lambda outcome: _metric(outcome, "throughput_img_s")))
+
+
+def contenders(outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
+    """The measured outcomes that may be on the front, given how well their speed-ups are known.
+
+    Out is who is beaten beyond the noise: by one at least as accurate whose speed-up interval lies above its own.
+    """
+    measured = [(outcome, outcome.measurement) for outcome in outcomes if outcome.measurement is not None]
+    return tuple(
+        outcome
+        for outcome, own in measured
+        if not any(other.top1 >= own.top1 and other.speedup_low > own.speedup_high for _, other in measured)
+    )
+
+
+def reference_point(dense: Measurement) -> dict[str, float]:
+    """Where the hypervolume starts: half the accuracy of the dense model, at its speed.
+
+    A model slower than the dense one, or with less than half its accuracy, is worth nothing to anyone. Both come
+    from the dense model alone, so hypervolumes of one model and machine compare across sweeps.
+    """
+    return {"top1": dense.top1 / 2, "speedup": 1.0}
+
+
+def hypervolume_of(outcomes: Sequence[Outcome], dense: Measurement) -> float:
+    """Hypervolume of all measured outcomes."""
+    return (0.0, *running_hypervolume(outcomes, dense))[-1]
+
+
+def running_hypervolume(outcomes: Sequence[Outcome], dense: Measurement) -> tuple[float, ...]:
+    """Hypervolume after each outcome; it never falls."""
+    start = reference_point(dense)
+    reference = np.array([_oriented(objective, start[objective.name]) for objective in OBJECTIVES])
+    front, volumes = _values([]), []
+    for outcome in outcomes:
+        if outcome.measurement is not None:
+            front = np.vstack((front, _values([outcome])))
+            front = front[non_dominated(front)]
+        volumes.append(hypervolume(front, reference))
+    return tuple(volumes)
+
+
+def front_record(name: str, outcomes: Sequence[Outcome], dense: Measurement) -> dict[str, Any]:
+    """What `front.json` holds: the front of the sweep `name` and what it is compared with."""
+    front = front_of(outcomes)
+    return {
+        "name": name,
+        "objectives": [asdict(objective) for objective in OBJECTIVES],
+        "dense": asdict(dense),
+        "reference_point": reference_point(dense),
+        "hypervolume": hypervolume_of(front, dense),
+        "knee": front[knee(_values(front))].id if front else None,
+        "points": [_point(outcome) for outcome in front],
+    }
+
+
+def _point(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.measurement is not None
+    assert outcome.plan is not None
+    asked = {"candidate": asdict(outcome.candidate), "plan": outcome.plan.to_json()}
+    return {"id": outcome.id} | asdict(outcome.measurement) | asked
+
+
+def within(
+    front: Sequence[Outcome], at_least: Mapping[str, float], at_most: Mapping[str, float]
+) -> tuple[Outcome, ...]:
+    """The measured outcomes that keep every bound; one whose metric was not taken does not keep it.
+
+    Args:
+        front: in any order, which stays.
+        at_least: metric (a field of `Measurement`) -> smallest value allowed.
+        at_most: metric -> largest value allowed.
+
+    Raises:
+        SweepError: there is no such metric.
+    """
+    known = [field.name for field in fields(Measurement)]
+    for metric in (*at_least, *at_most):
+        if metric not in known:
+            raise SweepError(f"no metric {metric!r}; there are {', '.join(known)}")
+
+    def keeps(outcome: Outcome) -> bool:
+        return all(_metric(outcome, metric) >= bound for metric, bound in at_least.items()) and all(
+            _metric(outcome, metric) <= bound for metric, bound in at_most.items()
+        )
+
+    return tuple(outcome for outcome in front if outcome.measurement is not None and keeps(outcome))
+
+
+def pick(front: Sequence[Outcome], how: str, at_least: Mapping[str, float], at_most: Mapping[str, float]) -> Outcome:
+    """One point of the front, out of those within the bounds.
+
+    Args:
+        front: non-dominated outcomes.
+        how: `knee`, `fastest`, `most-accurate`, or the id of a point.
+        at_least: as in `within`.
+        at_most: as in `within`.
+
+    Raises:
+        SweepError: no such point or metric, or the bounds leave nothing; it says what there is.
+    """
+    if not front:
+        raise SweepError("the front is empty: no trial was measured; run more trials, or look at why they failed")
+    left = within(front, at_least, at_most)
+    if not left:
+        raise SweepError(_why_nothing_is_left(front, at_least, at_most))
+    if how == "knee":
+        return left[knee(_values(left))]
+    if how == "fastest":
+        return max(left, key=lambda outcome: _metric(outcome, "throughput_img_s"))
+    if how == "most-accurate":
+        return max(left, key=lambda outcome: _metric(outcome, "top1"))
+    for outcome in left:
+        if outcome.id == how:
+            return outcome
+    there = ", ".join(outcome.id for outcome in left)
+    raise SweepError(f"no point {how!r} to pick; there are {there}, and knee, fastest, most-accurate")
+
+
+def _why_nothing_is_left(front: Sequence[Outcome], at_least: Mapping[str, float], at_most: Mapping[str, float]) -> str:
+    wanted = [f"{metric} >= {bound:g}" for metric, bound in at_least.items()]
+    wanted += [f"{metric} <= {bound:g}" for metric, bound in at_most.items()]
+    reached = []
+    for metrics, best, word in ((at_least, max, "up to"), (at_most, min, "down to")):
+        for metric in metrics:
+            values = [value for outcome in front if not np.isnan(value := _metric(outcome, metric))]
+            reached.append(f"{metric} {word} {best(values):.4g}" if values else f"{metric} not measured")
+    return f"no point of the front has {' and '.join(wanted)}; it reaches {', '.join(reached)}"
+
+
+def _metric(outcome: Outcome, name: str) -> float:
+    """NaN, which keeps no bound, if it was not taken."""
+    value = getattr(outcome.measurement, name)
+    return np.nan if value is None else float(value)
+
+
+def _values(outcomes: Sequence[Outcome]) -> Values:
+    """(n, m), one column an objective, maximised."""
+    columns = [[_oriented(each, _metric(outcome, each.name)) for outcome in outcomes] for each in OBJECTIVES]
+    return np.array(columns, dtype=np.float64).T
+
+
+def _oriented(objective: Objective, value: float) -> float:
+    return value if objective.direction == "maximize" else -value

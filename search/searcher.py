@@ -1,0 +1,110 @@
+"""Ray's `Searcher` over an Optuna study that is ours: the only file that knows Optuna.
+
+The study lives in memory and is rebuilt from the ledger when a sweep goes on: the ledger is the only truth.
+Ray's own OptunaSearch leaves failed and NaN trials running for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import Trial, TrialState
+from ray.tune.search import Searcher
+
+from search.outcome import Candidate, Outcome, State
+from search.space import Space
+
+
+class StudySearcher(Searcher):
+    """Asks the study for a candidate when Ray has room for a trial, and tells it what came of it."""
+
+    def __init__(
+        self, space: Space, *, known: Sequence[Outcome], sampler: Literal["tpe", "random"], seed: int,
+        deadline: float | None = None, on_suggest: Callable[[str, Candidate], None] | None = None,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            known: outcomes of an earlier run of the sweep; their candidates are not suggested again.
+            deadline: on the monotonic clock; no trial is suggested later.
+            on_suggest: called with the id and candidate of every trial that is about to start.
+        """
+        super().__init__()
+        self._space = space
+        self._study = _create_study(sampler, seed + len(known))
+        self._asked: dict[str, Trial] = {}
+        self._next_number = 1 + max((int(outcome.id[1:]) for outcome in known), default=-1)
+        self._deadline = deadline
+        self._on_suggest = on_suggest
+        for outcome in known:
+            self._tell(self._ask(outcome.candidate), outcome)
+        tried = {outcome.candidate for outcome in known}
+        for candidate in space.first_candidates():
+            if candidate not in tried:
+                self._study.enqueue_trial(candidate.to_params())
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Ray's FINISHED is a str
+        """Ray's config of the next trial: its id and its candidate; `FINISHED` once the time is up."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            finished: str = Searcher.FINISHED
+            return finished
+        trial = self._study.ask()
+        candidate = self._space.choose(trial)
+        self._asked[trial_id] = trial
+        name = f"t{self._next_number:03d}"
+        self._next_number += 1
+        if self._on_suggest is not None:
+            self._on_suggest(name, candidate)
+        return {"id": name, "candidate": asdict(candidate)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        trial = self._asked.pop(trial_id)
+        text = (result or {}).get("outcome")
+        self._tell(trial, None if error or text is None else Outcome.from_json(json.loads(text)))
+
+    def finish(self) -> None:
+        """From now on no trial is suggested."""
+        self._deadline = -math.inf
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune saves its searcher to resume by; we resume by the ledger
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger holds it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger holds it all."""
+
+    def _ask(self, candidate: Candidate) -> Trial:
+        """The study's trial of a candidate that is given."""
+        self._study.enqueue_trial(self._space.clip(candidate).to_params())
+        trial = self._study.ask()
+        self._space.choose(trial)
+        return trial
+
+    def _tell(self, trial: Trial, outcome: Outcome | None) -> None:
+        """A measured outcome is told with its values; everything else as failed, so that nothing stays running."""
+        if outcome is not None and outcome.state is State.MEASURED and outcome.measurement is not None:
+            values = (outcome.measurement.top1, outcome.measurement.speedup)
+            if all(map(math.isfinite, values)):
+                self._study.tell(trial, values)
+                return
+        self._study.tell(trial, state=TrialState.FAIL)
+
+
+def _create_study(sampler: Literal["tpe", "random"], seed: int) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        chosen: optuna.samplers.BaseSampler = (
+            optuna.samplers.RandomSampler(seed=seed)
+            if sampler == "random"
+            else optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, constant_liar=True)
+        )
+    return optuna.create_study(directions=["maximize", "maximize"], sampler=chosen)

@@ -1,0 +1,64 @@
+"""The shipped benchmark recipe on a real ViT-Tiny and real ImageNet images, in a short form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search import ledger
+from search.config import load_config
+from search.folder import Folder
+from search.outcome import State
+from search.sweep import run_sweep
+from tests.integration.sweeps import Watcher
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data" / "imagenet-mini"
+
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there: it is no part of the project")
+
+SHORT = [
+    "search.trials=2",
+    "data.calibration_images=16",
+    "data.probe_images=40",
+    "data.val_images=130",
+    "space.target_ratio=[0.5, 1.0]",
+    "cascade.num_levels=3",
+    "cascade.batch_size=16",
+    "measure.batch_size=8",
+    "measure.num_rounds=6",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # the recipe's paths count from there
+        config = load_config("benchmarks/imagenet_mini.yaml", name="short", sets=SHORT)
+    run_sweep(config, folder, Watcher())
+    return folder
+
+
+def test_every_outcome_is_measured(runs: Path) -> None:
+    outcomes = ledger.read(Folder(runs, "short").ledger)
+    assert [outcome.state for outcome in outcomes] == [State.MEASURED] * 2
+    for outcome in outcomes:
+        assert all(
+            drop <= budget for drop, budget in zip(outcome.block_drops, outcome.candidate.drop_budget, strict=True)
+        )
+
+
+def test_front_holds_the_dense_model_and_a_faster_one(runs: Path) -> None:
+    record: dict[str, Any] = json.loads(Folder(runs, "short").front.read_text())
+    dense, points = record["dense"], record["points"]
+    assert 0.75 <= dense["top1"] <= 0.9  # 82.6 % on all of val; these are 130 of its images
+    assert dense["macs"] == pytest.approx(1.254e9, rel=1e-3)
+    assert len(points) >= 2
+    fastest = points[-1]
+    assert fastest["macs"] < 0.8 * dense["macs"]
+    assert fastest["speedup"] > 1.1
+    assert fastest["top1"] > 0.6

@@ -1,0 +1,230 @@
+"""What is saved comes back bit-equal, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pruning.anatomy import examine
+from pruning.artifact import Description, copy_to, load, read_description, save, save_weights
+from pruning.compensation import prune_and_repair
+from pruning.data import InputSpec
+from pruning.errors import ArtifactError
+from pruning.exits import fit_exits, truncate
+from pruning.surgery import apply_plan, keep_all_plan
+from tests.pruning_tests import made
+
+INPUT = InputSpec(size=(32, 32), mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), interpolation="bilinear", crop_pct=0.9)
+
+
+def pruned(family: str = "vit") -> tuple[nn.Module, Description]:
+    """An exit with a head of its own, tokens dropped, everything else pruned and repaired."""
+    dense, images = made.model(family), made.images(16)
+    head = fit_exits(dense, images, [2], epochs=2)[2]
+    shorter = truncate(dense, 2, head)
+    plan = replace(made.plan(examine(shorter), num_tokens=(12, 5)), cutoff_token=0.4)
+    return prune_and_repair(shorter, plan, images), description(family, plan=plan)
+
+
+def description(family: str = "vit", **other: Any) -> Description:
+    name, more = made.FAMILIES[family]
+    given = {"name": name, "args": made.ARGS | more, "input": INPUT, "plan": keep_all_plan(made.anatomy(family))}
+    return Description(**(given | other))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.mark.parametrize("family", made.FAMILIES)
+def test_a_saved_model_comes_back_with_bit_equal_logits(family: str, tmp_path: Path) -> None:
+    model, told = pruned(family)
+    save(model, told, tmp_path / "point")
+    loaded, read = load(tmp_path / "point")
+    assert read == told
+    assert torch.equal(loaded(made.batch()), model(made.batch()))
+    assert made.same_state(loaded, made.state(model))
+    assert not any(module.training for module in loaded.modules())
+
+
+def test_a_dense_model_comes_back_too(tmp_path: Path) -> None:
+    model = made.model()
+    save(model, description(), tmp_path / "dense")
+    assert torch.equal(load(str(tmp_path / "dense"))[0](made.batch()), model(made.batch()))
+
+
+def test_the_folder_holds_the_plan_and_the_weights_and_no_pickle(tmp_path: Path) -> None:
+    model, told = pruned()
+    save(model, told, tmp_path / "deep" / "down" / "point")
+    assert names(tmp_path / "deep" / "down") == ["point"]
+    folder = tmp_path / "deep" / "down" / "point"
+    assert names(folder) == ["model.safetensors", "plan.json"]
+    assert load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
+    record = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    assert record.keys() == {"format", "model", "input", "plan"}
+    assert record["plan"] == told.plan.to_json() and record["model"]["args"] == dict(told.args)
+
+
+def test_a_description_comes_back_from_json_text() -> None:
+    told = description(args={"img_size": [32, 48]})
+    assert Description.from_json(json.loads(json.dumps(told.to_json()))) == told
+
+
+def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
+    folder = tmp_path / "point"
+    save(made.model(seed=1), description(), folder)
+    (folder / "stale").touch()
+    model, told = pruned()
+    save(model, told, folder)
+    assert names(folder) == ["model.safetensors", "plan.json"] and names(tmp_path) == ["point"]
+    assert torch.equal(load(folder)[0](made.batch()), model(made.batch()))
+
+
+def test_saving_that_fails_leaves_nothing_half_written_and_what_was_there(tmp_path: Path) -> None:
+    folder = tmp_path / "point"
+    with pytest.raises(ArtifactError, match=r"cannot write .*point"):
+        save(made.model(), description(args={"no": object()}), folder)
+    assert names(tmp_path) == []
+    model, told = pruned()
+    save(model, told, folder)
+    with pytest.raises(ArtifactError, match=r"cannot write .*point"):
+        save(made.model(), description(args={"no": object()}), folder)
+    assert names(tmp_path) == ["point"]
+    assert torch.equal(load(folder)[0](made.batch()), model(made.batch()))
+
+
+def test_weights_that_cannot_be_saved_leave_nothing(tmp_path: Path) -> None:
+    model = made.model()
+    model.pos_embed = nn.Parameter(model.pos_embed.detach().to_sparse())  # safetensors refuses it, after the plan
+    with pytest.raises(ArtifactError, match="cannot write"):
+        save(model, description(), tmp_path / "point")
+    with pytest.raises(ArtifactError, match="cannot write"):
+        save_weights(model, tmp_path / "weights.safetensors")
+    assert names(tmp_path) == []
+
+
+def test_a_place_that_is_no_folder_is_an_artifact_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    model = made.model()
+    for place in (tmp_path / "file" / "point", tmp_path / "file" / "deeper" / "point"):
+        with pytest.raises(ArtifactError, match="cannot write"):
+            save(model, description(), place)
+        with pytest.raises(ArtifactError, match="cannot write"):
+            save_weights(model, place)
+    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "in the way"
+
+
+def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    """Rewrites plan.json; a change gives the new record, or None where it changes the old one in place."""
+
+    def apply(folder: Path) -> None:
+        record = json.loads((folder / "plan.json").read_text())
+        changed = change(record)
+        (folder / "plan.json").write_text(json.dumps(record if changed is None else changed))
+
+    return apply
+
+
+def reweigh(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], Any]:
+    def apply(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return apply
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no plan": (lambda folder: (folder / "plan.json").unlink(), "plan.json"),
+    "half a plan": (lambda folder: cut_in_half(folder / "plan.json"), "plan.json"),
+    "an empty plan": (lambda folder: (folder / "plan.json").write_text(""), "plan.json"),
+    "a plan that is no text": (lambda folder: (folder / "plan.json").write_bytes(b"\xff\xfe\x00\x80"), "plan.json"),
+    "a list for a plan": (edit(lambda record: [record]), "plan.json"),
+    "another format": (edit(lambda record: record.update(format=2)), "format is 2, not 1"),
+    "no format": (edit(lambda record: record.pop("format") and None), "format is None"),
+    "no model": (edit(lambda record: record.pop("model") and None), "KeyError 'model'"),
+    "no name": (edit(lambda record: record["model"].pop("name") and None), "KeyError 'name'"),
+    "args that are none": (edit(lambda record: record["model"].update(args=None)), "plan.json"),
+    "an unknown model": (edit(lambda record: record["model"].update(name="vit_nowhere")), "vit_nowhere"),
+    "an unknown argument": (edit(lambda record: record["model"]["args"].update(colour=3)), "colour"),
+    "another family": (edit(lambda record: record["model"].update(name="resnet10t", args={})), "ResNet"),
+    "an unknown input": (edit(lambda record: record["input"].update(sound=1)), "sound"),
+    "no input size": (edit(lambda record: record["input"].pop("size") and None), "size"),
+    "no plan in the plan": (edit(lambda record: record.update(plan=None)), "PlanError"),
+    "a block without heads": (edit(lambda record: record["plan"]["blocks"][0].update(keep_heads=[])), "no head"),
+    "a unit too many": (edit(lambda record: record["plan"]["blocks"][0].update(keep_hidden=[96])), "hidden unit 96"),
+    "a block too many": (
+        edit(lambda record: record["plan"]["blocks"].append(record["plan"]["blocks"][2])),
+        "exit after",
+    ),
+    "another width": (edit(lambda record: record["plan"]["blocks"][1].update(keep_hidden=[1])), "blocks.1.mlp.fc1"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+    "half the weights": (lambda folder: cut_in_half(folder / "model.safetensors"), "model.safetensors"),
+    "weights that are none": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors"),
+    "a weight less": (reweigh(lambda weights: weights.pop("norm.bias")), "norm.bias is missing"),
+    "a weight more": (reweigh(lambda weights: weights.update(more=torch.ones(1))), "more is unknown"),
+    "a weight of another shape": (reweigh(lambda weights: weights.update({"norm.bias": torch.ones(3)})), "norm.bias"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_not_as_it_was_saved_is_an_artifact_error_that_names_it(case: str, tmp_path: Path) -> None:
+    model = made.model()
+    plan = made.plan(examine(model), num_tokens=(16, 9, 9))
+    folder = tmp_path / "point"
+    save(apply_plan(model, plan), description(plan=plan), folder)
+    breaks, told = BROKEN[case]
+    breaks(folder)
+    with pytest.raises(ArtifactError, match=told) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_no_folder_is_an_artifact_error(tmp_path: Path) -> None:
+    for call in (load, read_description):
+        with pytest.raises(ArtifactError, match=r"cannot read .*nowhere"):
+            call(tmp_path / "nowhere")
+
+
+def test_weights_alone_are_saved_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "weights.safetensors"
+    for seed in (1, 2):
+        model = made.model(seed=seed)
+        save_weights(model, path)
+        weights = load_file(path)
+        assert made.same_state(model, weights)
+    assert names(path.parent) == ["weights.safetensors"]
+
+
+def test_saving_leaves_the_model_as_it_was_even_where_memory_is_not_in_order(tmp_path: Path) -> None:
+    model: Any = made.model()
+    model.head.weight = nn.Parameter(model.head.weight.detach().T.contiguous().T)
+    before = made.state(model)
+    save(model, description(), tmp_path / "point")
+    assert made.same_state(model, before)
+    assert torch.equal(load(tmp_path / "point")[0](made.batch()), model(made.batch()))
+
+
+def test_a_copy_loads_and_never_overwrites(tmp_path: Path) -> None:
+    model = made.model()
+    save(model, description(), tmp_path / "point")
+    copy_to(tmp_path / "point", tmp_path / "far" / "copy")
+    assert torch.equal(load(tmp_path / "far" / "copy")[0](made.batch()), model(made.batch()))
+    assert names(tmp_path / "far") == ["copy"]
+    with pytest.raises(ArtifactError, match="copy exists; give a folder that does not"):
+        copy_to(tmp_path / "point", tmp_path / "far" / "copy")
+    with pytest.raises(ArtifactError, match="cannot write"):
+        copy_to(tmp_path / "nowhere", tmp_path / "far" / "other")
+    assert names(tmp_path / "far") == ["copy"]

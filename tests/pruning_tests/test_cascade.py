@@ -1,0 +1,224 @@
+"""The cascade's own account against models that are built and measured from outside."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pruning.accuracy import predict
+from pruning.anatomy import blocks_of, embed, examine, with_blocks
+from pruning.cascade import CascadeResult, CascadeSettings, cascade
+from pruning.compensation import prune_and_repair
+from pruning.cost import count_macs
+from pruning.data import Images
+from pruning.errors import SettingError
+from pruning.plan import Plan
+from pruning.scores.lfs import score_channels
+from pruning.spectrum import low_pass
+from pruning.surgery import apply_plan, keep_all_block, keep_all_plan
+from tests.pruning_tests import made
+
+PROBE, CALIBRATION = made.toy_images(90, seed=11), made.toy_images(40, seed=12)
+
+
+def settings(*budgets: float, **other: Any) -> CascadeSettings:
+    given: dict[str, Any] = {"target_macs": 0, "num_levels": 7, "batch_size": 32} | other
+    return CascadeSettings(drop_budget=budgets, **given)
+
+
+def num_correct(model: nn.Module, images: Images = PROBE) -> int:
+    return int((predict(model, images).argmax(dim=1) == images.labels).sum())
+
+
+@functools.cache
+def pruned(family: str, budgets: tuple[float, ...], token_share: float = 0.5) -> CascadeResult:
+    return cascade(
+        made.toy_model(family),
+        PROBE,
+        CALIBRATION,
+        settings(*budgets, token_share=token_share, cutoff_token=0.5, ridge=0.02),
+    )
+
+
+BUDGETS = [(3.0, 2.0, 4.0), (0.0, 0.0, 0.0), (20.0, 0.0, 10.0), (100.0, 100.0, 100.0)]
+
+
+@pytest.mark.parametrize("family", ["vit", "distilled", "average_pooling"])
+@pytest.mark.parametrize("budgets", BUDGETS)
+def test_every_blocks_drop_is_within_its_budget_and_is_what_partial_models_lose(
+    family: str, budgets: tuple[float, ...]
+) -> None:
+    model, result = made.toy_model(family), pruned(family, budgets)
+    built, dense = list(blocks_of(result.model)), list(blocks_of(model))
+    # Block b of the walk: b + 1 blocks are pruned, the later ones are dense and take the tokens that are left.
+    counts = [num_correct(with_blocks(model, [*built[:done], *dense[done:]])) for done in range(4)]
+    for before, after, drop, budget in zip(counts, counts[1:], result.block_drops, budgets, strict=False):
+        assert drop == pytest.approx((before - after) / len(PROBE) * 100)
+        assert drop <= budget + 1e-9
+    assert num_correct(result.model) == counts[-1]
+
+
+@pytest.mark.parametrize("budgets", BUDGETS[1:])
+def test_a_budget_prunes_something_and_a_larger_one_prunes_more(budgets: tuple[float, ...]) -> None:
+    anatomy = made.anatomy(num_classes=4)
+    macs = count_macs(anatomy, pruned("vit", budgets).plan)
+    assert macs < count_macs(anatomy, keep_all_plan(anatomy))
+    assert macs >= count_macs(anatomy, pruned("vit", (100.0, 100.0, 100.0)).plan)
+    assert macs <= count_macs(anatomy, pruned("vit", (0.0, 0.0, 0.0)).plan)
+
+
+@pytest.mark.parametrize("family", ["vit", "distilled", "average_pooling"])
+@pytest.mark.parametrize("budgets", BUDGETS)
+def test_tokens_never_grow_and_the_plan_is_of_the_models_shape(family: str, budgets: tuple[float, ...]) -> None:
+    model, result = made.toy_model(family), pruned(family, budgets)
+    counts = [block.num_tokens for block in result.plan.blocks]
+    assert counts == sorted(counts, reverse=True) and counts[-1] >= 1
+    shapes = {name: tensor.shape for name, tensor in result.model.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in apply_plan(model, result.plan).state_dict().items()}
+    assert result.plan.cutoff_token == 0.5
+
+
+@pytest.mark.parametrize("family", ["vit", "distilled", "average_pooling"])
+@pytest.mark.parametrize("budgets", BUDGETS)
+def test_plan_and_calibration_images_give_the_cascades_model_again(family: str, budgets: tuple[float, ...]) -> None:
+    result = pruned(family, budgets)
+    again = prune_and_repair(made.toy_model(family), result.plan, CALIBRATION, ridge=0.02, batch_size=32)
+    assert made.same_state(again, made.state(result.model))
+
+
+@pytest.mark.parametrize("target_macs", [0, 10**9])
+def test_the_model_is_left_as_it_was_and_shares_no_memory(target_macs: int) -> None:
+    model = made.toy_model()
+    before = made.state(model)
+    result = cascade(model, PROBE, CALIBRATION, settings(10, 0, 10, target_macs=target_macs))
+    assert made.same_state(model, before)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        for parameter in result.model.parameters():
+            parameter.fill_(3)
+    assert made.same_state(model, before)
+
+
+def test_the_same_input_gives_the_same_result() -> None:
+    first, second = (cascade(made.toy_model(), PROBE, CALIBRATION, settings(5, 3, 5)) for _ in range(2))
+    assert first.plan == second.plan and first.block_drops == second.block_drops
+    assert first.forward_passes == second.forward_passes
+    assert made.same_state(first.model, made.state(second.model))
+
+
+def test_the_batch_size_changes_nothing_but_the_work() -> None:
+    one, other = (cascade(made.toy_model(), PROBE, CALIBRATION, settings(5, 3, 5, batch_size=size)) for size in (90, 8))
+    assert one.block_drops == other.block_drops and one.plan.shape_hash == other.plan.shape_hash
+    assert other.forward_passes < one.forward_passes  # small batches are refused early
+
+
+@pytest.mark.parametrize("family", made.FAMILIES)
+def test_a_target_that_the_dense_model_meets_leaves_it_bit_equal_and_costs_nothing(family: str) -> None:
+    model = made.model(family)
+    anatomy = examine(model)
+    dense = count_macs(anatomy, keep_all_plan(anatomy))
+    images = made.images(8)
+    result = cascade(model, images, images, settings(0, 0, 0, target_macs=dense, cutoff_token=0.85))
+    assert result.plan == keep_all_plan(anatomy)
+    assert torch.equal(result.model(made.batch()), model(made.batch()))
+    assert (result.block_drops, result.forward_passes) == ((0.0, 0.0, 0.0), 0.0)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.45])
+def test_tokens_alone_stop_at_the_first_count_that_meets_the_target(share: float) -> None:
+    model = made.model(num_classes=4)
+    anatomy = examine(model)
+    target = int(share * count_macs(anatomy, keep_all_plan(anatomy)))
+    result = cascade(model, PROBE, CALIBRATION, settings(100, 100, 100, target_macs=target, token_share=1.0))
+    fits = [n for n in range(1, 17) if count_macs(anatomy, Plan(blocks=(keep_all_block(anatomy, n),) * 3)) <= target]
+    assert result.plan.blocks == (keep_all_block(anatomy, max(fits)),) * 3
+    assert count_macs(anatomy, result.plan) <= target
+
+
+@pytest.mark.parametrize("share", [0.95, 0.7, 0.4, 0.2])
+def test_channels_meet_a_target_and_hardly_go_beyond_it(share: float) -> None:
+    model = made.model(patch_size=32, num_classes=4)  # a single patch, which cannot go
+    anatomy = examine(model)
+    fixed = 24 * 3 * 32 * 32 + 24 * 4  # patch embedding and classifier: nothing there can go
+    blocks = count_macs(anatomy, keep_all_plan(anatomy)) - fixed
+    target = fixed + int(share * blocks)
+    result = cascade(model, PROBE, CALIBRATION, settings(100, 100, 100, target_macs=target))
+    assert share - 0.03 < (count_macs(anatomy, result.plan) - fixed) / blocks <= share
+    # Blocks after the one that met the target are whole.
+    pruned_blocks = [block != keep_all_block(anatomy) for block in result.plan.blocks]
+    assert pruned_blocks == sorted(pruned_blocks, reverse=True)
+
+
+def test_a_target_out_of_reach_is_missed_without_an_error() -> None:
+    model = made.toy_model()
+    result = cascade(model, PROBE, CALIBRATION, settings(0, 0, 0, target_macs=1))
+    assert count_macs(examine(model), result.plan) > 1
+    assert all(drop <= 0 for drop in result.block_drops)
+
+
+@pytest.mark.parametrize("token_share", [0.0, 0.4, 1.0])
+def test_tokens_spend_at_most_their_share_of_the_budget(token_share: float) -> None:
+    model, result = made.toy_model(), pruned("vit", (10.0, 0.0, 0.0), token_share)
+    first = keep_all_block(examine(model), result.plan.blocks[0].num_tokens)
+    tokens_only = apply_plan(model, Plan(blocks=(first,) * 3, cutoff_token=0.5))
+    assert num_correct(model) - num_correct(tokens_only) <= math.floor(token_share * 0.1 * len(PROBE) + 1e-9)
+
+
+def test_a_larger_share_drops_more_tokens() -> None:
+    some, all_of_it = (pruned("vit", (10.0, 0.0, 0.0), share).plan.blocks[0].num_tokens for share in (0.0, 1.0))
+    assert all_of_it < some
+
+
+@pytest.mark.parametrize("batch_size", [90, 500])
+def test_forward_passes_are_counted_as_by_hand(batch_size: int) -> None:
+    # One level, so one probe of tokens and one of channels a block; in one batch, so no probe ends early.
+    model = made.toy_model(depth=2)
+    result = cascade(model, PROBE, CALIBRATION, settings(0, 0, num_levels=1, batch_size=batch_size, target_macs=1))
+    assert result.plan.blocks[0].num_tokens > 1  # block 1 has tokens to probe
+    probe, calibration = len(PROBE), len(CALIBRATION)
+    blocks_run = (
+        2 * calibration + 2 * probe  # summaries of the dense model, its accuracy
+        + 2 * probe  # block 0: tokens
+        + 3 * 2 * calibration + calibration  # gradients (forward and backward), moments
+        + 2 * probe  # channels
+        + probe + 2 * calibration  # on to block 1
+        + probe + 3 * calibration + calibration + probe  # block 1, with no later one
+        + probe + 2 * calibration
+    )  # fmt: skip
+    assert result.forward_passes == pytest.approx(blocks_run / (2 * probe))
+
+
+@pytest.mark.parametrize("alpha", [0.6, 0.0])
+def test_each_block_drops_the_channels_of_least_score_on_filtered_images(alpha: float) -> None:
+    model = made.toy_model(patch_size=32, num_heads=1)  # one patch, one head: nothing but channels, nothing rounded
+    result = cascade(model, PROBE, CALIBRATION, settings(2, 2, 1, cutoff_channel=0.3, alpha=alpha))
+    (pixels, labels), *_ = CALIBRATION.batches(len(CALIBRATION))
+    with torch.no_grad():
+        x, low = embed(model, pixels), embed(model, low_pass(pixels, 0.3))
+    for index, plan in enumerate(result.plan.blocks):
+        dense = list(blocks_of(model)[index:])
+        with torch.no_grad():
+            x = dense[0](x)
+        scores = score_channels(model, examine(model), dense, low, x[:, 0], labels, alpha=alpha)
+        for kind in (scores.qk[0], scores.v[0], scores.hidden):
+            kind[kind.argmax()] = torch.inf  # the best of each kind always stays
+        everything = torch.cat([scores.qk[0], scores.v[0], scores.hidden])
+        kept = [*plan.keep_qk[0], *(24 + v for v in plan.keep_v[0]), *(48 + unit for unit in plan.keep_hidden)]
+        assert 3 < len(kept) < len(everything)
+        assert sorted(kept) == sorted(everything.topk(len(kept)).indices.tolist())
+        with torch.no_grad():
+            low = blocks_of(result.model)[index](low)
+
+
+@pytest.mark.parametrize(
+    "budgets",
+    [(), (1.0, 1.0), (1.0,) * 4, (1.0, -0.1, 1.0), (1.0, float("nan"), 1.0), (1.0, float("inf"), 1.0)],
+)
+def test_budgets_that_are_not_one_a_block_and_at_least_zero_are_refused(budgets: tuple[float, ...]) -> None:
+    with pytest.raises(SettingError, match="for 3 blocks; give one of at least 0 for each"):
+        cascade(made.model(), PROBE, CALIBRATION, settings(*budgets))

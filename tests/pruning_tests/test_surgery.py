@@ -1,0 +1,198 @@
+"""A pruned model against the dense one with the dropped units zeroed, and against the slow definition."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from pruning.anatomy import Anatomy, blocks_of, examine
+from pruning.errors import PlanError
+from pruning.layers import SlimBlock
+from pruning.plan import BlockPlan, Plan
+from pruning.surgery import apply_plan, keep_all_block, keep_all_plan, slim_block, value_channels
+from tests.pruning_tests import made, slow
+
+NO_QK_NORM = [family for family in made.FAMILIES if family != "qk_norm"]
+
+
+def double(family: str) -> nn.Module:
+    return made.model(family).double()
+
+
+@torch.no_grad()
+def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
+    """The dense model with every unit that the plan drops set to zero where it is made (weight row and bias)."""
+    anatomy = examine(model)
+    copied = copy.deepcopy(model)
+    width, inner = anatomy.head_dim, anatomy.num_heads * anatomy.head_dim
+    for block, kept in zip(blocks_of(copied), plan.blocks, strict=True):
+        stays = torch.zeros(3, inner, dtype=torch.bool)
+        for head, qk, v in zip(kept.keep_heads, kept.keep_qk, kept.keep_v, strict=True):
+            stays[:2, [head * width + channel for channel in qk]] = True
+            stays[2, [head * width + channel for channel in v]] = True
+        hidden = torch.zeros(anatomy.num_hidden, dtype=torch.bool)
+        hidden[list(kept.keep_hidden)] = True
+        parts: Any = block
+        for layer, rows in ((parts.attn.qkv, stays.flatten()), (parts.mlp.fc1, hidden)):
+            layer.weight[~rows] = 0
+            if layer.bias is not None:
+                layer.bias[~rows] = 0
+    return copied
+
+
+def only(kind: str, full: BlockPlan, block: BlockPlan) -> BlockPlan:
+    """Of a random block's plan, the part that drops one kind of unit."""
+    heads = block.keep_heads
+    whole = (full.keep_qk[0],) * len(heads)
+    if kind == "heads":
+        return replace(full, keep_heads=heads, keep_qk=whole, keep_v=whole)
+    if kind == "hidden":
+        return replace(full, keep_hidden=block.keep_hidden)
+    if kind == "everything":
+        return block
+    cycled = tuple(getattr(block, f"keep_{kind}")[index % len(heads)] for index in range(len(full.keep_heads)))
+    return replace(full, **{f"keep_{kind}": cycled})
+
+
+def drop_only(kind: str, anatomy: Anatomy, seed: int = 0) -> Plan:
+    full = keep_all_block(anatomy)
+    return Plan(blocks=tuple(only(kind, full, block) for block in made.plan(anatomy, seed=seed).blocks))
+
+
+@pytest.mark.parametrize("family", made.FAMILIES)
+def test_keep_all_plan_leaves_logits_bit_equal(family: str) -> None:
+    model, x = made.model(family), made.batch()
+    assert torch.equal(apply_plan(model, keep_all_plan(examine(model)))(x), model(x))
+
+
+@pytest.mark.parametrize("family", NO_QK_NORM)
+@pytest.mark.parametrize("kind", ["heads", "qk", "v", "hidden", "everything"])
+def test_dropped_units_are_as_if_zeroed_in_the_dense_model(family: str, kind: str) -> None:
+    model, x = double(family), made.batch().double()
+    plan = drop_only(kind, examine(model))
+    pruned = apply_plan(model, plan)(x)
+    torch.testing.assert_close(pruned, zeroed(model, plan)(x), atol=1e-10, rtol=1e-10)
+    assert (pruned - model(x)).abs().max() > 1e-3  # or nothing was dropped
+
+
+@pytest.mark.parametrize("kind", ["heads", "v", "hidden"])
+def test_dropped_units_are_as_if_zeroed_where_queries_and_keys_are_normalised(kind: str) -> None:
+    model, x = double("qk_norm"), made.batch().double()
+    plan = drop_only(kind, examine(model))
+    torch.testing.assert_close(apply_plan(model, plan)(x), zeroed(model, plan)(x), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("family", made.FAMILIES)
+def test_a_plan_that_drops_units_and_tokens_equals_the_slow_definition(family: str) -> None:
+    model, x = double(family), made.batch(3).double()
+    plan = replace(made.plan(examine(model), seed=3, num_tokens=(16, 9, 4)), cutoff_token=0.4)
+    with torch.no_grad():
+        torch.testing.assert_close(apply_plan(model, plan)(x), slow.logits(model, plan, x), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["vit", "distilled", "average_pooling"])
+def test_dropped_tokens_alone_equal_the_slow_definition(family: str) -> None:
+    model, x = double(family), made.batch(3).double()
+    full = keep_all_block(examine(model))
+    plan = Plan(blocks=tuple(replace(full, num_tokens=count) for count in (10, 10, 1)), cutoff_token=0.85)
+    pruned = apply_plan(model, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(x), slow.logits(model, plan, x), atol=1e-6, rtol=1e-6)
+    # The block in the middle is whole, for the tokens that it is given: nothing there is rebuilt.
+    assert [type(block) for block in blocks_of(pruned)] == [SlimBlock, Block, SlimBlock]
+
+
+def test_one_unit_of_each_kind_is_enough() -> None:
+    model, x = double("vit"), made.batch(2).double()
+    least = BlockPlan(keep_heads=(1,), keep_qk=((5,),), keep_v=((2,),), keep_hidden=(33,), num_tokens=1)
+    plan = Plan(blocks=(least,) * 3)
+    with torch.no_grad():
+        torch.testing.assert_close(apply_plan(model, plan)(x), slow.logits(model, plan, x), atol=1e-6, rtol=1e-6)
+
+
+def test_a_pruned_model_has_the_parameters_of_its_widths_and_no_more() -> None:
+    model = made.model()
+    plan = made.plan(examine(model), seed=1)
+    expected = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks."))
+    for shape in (block.shape for block in plan.blocks):
+        rows = shape.num_heads * (2 * shape.qk_width + shape.v_width)
+        expected += (24 + 1) * rows + (shape.num_heads * shape.v_width + 1) * 24
+        expected += (24 + 1) * shape.num_hidden + (shape.num_hidden + 1) * 24 + 4 * 24
+    assert sum(p.numel() for p in apply_plan(model, plan).parameters()) == expected
+
+
+@pytest.mark.parametrize("make", [keep_all_plan, made.plan])
+def test_the_model_is_left_as_it_was_and_shares_no_memory(make: Callable[[Anatomy], Plan]) -> None:
+    model = made.model()
+    before = made.state(model)
+    pruned = apply_plan(model, make(examine(model)))
+    assert made.same_state(model, before)
+    with torch.no_grad():
+        for parameter in pruned.parameters():
+            parameter.fill_(7)
+    assert made.same_state(model, before)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_pruned_model_trains_or_not_as_its_model_does(flag: bool) -> None:
+    model = made.model().train(flag).requires_grad_(flag)
+    pruned = apply_plan(model, made.plan(examine(model), num_tokens=(16, 9, 9)))
+    assert all(module.training == flag for module in pruned.modules())
+    assert all(parameter.requires_grad == flag for parameter in pruned.parameters())
+
+
+def test_value_channels_count_within_the_whole_block() -> None:
+    anatomy = made.anatomy()
+    block = BlockPlan(keep_heads=(0, 2), keep_qk=((0,), (1,)), keep_v=((1, 3), (0, 7)), keep_hidden=(0,), num_tokens=16)
+    assert value_channels(block, anatomy).tolist() == [1, 3, 16, 23]
+
+
+def changed(**change: Any) -> Callable[[Plan], Plan]:
+    return lambda plan: replace(plan, blocks=(plan.blocks[0], replace(plan.blocks[1], **change), plan.blocks[2]))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (changed(keep_heads=(0, 1, 3)), "block 1 keeps head 3, but the model has 3"),
+        (changed(keep_qk=((0,), (1,), (8,))), "block 1 keeps qk channel 8, but the model has 8"),
+        (changed(keep_v=((0,), (9,), (1,))), "block 1 keeps v channel 9, but the model has 8"),
+        (changed(keep_hidden=(0, 96)), "block 1 keeps hidden unit 96, but the model has 96"),
+        (lambda plan: replace(plan, blocks=plan.blocks[:2]), "the plan has 2 blocks, the model 3"),
+        (lambda plan: replace(plan, blocks=plan.blocks * 2), "the plan has 6 blocks, the model 3"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused(change: Callable[[Plan], Plan], told: str) -> None:
+    model = made.model()
+    with pytest.raises(PlanError, match=told):
+        apply_plan(model, change(keep_all_plan(examine(model))))
+
+
+def test_more_tokens_than_the_model_has_are_refused() -> None:
+    model = made.model()
+    anatomy = examine(model)
+    with pytest.raises(PlanError, match="patch token 16, but the model has 16"):
+        apply_plan(model, Plan(blocks=(keep_all_block(anatomy, 17),) * 3))
+    with pytest.raises(PlanError, match="9 patch tokens leave a block that 8 enter"):
+        slim_block(blocks_of(model)[0], keep_all_block(anatomy, 9), anatomy, 8, 0.5)
+
+
+def test_a_normalised_query_keeps_all_its_channels() -> None:
+    model = made.model("qk_norm")
+    plan = changed(keep_qk=((0,), (1,), (2,)))(keep_all_plan(examine(model)))
+    with pytest.raises(PlanError, match="block 1 drops qk channels"):
+        apply_plan(model, plan)
+
+
+def test_a_batch_gives_what_its_images_give_alone() -> None:
+    model, x = double("vit"), made.batch(3).double()
+    pruned = apply_plan(model, made.plan(examine(model), seed=2, num_tokens=(9, 5, 5)))
+    alone: Tensor = torch.cat([pruned(image[None]) for image in x])
+    torch.testing.assert_close(pruned(x), alone, atol=1e-10, rtol=1e-10)

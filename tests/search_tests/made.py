@@ -1,0 +1,67 @@
+"""Outcomes made to measure: choose the two objectives, the rest follows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pruning.plan import BlockPlan, Plan
+from search.outcome import Candidate, Measurement, Outcome, State
+
+DENSE_IMG_S = 100.0
+
+
+def measurement(top1: float, speedup: float, **other: Any) -> Measurement:
+    """A measurement whose other fields agree with the two; `other` overrides them."""
+    made = Measurement(
+        top1=top1,
+        top1_low=top1 - 0.01,
+        top1_high=top1 + 0.01,
+        throughput_img_s=DENSE_IMG_S * speedup,
+        speedup=speedup,
+        speedup_low=speedup * 0.95,
+        speedup_high=speedup * 1.05,
+        latency_ms_p50=64_000 / (DENSE_IMG_S * speedup),
+        macs=round(1_234_567 / speedup),
+        params=round(5_700_000 / speedup),
+    )
+    return replace(made, **other)
+
+
+def plan(exit_block: int = 2) -> Plan:
+    block = BlockPlan(
+        keep_heads=(0, 2), keep_qk=((0, 1), (1, 3)), keep_v=((0,), (2,)), keep_hidden=(1, 4), num_tokens=9
+    )
+    return Plan(blocks=(block,) * exit_block)
+
+
+def candidate(exit_block: int = 2) -> Candidate:
+    return Candidate(
+        cutoff_channel=0.1,
+        cutoff_token=0.8,
+        drop_budget=(1.5, 0.5, 0.25),
+        token_share=0.5,
+        target_ratio=0.6,
+        exit_block=exit_block,
+    )
+
+
+def outcome(id: str, top1: float, speedup: float, **other: Any) -> Outcome:
+    """A measured outcome; `other` are fields of its measurement."""
+    return Outcome(
+        id=id,
+        state=State.MEASURED,
+        candidate=candidate(),
+        plan=plan(),
+        measurement=measurement(top1, speedup, **other),
+        block_drops=(1.25, 0.5),
+        forward_passes=12.0,
+        seconds=3.5,
+    )
+
+
+def failed(id: str, state: State = State.FAILED, reason: str = "RuntimeError: out of memory") -> Outcome:
+    return Outcome(id=id, state=state, candidate=candidate(), reason=reason, seconds=0.5)
+
+
+DENSE = measurement(0.9, 1.0)

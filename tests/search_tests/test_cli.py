@@ -1,0 +1,282 @@
+"""What a user who got something wrong sees: one line, exit code 2, and a folder with nothing new in it."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from pruning.artifact import load
+from pruning.cost import count_params
+from search import ledger
+from search.cli import main
+from search.folder import Folder
+from search.front import front_record
+from search.outcome import Outcome
+from tests.search_tests import made, tiny
+
+OUTCOMES = [made.outcome("t000", 0.9, 1.0), made.outcome("t001", 0.88, 2.0), made.outcome("t002", 0.5, 2.5)]
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    printed = capsys.readouterr()
+    code = stopped.value.code
+    return (0 if code is None else int(code)), printed.out, printed.err
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the command runs: images of all classes in images/train and images/val."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        tiny.write_images(tmp_path / "images" / split)
+    return tmp_path
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def check_refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str, says: list[str]) -> None:
+    """One line that says these things, exit code 2, nothing printed as a result, no file more or less."""
+    before = files(folder)
+    code, out, err = call(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("vitfront: ")
+    assert err.count("\n") == 1
+    for each in says:
+        assert each in err
+    assert files(folder) == before
+
+
+def corrupt(folder: Path) -> None:
+    next((folder / "images" / "val").rglob("*.png")).write_bytes(b"\x89PNG not really")
+
+
+def without_images(folder: Path) -> None:
+    for image in (folder / "images" / "val").rglob("*.png"):
+        image.unlink()
+
+
+def without_val(folder: Path) -> None:
+    (folder / "images" / "val").rename(folder / "elsewhere")
+
+
+def with_a_map_of_other_classes(folder: Path) -> None:
+    (folder / "classes.txt").write_text("cat\ndog\n")
+
+
+def with_other_weights(folder: Path) -> None:
+    weights = {name: tensor.clone() for name, tensor in tiny.model().state_dict().items()}
+    weights["head.weight"] = torch.zeros(9, 32)
+    save_file(weights, folder / "other.safetensors")
+
+
+def with_images_outside_classes(folder: Path) -> None:
+    image = next((folder / "images" / "train" / "a").glob("*.png"))
+    image.rename(folder / "images" / "train" / image.name)
+
+
+def with_a_map_that_is_no_text(folder: Path) -> None:
+    (folder / "classes.txt").write_bytes(b"\xff\xfe\x00")
+
+
+def with_a_map_of_another_kind(folder: Path) -> None:
+    (folder / "classes.csv").write_text("a,b,c,d")
+
+
+def with_a_file_for_runs(folder: Path) -> None:
+    (folder / "runs").write_text("in the way")
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changes", "says"),
+    [
+        pytest.param(nothing, ["model.name=vit_tiny_patch16_225"], ["vit_tiny_patch16_224"], id="unknown model"),
+        pytest.param(
+            nothing, ["model={name: resnet18}"], ["ResNet", "supported", "deit_"], id="not a ViT"
+        ),
+        pytest.param(nothing, ["model.checkpoint=gone.safetensors"], ["gone.safetensors"], id="no checkpoint"),
+        pytest.param(
+            with_other_weights, ["model.checkpoint=other.safetensors"],
+            ["head.weight is [9, 32], not [4, 32]", "other.safetensors"], id="weights that do not fit",
+        ),
+        pytest.param(without_images, [], ["images/val"], id="empty image folder"),
+        pytest.param(without_val, [], ["images/val"], id="no image folder"),
+        pytest.param(corrupt, [], ["images/val", ".png"], id="corrupt image"),
+        pytest.param(
+            with_a_map_of_other_classes, ["data.class_map=classes.txt"], ["images/train", "class map"],
+            id="folders of no class",
+        ),
+        pytest.param(nothing, ["data.class_map=gone.txt"], ["gone.txt"], id="no class map"),
+        pytest.param(
+            with_a_map_that_is_no_text, ["data.class_map=classes.txt"], ["cannot read class map", "classes.txt"],
+            id="class map that is no text",
+        ),
+        pytest.param(
+            with_a_map_of_another_kind, ["data.class_map=classes.csv"], ["cannot read class map", "classes.csv"],
+            id="class map of another kind",
+        ),
+        pytest.param(with_images_outside_classes, [], ["outside", "images/train"], id="images outside class folders"),
+        pytest.param(nothing, ["data.dataset=folders"], ["'folders'", "folder, digits"], id="unknown data set"),
+        pytest.param(nothing, ["data.interpolation=cubic"], ["data.interpolation", "bicubic"], id="interpolation"),
+        pytest.param(nothing, ["model.args.depth=0"], ["no block"], id="model without blocks"),
+        pytest.param(nothing, ["model.args.num_classes=2"], ["2 classes"], id="more classes than the model has"),
+        pytest.param(nothing, ["space.exit_block=[1, 9]"], ["space.exit_block: 9", "3 blocks"], id="exit too deep"),
+        pytest.param(nothing, ["space.target_ratio=[0.9, 0.2]"], ["space.target_ratio", "upside down"], id="bounds"),
+        pytest.param(nothing, ["space.sparsity=0.5"], ["space.sparsity: unknown key"], id="unknown key"),
+        pytest.param(nothing, ["search.trials"], ["'search.trials'"], id="--set without a value"),
+        pytest.param(with_a_file_for_runs, [], ["runs"], id="a file where runs/ should be"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], folder: Path, spoil: Callable[[Path], None], changes: list[str], says: list[str]
+) -> None:
+    tiny.write_recipe(folder / "tiny.yaml")
+    spoil(folder)
+    sets = [argument for change in changes for argument in ("--set", change)]
+    check_refused(capsys, folder, "run", "tiny.yaml", *sets, says=says)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The kernel refuses to let any file grow past `size` bytes, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_space_for_the_run_folder_is_one_line_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    tiny.write_recipe(folder / "tiny.yaml")
+    (folder / "runs").mkdir()
+    with largest_file(100):
+        check_refused(capsys, folder, "run", "tiny.yaml", says=["cannot write runs/tiny/config.yaml: File too large"])
+
+
+def test_unknown_recipe_is_answered_with_the_shipped_ones(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    check_refused(capsys, folder, "run", "nothing", says=["'nothing'", "digits", "imagefolder"])
+
+
+def test_wrong_time_is_told_what_a_time_is(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    check_refused(capsys, folder, "run", "--time-budget", "soon", says=["'soon'", "10m"])
+
+
+def test_unknown_option_is_an_error_of_the_same_code(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    code, _, err = call(capsys, "run", "--budget", "3")
+    assert code == 2
+    assert "--budget" in err
+
+
+@pytest.fixture
+def sweep(folder: Path) -> Path:
+    """A finished sweep, as its files."""
+    place = Folder(folder / "runs", "mine")
+    with ledger.Ledger(place.ledger) as book:
+        for outcome in OUTCOMES:
+            book.append(outcome)
+    place.config.write_text(yaml.safe_dump(tiny.record(name="mine") | {"search": {"trials": 3}}))
+    place.front.write_text(json.dumps(record(OUTCOMES)))
+    for outcome in OUTCOMES:
+        (place.models / outcome.id).mkdir(parents=True)
+        (place.models / outcome.id / "plan.json").write_text(outcome.id)
+    return folder
+
+
+def record(outcomes: list[Outcome]) -> dict[str, object]:
+    return front_record("mine", outcomes, made.DENSE) | {"trials": len(outcomes)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["front", "yours"], ["'yours'", "mine"]),
+        (["front", "mine", "--pick", "t009"], ["'t009'", "t001"]),
+        (["front", "mine", "--at-least", "top1=high"], ["'top1=high'"]),
+        (["front", "mine", "--at-least", "accuracy=0.5"], ["'accuracy'", "top1"]),
+        (["front", "mine", "--at-least", "top1=0.95", "--pick", "knee"], ["0.95", "0.9"]),
+        (["export", "mine", "--to", "images"], ["images exists"]),
+        (["export", "mine", "--to", "new", "--format", "tflite"], ["'tflite'", "safetensors"]),
+        (["export", "mine", "--to", "new", "--pick", "best"], ["'best'", "knee"]),
+        (["prune", "digits", "--target-ratio", "1.5"], ["target ratio 1.5"]),
+        (["prune", "digits", "--to", "images"], ["images exists"]),
+        (["run", "tiny.yaml", "--name", "mine", "--set", "search.seed=9"], ["search.seed", "other settings"]),
+    ],
+)
+def test_wrong_question_about_a_sweep_is_one_line(
+    capsys: pytest.CaptureFixture[str], sweep: Path, arguments: list[str], says: list[str]
+) -> None:
+    tiny.write_recipe(sweep / "tiny.yaml")
+    check_refused(capsys, sweep, *arguments, says=says)
+
+
+def test_finished_sweep_is_shown_without_running_anything(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
+    tiny.write_recipe(sweep / "tiny.yaml")
+    before = files(sweep)
+    code, out, err = call(capsys, "run", "tiny.yaml", "--name", "mine", "--trials", "3", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == json.loads(json.dumps(record(OUTCOMES)))
+    assert files(sweep) == before
+
+
+def test_front_is_a_table_of_the_dense_model_and_every_point(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
+    code, out, _ = call(capsys, "front", "mine")
+    rows = [line for line in out.splitlines() if line.startswith("│")]
+    assert code == 0
+    assert [row.split()[1] for row in rows] == ["dense", "t000", "t001", "t002"]
+    assert "0.8800" in rows[2]
+    assert "2.00" in rows[2]
+
+
+def test_bounds_and_pick_leave_one_point(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
+    code, out, _ = call(capsys, "front", "mine", "--at-least", "top1=0.8", "--pick", "fastest", "--json")
+    assert code == 0
+    assert [point["id"] for point in json.loads(out)["points"]] == ["t001"]
+
+
+def test_export_copies_the_picked_model(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
+    code, out, _ = call(capsys, "export", "mine", "--pick", "fastest", "--to", "new/model")
+    assert code == 0
+    assert "t002" in out
+    assert (sweep / "new" / "model" / "plan.json").read_text() == "t002"
+
+
+def test_one_model_is_pruned_without_a_search(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    tiny.write_recipe(folder / "tiny.yaml")
+    arguments = ["--target-ratio", "0.7", "--budget", "100", "--exit-block", "2", "--to", "out/model"]
+    code, out, _ = call(capsys, "prune", "tiny.yaml", *arguments, "--json")
+    assert code == 0
+    outcome = Outcome.from_json(json.loads(out))
+    assert outcome.plan is not None
+    assert outcome.measurement is not None
+    model, description = load(folder / "out" / "model")
+    assert description.plan == outcome.plan
+    assert len(outcome.plan.blocks) == 2
+    assert count_params(model) == outcome.measurement.params
+    assert not (folder / "runs").exists()
+
+
+def test_pruned_model_is_told_block_by_block(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    tiny.write_recipe(folder / "tiny.yaml")
+    code, out, _ = call(capsys, "prune", "tiny.yaml")
+    assert code == 0
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("│")] == ["0", "1", "2"]
+    assert "top-1" in out.splitlines()[-1]

@@ -1,0 +1,281 @@
+"""The front against brute force, the hypervolume against closed forms and unit cubes, the picks by hand."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+
+from search.errors import SweepError
+from search.front import (
+    Values,
+    contenders,
+    front_of,
+    front_record,
+    hypervolume,
+    hypervolume_of,
+    knee,
+    non_dominated,
+    pick,
+    reference_point,
+    running_hypervolume,
+    within,
+)
+from search.outcome import Outcome, State
+from tests.search_tests import made
+
+NAN = float("nan")
+
+
+def brute_force_front(values: Values) -> list[int]:
+    """By the definition, row against row."""
+
+    def beats(a: int, b: int) -> bool:
+        better = (values[a] >= values[b]).all() and (values[a] > values[b]).any()
+        return bool(better or (a < b and (values[a] == values[b]).all()))
+
+    rows = [row for row in range(len(values)) if not np.isnan(values[row]).any()]
+    return [row for row in rows if not any(beats(other, row) for other in rows)]
+
+
+def count_unit_cubes(values: Values, reference: Values, size: int) -> int:
+    """For whole-numbered points up to `size`: the unit cubes of the grid below at least one of them."""
+    corners = product(*(range(int(start), size) for start in reference))
+    return sum(any((np.array(corner) + 1 <= value).all() for value in values) for corner in corners)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+def test_front_is_that_of_brute_force(m: int) -> None:
+    random = np.random.default_rng(m)
+    for n in (1, 2, 5, 40):
+        for _ in range(20):  # few whole numbers, so that ties and equal rows are common
+            values = random.integers(0, 6, (n, m)).astype(float)
+            values[random.random((n, m)) < 0.05] = NAN
+            assert non_dominated(values).tolist() == brute_force_front(values)
+
+
+def test_front_of_nothing_is_empty() -> None:
+    assert non_dominated(np.empty((0, 2))).tolist() == []
+
+
+def test_of_equal_points_the_first_is_on_the_front() -> None:
+    assert non_dominated(np.array([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]])).tolist() == [1]
+
+
+def test_point_with_nan_is_not_on_the_front_and_beats_nothing() -> None:
+    assert non_dominated(np.array([[9.0, NAN], [1.0, 1.0], [NAN, NAN]])).tolist() == [1]
+
+
+def test_infinite_point_beats_all() -> None:
+    assert non_dominated(np.array([[1.0, 2.0], [np.inf, 2.0], [-np.inf, 3.0]])).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+def test_hypervolume_counts_the_unit_cubes_below_the_points(m: int) -> None:
+    random = np.random.default_rng(m)
+    for n in (1, 2, 3, 8):
+        for _ in range(5):
+            values = random.integers(0, 6, (n, m)).astype(float)
+            reference = random.integers(0, 3, m).astype(float)
+            assert hypervolume(values, reference) == count_unit_cubes(values, reference, size=6)
+
+
+def test_hypervolume_of_one_point_is_its_box() -> None:
+    assert hypervolume(np.array([[0.5, 3.0]]), np.array([0.25, 1.0])) == 0.5
+    assert hypervolume(np.array([[2.0, 3.0, 4.0]]), np.zeros(3)) == 24.0
+
+
+def test_hypervolume_of_two_points_is_boxes_less_overlap() -> None:
+    values = np.array([[0.9, 1.5], [0.6, 3.0]])
+    assert hypervolume(values, np.array([0.0, 1.0])) == pytest.approx(0.9 * 0.5 + 0.6 * 2.0 - 0.6 * 0.5)
+
+
+def test_hypervolume_of_points_on_a_line_tends_to_the_triangle() -> None:
+    x = np.linspace(0, 1, 1001)
+    assert hypervolume(np.column_stack((x, 1 - x)), np.zeros(2)) == pytest.approx(0.5 - 0.5 / 1000)
+
+
+def test_points_at_or_outside_the_reference_add_nothing() -> None:
+    reference = np.array([1.0, 1.0])
+    outside = np.array([[1.0, 9.0], [9.0, 1.0], [0.5, 9.0], [NAN, 9.0]])
+    assert hypervolume(outside, reference) == 0.0
+    assert hypervolume(np.vstack((outside, [[2.0, 3.0]])), reference) == 2.0
+
+
+def test_hypervolume_of_nothing_is_zero_and_duplicates_count_once() -> None:
+    assert hypervolume(np.empty((0, 3)), np.zeros(3)) == 0.0
+    assert hypervolume(np.array([[2.0, 2.0]] * 3), np.zeros(2)) == 4.0
+
+
+def test_knee_is_nearest_to_the_best_of_both() -> None:
+    front = np.array([[1.0, 0.0], [0.9, 0.7], [0.5, 0.8], [0.0, 1.0]])
+    assert knee(front) == min(range(4), key=lambda row: np.hypot(*(1 - front[row]))) == 1
+
+
+def test_knee_of_a_front_that_sags_is_not_an_end() -> None:
+    assert knee(np.array([[1.0, 0.0], [0.4, 0.45], [0.0, 1.0]])) == 1
+
+
+def test_knee_does_not_depend_on_the_units() -> None:
+    front = np.array([[1.0, 0.0], [0.9, 0.7], [0.5, 0.8], [0.0, 1.0]])
+    assert knee(front * [100.0, 1e-3] + [5.0, -7.0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("front", "expected"),
+    [
+        ([[0.5, 2.0]], 0),
+        ([[0.5, 2.0], [0.9, 1.0]], 1),
+        ([[0.7, 1.3], [0.3, 1.7], [0.1, 1.9], [0.9, 1.1]], 0),  # on one line: the two in the middle tie
+        (np.linspace((0.3, 3.1), (0.9, 1.2), 10).tolist(), 5),  # the same, but for rounding
+        ([[0.0, 1.0], [0.1, 0.2], [1.0, 0.0]], 2),  # bent inwards so far that the ends are nearer
+        ([[0.0, 1.0], [0.6, 0.9], [0.9, 0.6], [1.0, 0.0]], 2),
+    ],
+)
+def test_knee_of_a_tie_is_the_more_accurate(front: list[list[float]], expected: int) -> None:
+    assert knee(np.array(front)) == expected
+
+
+@pytest.fixture
+def sweep() -> list[Outcome]:
+    """On the front: t003, t001, t004, from slow to fast."""
+    return [
+        made.outcome("t000", 0.70, 1.5),
+        made.outcome("t001", 0.85, 2.0, top1_test=0.84),
+        made.failed("t002"),
+        made.outcome("t003", 0.90, 1.2),
+        made.outcome("t004", 0.60, 3.0),
+        made.outcome("t005", NAN, 9.0),
+    ]
+
+
+def test_front_of_a_sweep_runs_from_slow_to_fast(sweep: list[Outcome]) -> None:
+    assert [outcome.id for outcome in front_of(sweep)] == ["t003", "t001", "t004"]
+
+
+def test_front_of_a_sweep_where_all_failed_is_empty() -> None:
+    assert front_of([made.failed("t000"), made.failed("t001", State.INFEASIBLE)]) == ()
+
+
+def test_hypervolume_of_a_sweep_is_the_staircase_above_half_the_dense_accuracy(sweep: list[Outcome]) -> None:
+    assert reference_point(made.DENSE) == {"top1": 0.45, "speedup": 1.0}
+    stairs = 0.45 * 0.2 + 0.40 * 0.8 + 0.15 * 1.0
+    assert hypervolume_of(sweep, made.DENSE) == pytest.approx(stairs)
+    assert hypervolume_of([], made.DENSE) == 0.0
+
+
+def test_running_hypervolume_is_that_of_each_beginning(sweep: list[Outcome]) -> None:
+    running = running_hypervolume(sweep, made.DENSE)
+    assert running == tuple(hypervolume_of(sweep[: count + 1], made.DENSE) for count in range(len(sweep)))
+    assert running[0] == pytest.approx(0.25 * 0.5)
+    assert running[1] == running[2] < running[3] < running[4] == running[5]
+
+
+def test_front_record_survives_json(sweep: list[Outcome]) -> None:
+    record = front_record("digits", sweep, made.DENSE)
+    read = json.loads(json.dumps(record))
+    assert read["name"] == "digits"
+    assert read["objectives"] == [
+        {"name": "top1", "direction": "maximize"},
+        {"name": "speedup", "direction": "maximize"},
+    ]
+    assert read["dense"]["top1"] == 0.9
+    assert read["reference_point"] == {"top1": 0.45, "speedup": 1.0}
+    assert read["hypervolume"] == hypervolume_of(sweep, made.DENSE)
+    assert read["knee"] == "t001"
+    assert [point["id"] for point in read["points"]] == ["t003", "t001", "t004"]
+
+
+def test_point_of_a_record_has_measurement_candidate_and_plan(sweep: list[Outcome]) -> None:
+    point = json.loads(json.dumps(front_record("digits", sweep, made.DENSE)["points"][1]))
+    assert point.keys() == {
+        *("id", "top1", "top1_low", "top1_high", "top1_test", "throughput_img_s", "speedup", "speedup_low"),
+        *("speedup_high", "latency_ms_p50", "macs", "params", "candidate", "plan"),
+    }
+    rebuilt = Outcome.from_json(
+        json.loads(json.dumps(sweep[1].to_json())) | {"candidate": point["candidate"], "plan": point["plan"]}
+    )
+    assert rebuilt == sweep[1]
+    assert (point["top1"], point["top1_test"], point["speedup"]) == (0.85, 0.84, 2.0)
+
+
+def test_record_of_an_empty_front_has_no_knee() -> None:
+    record = front_record("digits", [made.failed("t000")], made.DENSE)
+    assert (record["knee"], record["points"], record["hypervolume"]) == (None, [], 0.0)
+
+
+def test_bounds_are_kept_and_include_their_ends(sweep: list[Outcome]) -> None:
+    front = front_of(sweep)
+    assert [o.id for o in within(front, {"top1": 0.85}, {})] == ["t003", "t001"]
+    assert [o.id for o in within(front, {}, {"latency_ms_p50": 320.0})] == ["t001", "t004"]
+    assert [o.id for o in within(front, {"top1": 0.85}, {"latency_ms_p50": 320.0})] == ["t001"]
+    assert within(front, {}, {}) == front
+
+
+def test_metric_that_was_not_taken_keeps_no_bound(sweep: list[Outcome]) -> None:
+    front = front_of(sweep)
+    assert [o.id for o in within(front, {"top1_test": 0.0}, {})] == ["t001"]
+    assert [o.id for o in within(front, {}, {"top1_test": 1.0})] == ["t001"]
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [("knee", "t001"), ("fastest", "t004"), ("most-accurate", "t003"), ("t004", "t004")],
+)
+def test_pick_without_bounds(sweep: list[Outcome], how: str, expected: str) -> None:
+    assert pick(front_of(sweep), how, {}, {}).id == expected
+
+
+def test_pick_chooses_among_what_the_bounds_leave(sweep: list[Outcome]) -> None:
+    assert pick(front_of(sweep), "fastest", {"top1": 0.7}, {}).id == "t001"
+    assert pick(front_of(sweep), "most-accurate", {"speedup": 1.5}, {}).id == "t001"
+    assert pick(front_of(sweep), "knee", {"speedup": 2.5}, {}).id == "t004"
+
+
+def test_unknown_metric_is_answered_with_those_there_are(sweep: list[Outcome]) -> None:
+    with pytest.raises(SweepError, match=r"^no metric 'accuracy'; there are top1, .*speedup.*macs"):
+        pick(front_of(sweep), "knee", {"accuracy": 0.5}, {})
+    with pytest.raises(SweepError, match="no metric 'ms'"):
+        within([], {}, {"ms": 0.5})
+
+
+def test_unknown_point_is_answered_with_those_there_are(sweep: list[Outcome]) -> None:
+    with pytest.raises(SweepError, match="no point 't000' to pick; there are t003, t001, t004, and knee, fastest"):
+        pick(front_of(sweep), "t000", {}, {})
+
+
+def test_bounds_that_leave_nothing_are_answered_with_the_best_values(sweep: list[Outcome]) -> None:
+    expected = "has top1 >= 0.95 and macs <= 1000; it reaches top1 up to 0.9, macs down to 4.115e"
+    with pytest.raises(SweepError, match=expected):
+        pick(front_of(sweep), "knee", {"top1": 0.95}, {"macs": 1000})
+
+
+def test_bound_on_what_was_never_measured_says_so() -> None:
+    with pytest.raises(SweepError, match="top1_test not measured"):
+        pick([made.outcome("t000", 0.9, 2.0)], "knee", {"top1_test": 0.5}, {})
+
+
+def test_empty_front_says_that_it_is_empty() -> None:
+    with pytest.raises(SweepError, match="the front is empty"):
+        pick([], "knee", {"top1": 0.5}, {})
+
+
+def test_contenders_are_those_not_beaten_beyond_the_noise() -> None:
+    outcomes = [
+        made.outcome("t000", 0.9, 2.0),
+        made.outcome("t001", 0.9, 1.95),  # slower, but within the intervals
+        made.outcome("t002", 0.9, 1.0),  # beaten by t000
+        made.outcome("t003", 0.8, 2.1),  # faster within the noise: may be on the front
+        made.outcome("t004", 0.91, 0.5),  # the most accurate
+        made.failed("t005"),
+    ]
+    assert [outcome.id for outcome in contenders(outcomes)] == ["t000", "t001", "t003", "t004"]
+
+
+def test_front_lies_within_the_contenders() -> None:
+    draw = np.random.default_rng(0)
+    outcomes = [made.outcome(f"t{i:03d}", top1, speed) for i, (top1, speed) in enumerate(draw.random((60, 2)) + 0.5)]
+    assert {outcome.id for outcome in front_of(outcomes)} <= {outcome.id for outcome in contenders(outcomes)}
+    assert len(contenders(outcomes)) < len(outcomes)

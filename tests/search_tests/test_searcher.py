@@ -1,0 +1,227 @@
+"""The searcher over a real Optuna study: what is suggested first, what is told, and what a resume knows."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+from ray import cloudpickle
+from ray.tune.search import Searcher
+
+from search.config import SpaceConfig
+from search.outcome import Candidate, Outcome, State
+from search.searcher import StudySearcher
+from search.space import Space
+from tests.search_tests import made
+
+SPACE = Space(SpaceConfig(exit_block=(2, 3)), depth=3)
+FIRST = SPACE.first_candidates()
+FINISHED = {TrialState.COMPLETE, TrialState.FAIL}
+
+
+def searcher(space: Space = SPACE, **other: Any) -> StudySearcher:
+    settings: dict[str, Any] = {"known": [], "sampler": "tpe", "seed": 0}
+    return StudySearcher(space, **settings | other)
+
+
+def suggest(source: StudySearcher, count: int) -> list[tuple[str, Candidate]]:
+    """Ids and candidates, all asked for before any is told. Ray's id of a trial is `ray-` and ours."""
+    suggested = []
+    for _ in range(count):
+        name = f"ray-{len(trials(source))}"
+        config = source.suggest(name)
+        assert isinstance(config, dict)
+        suggested.append((config["id"], Candidate.from_json(json.loads(json.dumps(config["candidate"])))))
+    return suggested
+
+
+def trials(source: StudySearcher) -> list[FrozenTrial]:
+    """What the study holds, except for what waits to be suggested."""
+    return [trial for trial in source._study.trials if trial.state is not TrialState.WAITING]
+
+
+def tell(source: StudySearcher, number: int, outcome: Outcome) -> None:
+    """As Ray does: by the study's number of the trial."""
+    source.on_trial_complete(f"ray-{number}", {"outcome": json.dumps(outcome.to_json())})
+
+
+def measured(id: str, candidate: Candidate, top1: float = 0.9, speedup: float = 1.5) -> Outcome:
+    return replace(made.outcome(id, top1, speedup), candidate=candidate)
+
+
+def failed(id: str, candidate: Candidate, state: State = State.FAILED) -> Outcome:
+    return replace(made.failed(id, state), candidate=candidate)
+
+
+def test_first_candidates_are_suggested_first_in_their_order_and_once() -> None:
+    suggested = [candidate for _, candidate in suggest(searcher(), 20)]
+    assert suggested[: len(FIRST)] == FIRST
+    assert suggested[0].drop_budget == (0.0, 0.0, 0.0)
+    assert suggested[0].target_ratio == 1.0
+    assert all(suggested.count(candidate) == 1 for candidate in FIRST)
+
+
+def test_ids_count_the_suggestions() -> None:
+    assert [id for id, _ in suggest(searcher(), 3)] == ["t000", "t001", "t002"]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_suggestions_lie_within_the_space_and_are_all_different(sampler: str) -> None:
+    source = searcher(sampler=sampler)
+    seen = set()
+    for number in range(30):
+        [(id, candidate)] = suggest(source, 1)
+        assert SPACE.clip(candidate) == candidate
+        seen.add(candidate)
+        tell(source, number, measured(id, candidate, top1=candidate.target_ratio, speedup=1 / candidate.target_ratio))
+    assert len(seen) == 30
+
+
+def test_tpe_goes_where_it_was_good() -> None:
+    source = searcher(Space(SpaceConfig(exit_block=3), depth=3))
+    tried = []
+    for number in range(60):
+        [(id, candidate)] = suggest(source, 1)
+        good = 1 - abs(candidate.cutoff_token - 0.3)
+        tell(source, number, measured(id, candidate, top1=good, speedup=good))
+        tried.append(abs(candidate.cutoff_token - 0.3))
+    assert sum(tried[-20:]) / 20 < 0.5 * sum(tried[:20]) / 20
+
+
+def test_same_seed_gives_the_same_suggestions_and_another_gives_others() -> None:
+    one, same, other = (suggest(searcher(seed=seed), 12) for seed in (3, 3, 4))
+    assert one == same
+    assert one[: len(FIRST)] == other[: len(FIRST)]
+    assert {c for _, c in one[len(FIRST) :]}.isdisjoint(c for _, c in other[len(FIRST) :])
+
+
+def test_measured_outcome_is_told_with_both_objectives() -> None:
+    source = searcher()
+    [(id, candidate)] = suggest(source, 1)
+    tell(source, 0, measured(id, candidate, top1=0.75, speedup=2.5))
+    [trial] = trials(source)
+    assert (trial.state, trial.values) == (TrialState.COMPLETE, [0.75, 2.5])
+    assert source._study.directions == source._study.directions[:1] * 2
+    assert source._study.directions[0].name == "MAXIMIZE"
+
+
+@pytest.mark.parametrize("state", [State.FAILED, State.INFEASIBLE, State.STOPPED])
+def test_outcome_without_a_measurement_is_told_as_failed(state: State) -> None:
+    source = searcher()
+    [(id, candidate)] = suggest(source, 1)
+    tell(source, 0, failed(id, candidate, state))
+    assert [trial.state for trial in trials(source)] == [TrialState.FAIL]
+
+
+@pytest.mark.parametrize("values", [{"top1": float("nan")}, {"speedup": float("inf")}])
+def test_measurement_that_is_no_number_is_told_as_failed(values: dict[str, float]) -> None:
+    source = searcher()
+    [(id, candidate)] = suggest(source, 1)
+    tell(source, 0, measured(id, candidate, **values))
+    assert [trial.state for trial in trials(source)] == [TrialState.FAIL]
+
+
+@pytest.mark.parametrize(("result", "error"), [(None, True), (None, False), ({}, False), ({"outcome": "{"}, True)])
+def test_trial_whose_worker_broke_is_told_as_failed(result: dict[str, Any] | None, error: bool) -> None:
+    source = searcher()
+    suggest(source, 2)
+    source.on_trial_complete("ray-0", result, error)
+    assert [trial.state for trial in trials(source)] == [TrialState.FAIL, TrialState.RUNNING]
+
+
+def test_trials_end_in_any_order_each_with_its_own_values() -> None:
+    source = searcher()
+    suggested = suggest(source, 4)
+    for number in (2, 0, 3, 1):
+        tell(source, number, measured(*suggested[number], top1=number / 10))
+    assert [trial.values[0] for trial in trials(source)] == [0.0, 0.1, 0.2, 0.3]
+
+
+def test_budgets_past_the_exit_are_no_parameters_of_the_study() -> None:
+    source = searcher()
+    suggested = suggest(source, 12)
+    exits = {candidate.exit_block for _, candidate in suggested}
+    assert exits == {2, 3}
+    for (_, candidate), trial in zip(suggested, trials(source), strict=True):
+        assert trial.params == candidate.to_params()
+        assert ("drop_budget.2" in trial.params) == (candidate.exit_block == 3)
+
+
+def test_who_watches_is_told_of_every_suggestion_before_it_starts() -> None:
+    told: list[tuple[str, Candidate]] = []
+    source = searcher(on_suggest=lambda id, candidate: told.append((id, candidate)))
+    assert suggest(source, 3) == told
+
+
+@pytest.mark.parametrize("kind", [measured, failed])
+def test_resume_knows_what_was_tried_and_counts_on(kind: Any) -> None:
+    known = [kind(f"t{number:03d}", candidate) for number, candidate in enumerate(FIRST[:3])]
+    source = searcher(known=known)
+    state = TrialState.COMPLETE if kind is measured else TrialState.FAIL
+    assert [trial.state for trial in trials(source)] == [state] * 3
+    suggested = suggest(source, len(FIRST))
+    assert [id for id, _ in suggested][:2] == ["t003", "t004"]
+    assert [candidate for _, candidate in suggested][: len(FIRST) - 3] == FIRST[3:]
+    assert {candidate for _, candidate in suggested}.isdisjoint(FIRST[:3])
+
+
+def test_resume_after_a_kill_counts_on_from_the_highest_id_and_suggests_what_was_lost() -> None:
+    known = [measured("t002", FIRST[2]), measured("t000", FIRST[0])]  # t001 ran when the driver was killed
+    id, candidate = suggest(searcher(known=known), 1)[0]
+    assert (id, candidate) == ("t003", FIRST[1])
+
+
+def test_resume_does_not_suggest_again_what_its_first_run_drew() -> None:
+    drawn = suggest(searcher(sampler="random"), len(FIRST) + 6)
+    known = [measured(*each) for each in drawn]
+    resumed = suggest(searcher(sampler="random", known=known), 6)
+    assert {candidate for _, candidate in resumed}.isdisjoint(candidate for _, candidate in drawn)
+
+
+def test_known_outcome_outside_the_space_is_taken_at_its_nearest_point() -> None:
+    outside = replace(FIRST[0], cutoff_token=0.99, exit_block=1)
+    source = searcher(known=[measured("t000", outside)])
+    assert trials(source)[0].params == SPACE.clip(outside).to_params()
+
+
+def test_nothing_is_left_running_once_all_have_ended() -> None:
+    source = searcher(known=[measured("t000", FIRST[0]), failed("t001", FIRST[1])])
+    for number, (id, candidate) in enumerate(suggest(source, 4), start=2):
+        tell(source, number, failed(id, candidate) if number % 2 else measured(id, candidate))
+    assert {trial.state for trial in trials(source)} <= FINISHED
+
+
+def test_after_the_deadline_nothing_is_suggested() -> None:
+    told: list[str] = []
+    source = searcher(deadline=time.monotonic(), on_suggest=lambda id, candidate: told.append(id))
+    assert source.suggest("ray-0") == Searcher.FINISHED
+    assert trials(source) == told == []
+
+
+def test_once_finished_nothing_is_suggested_but_what_runs_is_told() -> None:
+    source = searcher(deadline=time.monotonic() + 3600)
+    [(id, candidate)] = suggest(source, 1)
+    source.finish()
+    assert source.suggest("ray-1") == Searcher.FINISHED
+    tell(source, 0, measured(id, candidate))
+    assert [trial.state for trial in trials(source)] == [TrialState.COMPLETE]
+
+
+def test_before_the_deadline_trials_are_suggested() -> None:
+    assert len(suggest(searcher(deadline=time.monotonic() + 3600), 2)) == 2
+
+
+def test_space_without_a_choice_gives_its_one_candidate() -> None:
+    fixed = SpaceConfig(cutoff_channel=0.1, cutoff_token=0.5, drop_budget=1, token_share=0, target_ratio=0.5)
+    space = Space(fixed, depth=3)
+    assert {candidate for _, candidate in suggest(searcher(space), 3)} == set(space.first_candidates())
+
+
+def test_tune_may_pickle_it() -> None:
+    """Tune saves its searcher to resume by."""
+    source = searcher(on_suggest=lambda id, candidate: None)
+    assert isinstance(cloudpickle.loads(cloudpickle.dumps(source)), StudySearcher)

@@ -1,0 +1,244 @@
+"""candidate -> outcome on a tiny untrained model: the dense one, pruned ones, and those that break."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pruning.accuracy import wilson_interval
+from pruning.anatomy import blocks_of, examine
+from pruning.cost import count_macs, count_params
+from pruning.data import Images
+from pruning.errors import VitfrontError
+from pruning.surgery import keep_all_plan
+from search.outcome import Candidate, Measurement, Outcome, State
+from search.trial import Bench, build, confirm, measure, prepare, run_trial
+from tests.search_tests import tiny
+
+EXITS = [2, 3]
+
+
+@pytest.fixture(scope="module")
+def prepared() -> tuple[Bench, Measurement]:
+    """A model that knows its noise by heart, so that pruning costs accuracy on the probe images."""
+    config = tiny.config(model__training={"epochs": 30, "max_shift": 0, "max_turn": 0, "batch_size": 8})
+    return prepare(config, tiny.model(), tiny.splits(), EXITS, trained=False)
+
+
+@pytest.fixture(scope="module")
+def bench(prepared: tuple[Bench, Measurement]) -> Bench:
+    return prepared[0]
+
+
+def candidate(**changes: Any) -> Candidate:
+    """The dense model, and `changes`."""
+    dense = Candidate(
+        cutoff_channel=0.1,
+        cutoff_token=0.85,
+        drop_budget=(0.0,) * tiny.DEPTH,
+        token_share=0.5,
+        target_ratio=1.0,
+        exit_block=tiny.DEPTH,
+    )
+    return replace(dense, **changes)
+
+
+def measured(outcome: Outcome) -> Measurement:
+    assert outcome.state is State.MEASURED, outcome.reason
+    assert outcome.measurement is not None
+    return outcome.measurement
+
+
+def accuracy(model: nn.Module, images: Images) -> float:
+    with torch.no_grad():
+        logits = model(images.normalized(slice(None)))
+    return float((logits.argmax(dim=1) == images.labels).double().mean())
+
+
+def breaking(bench: Bench, error: Exception) -> Bench:
+    """A bench whose model breaks."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    model = tiny.model()
+    model.patch_embed.register_forward_hook(fail)
+    return replace(bench, model=model)
+
+
+def test_dense_model_is_measured_against_itself(prepared: tuple[Bench, Measurement]) -> None:
+    bench, dense = prepared
+    assert (dense.speedup, dense.speedup_low, dense.speedup_high) == (1.0, 1.0, 1.0)
+    assert dense.top1 == pytest.approx(accuracy(bench.model, bench.splits.val))
+    assert (dense.top1_low, dense.top1_high) == wilson_interval(dense.top1, len(bench.splits.val))
+    assert dense.macs == bench.dense_macs == count_macs(examine(bench.model), keep_all_plan(examine(bench.model)))
+    assert dense.params == count_params(bench.model)
+    assert dense.throughput_img_s == pytest.approx(8 / dense.latency_ms_p50 * 1e3)
+    assert dense.top1_test is None
+
+
+def test_bench_has_a_classifier_for_every_exit_and_its_model_is_done_learning(bench: Bench) -> None:
+    assert sorted(bench.heads) == EXITS
+    assert not bench.model.training
+    assert not any(parameter.requires_grad for parameter in bench.model.parameters())
+
+
+def test_dense_candidate_gives_the_dense_model(prepared: tuple[Bench, Measurement]) -> None:
+    bench, dense = prepared
+    outcome = run_trial(bench, candidate(), "t007")
+    found = measured(outcome)
+    assert (outcome.id, outcome.candidate) == ("t007", candidate())
+    assert outcome.plan == keep_all_plan(examine(bench.model))
+    assert outcome.block_drops == (0.0,) * tiny.DEPTH
+    assert (found.top1, found.macs, found.params) == (dense.top1, dense.macs, dense.params)
+    assert 0.6 < found.speedup < 1.7
+    assert outcome.seconds > 0
+
+
+def test_pruned_outcome_costs_each_block_no_more_than_its_budget_and_reaches_its_target(bench: Bench) -> None:
+    asked = candidate(drop_budget=(5.0, 20.0, 100.0), target_ratio=0.2)
+    outcome = run_trial(bench, asked, "t000")
+    found = measured(outcome)
+    assert len(outcome.block_drops) == tiny.DEPTH
+    assert all(drop <= budget for drop, budget in zip(outcome.block_drops, asked.drop_budget, strict=True))
+    assert max(outcome.block_drops) > 0
+    assert outcome.plan is not None
+    assert found.macs == count_macs(examine(bench.model), outcome.plan) <= 0.2 * bench.dense_macs
+    assert found.params < count_params(bench.model)
+    assert outcome.forward_passes > 1
+
+
+def test_budget_of_nothing_loses_no_probe_image(bench: Bench) -> None:
+    outcome = run_trial(bench, candidate(target_ratio=0.2), "t000")
+    measured(outcome)
+    assert max(outcome.block_drops) <= 0
+    assert outcome.plan is not None
+    model = build(bench, outcome.plan)
+    assert accuracy(model, bench.splits.probe) >= accuracy(bench.model, bench.splits.probe)
+
+
+def test_exit_candidate_answers_with_the_classifier_of_its_exit(bench: Bench) -> None:
+    outcome = run_trial(bench, candidate(exit_block=2), "t000")
+    found = measured(outcome)
+    assert outcome.plan is not None
+    assert outcome.plan.exit_block == len(outcome.block_drops) == 2
+    assert found.macs < bench.dense_macs
+    model = build(bench, outcome.plan)
+    assert len(blocks_of(model)) == 2
+    assert torch.equal(model.head.weight, bench.heads[2]["head.weight"])
+    assert not torch.equal(model.head.weight, bench.model.head.weight)
+
+
+def test_target_of_an_exit_counts_in_macs_of_the_dense_model(bench: Bench) -> None:
+    """Two of three blocks are two thirds of the multiply-adds already, so that a target of 0.8 leaves them whole."""
+    outcome = run_trial(bench, candidate(exit_block=2, target_ratio=0.8, drop_budget=(100.0, 100.0, 0.0)), "t000")
+    assert outcome.plan is not None
+    assert outcome.plan.blocks == keep_all_plan(examine(bench.model)).blocks[:2]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [candidate(drop_budget=(10.0, 10.0, 10.0), target_ratio=0.5), candidate(exit_block=2, drop_budget=(9.0, 9.0, 0.0))],
+)
+def test_model_built_again_from_the_plan_reaches_the_recorded_accuracy(bench: Bench, asked: Candidate) -> None:
+    outcome = run_trial(bench, asked, "t000")
+    assert outcome.plan is not None
+    model = build(bench, outcome.plan)
+    assert accuracy(model, bench.splits.val) == pytest.approx(measured(outcome).top1)
+    assert measure(bench, model, outcome.plan).top1 == measured(outcome).top1
+
+
+def test_trial_leaves_the_bench_as_it_was(bench: Bench) -> None:
+    before = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
+    heads = {name: tensor.clone() for name, tensor in bench.heads[2].items()}
+    run_trial(bench, candidate(exit_block=2, drop_budget=(20.0, 20.0, 0.0), target_ratio=0.4), "t000")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bench.model.state_dict().items())
+    assert all(torch.equal(tensor, heads[name]) for name, tensor in bench.heads[2].items())
+
+
+def test_same_candidate_gives_the_same_plan_and_accuracy(bench: Bench) -> None:
+    asked = candidate(drop_budget=(10.0, 10.0, 10.0), target_ratio=0.5)
+    one, other = (run_trial(bench, asked, "t000") for _ in range(2))
+    assert one.plan == other.plan
+    assert measured(one).top1 == measured(other).top1
+
+
+def test_error_inside_a_trial_is_a_failed_outcome_that_says_what_and_where(bench: Bench) -> None:
+    outcome = run_trial(breaking(bench, RuntimeError("out of memory\nmuch more of it")), candidate(), "t003")
+    assert (outcome.id, outcome.state, outcome.candidate) == ("t003", State.FAILED, candidate())
+    assert outcome.reason is not None
+    assert outcome.reason.startswith("RuntimeError: out of memory (test_trial.py:")
+    assert "\n" not in outcome.reason
+    assert outcome.seconds > 0
+
+
+def test_what_is_the_users_doing_is_told_in_its_own_words(bench: Bench) -> None:
+    outcome = run_trial(breaking(bench, VitfrontError("give more images")), candidate(), "t000")
+    assert (outcome.state, outcome.reason) == (State.FAILED, "give more images")
+
+
+def test_candidate_without_a_fitted_exit_fails(bench: Bench) -> None:
+    outcome = run_trial(bench, candidate(exit_block=1), "t000")
+    assert outcome.state is State.FAILED
+    assert outcome.reason is not None
+    assert outcome.reason.startswith("KeyError: 1 (trial.py:")
+
+
+def test_model_whose_logits_are_no_numbers_fails(bench: Bench) -> None:
+    model = tiny.model()
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    with pytest.raises(VitfrontError, match="the model's logits are not finite"):
+        prepare(tiny.config(), model, bench.splits, [tiny.DEPTH], trained=True)
+
+
+def test_front_is_confirmed_in_its_order_and_on_test(bench: Bench) -> None:
+    plans = [
+        outcome.plan
+        for asked in (candidate(exit_block=2), candidate(drop_budget=(50.0, 50.0, 50.0), target_ratio=0.5))
+        if (outcome := run_trial(bench, asked, "t000")).plan is not None
+    ]
+    found = confirm(bench, plans)
+    test = bench.splits.test
+    assert test is not None
+    assert found.dense.top1_test == pytest.approx(accuracy(bench.model, test))
+    for plan, measured, model in zip(plans, found.measured, found.models, strict=True):
+        assert measured.macs == count_macs(replace(examine(bench.model), depth=plan.exit_block), plan)
+        assert measured.top1 == pytest.approx(accuracy(model, bench.splits.val))
+        assert measured.top1_test == pytest.approx(accuracy(model, test))
+        assert measured.throughput_img_s == pytest.approx(found.dense.throughput_img_s * measured.speedup)
+
+
+def test_conditions_of_the_final_figures_are_told(bench: Bench) -> None:
+    conditions = confirm(bench, []).conditions
+    assert conditions.pop("device")
+    assert conditions == {"precision": "float32", "threads": 1, "batch_size": 8, "torch": torch.__version__}
+
+
+def test_front_is_confirmed_without_a_test_split_and_without_points(bench: Bench) -> None:
+    found = confirm(replace(bench, splits=tiny.splits(test=False)), [])
+    assert (found.dense.top1_test, found.measured, found.models) == (None, [], [])
+
+
+def test_few_images_are_repeated_to_fill_the_timing_batch(bench: Bench) -> None:
+    config = tiny.config(measure__batch_size=50)
+    batch = replace(bench, config=config).timing_batch()
+    assert batch.shape == (50, 3, 16, 16)
+    assert torch.equal(batch[24:48], batch[:24])
+
+
+def test_recipe_with_training_trains_on_calibration_and_probe(bench: Bench) -> None:
+    for seen in (bench.splits.calibration, bench.splits.probe):  # noise can only be learned by heart
+        assert accuracy(bench.model, seen) > 0.9
+    assert accuracy(bench.model, bench.splits.val) < 0.7
+
+
+def test_model_that_is_trained_already_is_not_trained_again() -> None:
+    config = tiny.config(model__training={"epochs": 2})
+    bench, _ = prepare(config, tiny.model(), tiny.splits(test=False), [tiny.DEPTH], trained=True)
+    fresh = tiny.model().state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in bench.model.state_dict().items())

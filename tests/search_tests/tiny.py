@@ -1,0 +1,84 @@
+"""The smallest sweep there is: a ViT of three blocks, and a handful of coloured images on disk or in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+
+from pruning.data import Images, Splits
+from pruning.models import create_model
+from search.config import Config
+
+DEPTH = 3
+NUM_CLASSES = 4
+NAME = "vit_tiny_patch16_224"
+ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": DEPTH, "num_heads": 2, "num_classes": NUM_CLASSES}
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    """A recipe; `changes` as `section__key=value`."""
+    made: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"name": NAME, "args": dict(ARGS)},
+        "data": {"root": "images", "calibration_images": 8, "probe_images": 8},
+        "exits": {"epochs": 2},
+        "search": {"trials": 1},
+        "cascade": {"num_levels": 3},
+        "measure": {"batch_size": 8, "num_rounds": 6, "precision": "float32"},
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        inner = made
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return made
+
+
+def config(**changes: Any) -> Config:
+    return Config.from_dict(record(**changes))
+
+
+def write_recipe(path: Path, **changes: Any) -> Path:
+    path.write_text(yaml.safe_dump(record(**changes)))
+    return path
+
+
+def model(seed: int = 0) -> torch.nn.Module:
+    """Untrained."""
+    torch.manual_seed(seed)
+    return create_model(NAME, args=ARGS)
+
+
+def images(count: int, seed: int = 0) -> Images:
+    """Noise, its labels too."""
+    generator = torch.Generator().manual_seed(seed)
+    return Images(
+        pixels=torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8),
+        labels=torch.randint(0, NUM_CLASSES, (count,), generator=generator),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+
+
+def splits(test: bool = True) -> Splits:
+    return Splits(
+        calibration=images(16, seed=1),
+        probe=images(40, seed=2),
+        val=images(24, seed=3),
+        test=images(20, seed=4) if test else None,
+    )
+
+
+def write_images(folder: Path, classes: str = "abcd", count: int = 4) -> Path:
+    """One folder a class below `folder`, each image of a colour of its own."""
+    for index, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            color = (30 + 50 * index, 10 * number, 5)
+            Image.new("RGB", (16, 16), color).save(folder / name / f"{number}.png")
+    return folder

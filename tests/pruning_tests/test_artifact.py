@@ -214,7 +214,9 @@ def test_saving_leaves_the_model_as_it_was_even_where_memory_is_not_in_order(tmp
     before = made.state(model)
     save(model, description(), tmp_path / "point")
     assert made.same_state(model, before)
-    assert torch.equal(load(tmp_path / "point")[0](made.batch()), model(made.batch()))
+    loaded, _ = load(tmp_path / "point")
+    assert made.same_state(loaded, before)  # some processors multiply in another order for another memory order
+    torch.testing.assert_close(loaded(made.batch()), model(made.batch()))
 
 
 def test_a_copy_loads_and_never_overwrites(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A transformer block whose query/key and value widths differ, and the reduction of its tokens.
+"""A transformer block whose query/key and value widths differ, and whose tokens are reduced.
 
 B images, N tokens, P prefix tokens, H heads, K query/key width a head, V value width a head, C model width.
 """
@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.scores.lfe import score_tokens
-from pruning.spectrum import token_filter
+from pruning.tokens import Clues, Reduced, Reducer
 
 
 class SlimAttention(nn.Module):
@@ -36,29 +35,40 @@ class SlimAttention(nn.Module):
         self.num_heads, self.qk_width, self.v_width, self.scale = num_heads, qk_width, v_width, scale
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._project(x)
-        # The fused CPU kernel wants equal widths; zeros change neither the logits nor the kept outputs,
-        # and cost less than the unfused product in bf16 (3.4 against 8.8 ms at 16 x 3 x 197 x 64).
-        if self.qk_width != self.v_width and not x.is_cuda:
-            gap = self.qk_width - self.v_width
-            q, k, v = (q, k, F.pad(v, (0, gap))) if gap > 0 else (F.pad(q, (0, -gap)), F.pad(k, (0, -gap)), v)
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self._merge(mixed[..., : self.v_width])
+        """(B, N, C) -> (B, N, C)."""
+        return self.proj(self.mix(*self.project(x)))
 
-    def forward_with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output (B, N, C) and the attention (B, H, N, N), for the blocks that score their tokens."""
-        q, k, v = self._project(x)
-        attention = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
-        return self._merge(attention.to(v.dtype) @ v), attention
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys (B, H, N, K), values (B, H, N, V)."""
         inner = self.num_heads * self.qk_width
         q, k, v = self.qkv(x).split([inner, inner, self.num_heads * self.v_width], dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
         return self.q_norm(q), self.k_norm(k), v
 
-    def _merge(self, mixed: Tensor) -> Tensor:
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None) -> Tensor:
+        """Values mixed by fused attention, the input of `proj`: (B, N, H*V).
+
+        size: (B, N, 1) patches that a token stands for: it counts as often (ToMe's proportional attention).
+        """
+        # The fused CPU kernel wants equal widths; zeros change neither the logits nor the kept outputs,
+        # and cost less than the unfused product in bf16 (3.4 against 8.8 ms at 16 x 3 x 197 x 64).
+        if self.qk_width != self.v_width and not v.is_cuda:
+            gap = self.qk_width - self.v_width
+            q, k, v = (q, k, F.pad(v, (0, gap))) if gap > 0 else (F.pad(q, (0, -gap)), F.pad(k, (0, -gap)), v)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=log_size(size, q.dtype), scale=self.scale)
+        return mixed[..., : self.v_width].transpose(1, 2).flatten(2)
+
+    def mix_with_map(self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same (B, N, H*V), and the attention (B, H, N, N), for the blocks that need all of it."""
+        logits = (q * self.scale) @ k.transpose(-2, -1)
+        bias = log_size(size, logits.dtype)
+        attention = (logits if bias is None else logits + bias).softmax(dim=-1)
+        return (attention.to(v.dtype) @ v).transpose(1, 2).flatten(2), attention
+
+
+def log_size(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What proportional attention adds to the logits. (B, N, 1) -> (B, 1, 1, N)."""
+    return None if size is None else size.float().log().to(dtype).transpose(1, 2)[:, None]
 
 
 class SlimMlp(nn.Module):
@@ -72,36 +82,12 @@ class SlimMlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class TokenDrop(nn.Module):
-    """Drops the patch tokens of least LFE score; prefix tokens stay, the rest keeps its order."""
-
-    token_filter: Tensor
-
-    def __init__(
-        self, *, num_patches: int, num_keep: int, num_prefix_tokens: int, has_class_token: bool, cutoff: float
-    ) -> None:
-        """num_patches come in, num_keep leave; cutoff is the token filter's, in (0, 1]."""
-        super().__init__()
-        assert 1 <= num_keep <= num_patches
-        self.num_keep, self.num_prefix_tokens, self.has_class_token = num_keep, num_prefix_tokens, has_class_token
-        self.register_buffer("token_filter", token_filter(num_patches, cutoff), persistent=False)
-
-    def forward(self, x: Tensor, attention: Tensor) -> Tensor:
-        """x: (B, P + num_patches, C), attention: (B, H, N, N) -> (B, P + num_keep, C)."""
-        prefix = self.num_prefix_tokens
-        scores = score_tokens(
-            x, attention, self.token_filter, num_prefix_tokens=prefix, has_class_token=self.has_class_token
-        )
-        kept = scores.topk(self.num_keep, dim=1).indices.sort(dim=1).values + prefix
-        always = torch.arange(prefix, device=x.device).expand(len(x), -1)
-        # Whole rows of all images at once: four times faster on a CPU than a gather along the tokens.
-        first_rows = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)[:, None]
-        rows = (first_rows + torch.cat([always, kept], dim=1)).flatten()
-        return x.flatten(0, 1).index_select(0, rows).unflatten(0, (x.shape[0], -1))
-
-
 class SlimBlock(nn.Module):
-    """Attention, then the tokens are reduced, then the MLP (VTC-LFC's place for the reduction)."""
+    """Attention, then the tokens are reduced, then the MLP (VTC-LFC's place for the reduction).
+
+    Once tokens are merged they have sizes. A size travels with its token, as one more channel behind the C of the
+    model, so that whatever batches, orders or stores a stream keeps both together; the last block takes it off.
+    """
 
     def __init__(
         self,
@@ -109,21 +95,44 @@ class SlimBlock(nn.Module):
         norm1: nn.Module,
         attn: SlimAttention,
         ls1: nn.Module,
-        reduction: TokenDrop | None,
+        reducer: Reducer | None,
         norm2: nn.Module,
         mlp: SlimMlp,
         ls2: nn.Module,
+        is_last: bool,
     ) -> None:
         super().__init__()
         self.norm1, self.attn, self.ls1 = norm1, attn, ls1
-        self.reduction = reduction
+        self.reducer = reducer
         self.norm2, self.mlp, self.ls2 = norm2, mlp, ls2
+        self.width, self.is_last = attn.qkv.in_features, is_last
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N', C), N' the tokens that the reduction leaves."""
-        if self.reduction is None:
-            x = x + self.ls1(self.attn(self.norm1(x)))
-        else:
-            attended, attention = self.attn.forward_with_map(self.norm1(x))
-            x = self.reduction(x + self.ls1(attended), attention)
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        """(B, N, C) or (B, N, C + 1) with sizes -> the same for N', the tokens that the reduction leaves."""
+        x, size = unpack(x, self.width)
+        mixed, clues = self.attend(x, size)
+        x, size, _ = self.reduce(x + self.ls1(self.attn.proj(mixed)), clues)
+        return self.pack(x + self.ls2(self.mlp(self.norm2(x))), size)
+
+    def attend(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Clues]:
+        """The input of the attention's projection (B, N, H*V), and what the reduction may look at."""
+        q, k, v = self.attn.project(self.norm1(x))
+        if self.reducer is not None and self.reducer.needs_map:
+            mixed, attention = self.attn.mix_with_map(q, k, v, size)
+            return mixed, Clues(q=q, k=k, scale=self.attn.scale, size=size, attention=attention)
+        return self.attn.mix(q, k, v, size), Clues(q=q, k=k, scale=self.attn.scale, size=size, attention=None)
+
+    def reduce(self, x: Tensor, clues: Clues) -> tuple[Tensor, Tensor | None, Reduced | None]:
+        """The tokens that go on, their sizes, and what was done."""
+        if self.reducer is None:
+            return x, clues.size, None
+        reduced = self.reducer.choose(x, clues)
+        return reduced.apply(x), reduced.size, reduced
+
+    def pack(self, x: Tensor, size: Tensor | None) -> Tensor:
+        return x if size is None or self.is_last else torch.cat([x, size.to(x.dtype)], dim=-1)
+
+
+def unpack(x: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+    """The tokens (B, N, C), and their sizes (B, N, 1) if they have any."""
+    return (x, None) if x.shape[-1] == width else (x[..., :width], x[..., width:])

@@ -7,11 +7,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pruning.errors import PlanError
 
 Indices = tuple[int, ...]
+
+TokenReduction = Literal["lfe", "attention", "merge", "lfe-merge", "attention-merge"]
+"""lfe: drop by low-frequency energy (VTC-LFC). attention: drop by class attention, the dropped become one token (EViT).
+merge: average the most similar pairs (ToMe). lfe-merge, attention-merge: the same, and what carries little
+low-frequency energy, or gets little class attention, goes first."""
+
+TOKEN_REDUCTIONS: tuple[TokenReduction, ...] = get_args(TokenReduction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +90,13 @@ class Plan:
     cutoff_token: float = 0.85
     """Cut-off frequency of the token score (LFE) that picks the tokens at run time, in (0, 1]."""
 
+    token_reduction: TokenReduction = "lfe"
+    """What becomes of the tokens that do not leave a block."""
+
     def __post_init__(self) -> None:
+        if self.token_reduction not in TOKEN_REDUCTIONS:
+            known = ", ".join(TOKEN_REDUCTIONS)
+            raise PlanError(f"no token reduction {self.token_reduction!r}; there are {known}")
         if not self.blocks:
             raise PlanError("the plan keeps no block; keep 1 at least")
         counts = [block.num_tokens for block in self.blocks]
@@ -98,7 +111,7 @@ class Plan:
     @property
     def shape_hash(self) -> str:
         """Equal for plans whose models have the same widths, and so run equally fast."""
-        widths = json.dumps([asdict(block.shape) for block in self.blocks], sort_keys=True)
+        widths = json.dumps([self.token_reduction, *(asdict(block.shape) for block in self.blocks)], sort_keys=True)
         return hashlib.sha256(widths.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
@@ -113,7 +126,7 @@ class Plan:
             }
             for block in self.blocks
         ]
-        return {"blocks": blocks, "cutoff_token": self.cutoff_token}
+        return {"blocks": blocks, "cutoff_token": self.cutoff_token, "token_reduction": self.token_reduction}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Plan:
@@ -136,7 +149,7 @@ class Plan:
                 )
                 for block in record["blocks"]
             )
-            return cls(blocks=blocks, cutoff_token=record["cutoff_token"])
+            return cls(blocks=blocks, cutoff_token=record["cutoff_token"], token_reduction=record["token_reduction"])
         except (KeyError, TypeError) as error:
             raise PlanError(f"not a plan: {type(error).__name__} {error}") from None
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pruning.anatomy import Anatomy, BlockParts, blocks_of, examine, parts_of, with_blocks
 from pruning.errors import PlanError
-from pruning.layers import SlimAttention, SlimBlock, SlimMlp, TokenDrop
-from pruning.plan import BlockPlan, Plan
+from pruning.layers import SlimAttention, SlimBlock, SlimMlp
+from pruning.plan import BlockPlan, Plan, TokenReduction
+from pruning.tokens import REDUCERS, Reducer, merges
 
 
 def keep_all_block(anatomy: Anatomy, num_tokens: int | None = None) -> BlockPlan:
@@ -47,7 +48,12 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     built: list[nn.Module] = []
     num_tokens = anatomy.num_patches
     for block, block_plan in zip(blocks_of(model), plan.blocks, strict=True):
-        built.append(slim_block(block, block_plan, anatomy, num_tokens, plan.cutoff_token))
+        built.append(
+            slim_block(
+                block, block_plan, anatomy, num_tokens_in=num_tokens, token_reduction=plan.token_reduction,
+                cutoff_token=plan.cutoff_token, is_last=len(built) == anatomy.depth - 1,
+            )
+        )  # fmt: skip
         num_tokens = block_plan.num_tokens
     return with_blocks(model, built)
 
@@ -72,7 +78,14 @@ def check_plan(plan: Plan, anatomy: Anatomy) -> None:
 
 
 def slim_block(
-    block: nn.Module, plan: BlockPlan, anatomy: Anatomy, num_tokens_in: int, cutoff_token: float
+    block: nn.Module,
+    plan: BlockPlan,
+    anatomy: Anatomy,
+    *,
+    num_tokens_in: int,
+    token_reduction: TokenReduction,
+    cutoff_token: float,
+    is_last: bool,
 ) -> nn.Module:
     """One block with only the planned units, in new memory; a whole block is a plain copy.
 
@@ -80,15 +93,18 @@ def slim_block(
         block: a dense block.
         num_tokens_in: patch tokens that enter it.
         cutoff_token: of the token filter, in (0, 1].
+        is_last: no block comes after it.
     """
-    if plan == keep_all_block(anatomy, num_tokens_in):
-        return copy.deepcopy(block)
     if plan.num_tokens > num_tokens_in:
         raise PlanError(f"{plan.num_tokens} patch tokens leave a block that {num_tokens_in} enter; keep fewer")
+    if plan == keep_all_block(anatomy, num_tokens_in):
+        block = copy.deepcopy(block)
+        has_sizes = merges(token_reduction) and num_tokens_in < anatomy.num_patches
+        return as_slim(block, anatomy, is_last=is_last) if has_sizes else block
     parts = parts_of(block)
-    reduction = None
+    reducer: Reducer | None = None
     if plan.num_tokens < num_tokens_in:
-        reduction = TokenDrop(
+        reducer = REDUCERS[token_reduction](
             num_patches=num_tokens_in,
             num_keep=plan.num_tokens,
             num_prefix_tokens=anatomy.num_prefix_tokens,
@@ -99,7 +115,7 @@ def slim_block(
         norm1=copy.deepcopy(parts.norm1),
         attn=_slim_attention(parts, plan, anatomy),
         ls1=copy.deepcopy(parts.ls1),
-        reduction=reduction,
+        reducer=reducer,
         norm2=copy.deepcopy(parts.norm2),
         mlp=SlimMlp(
             _linear(parts.fc1, rows=_index(plan.keep_hidden)),
@@ -107,8 +123,24 @@ def slim_block(
             _linear(parts.fc2, columns=_index(plan.keep_hidden)),
         ),
         ls2=copy.deepcopy(parts.ls2),
+        is_last=is_last,
     )
     return slim.train(block.training)
+
+
+def as_slim(block: nn.Module, anatomy: Anatomy, *, is_last: bool) -> SlimBlock:
+    """A dense block that takes merged tokens with their sizes. It shares the block's memory."""
+    parts = parts_of(block)
+    attention = SlimAttention(
+        parts.qkv, parts.proj, num_heads=anatomy.num_heads, qk_width=anatomy.head_dim, v_width=anatomy.head_dim,
+        scale=anatomy.head_dim**-0.5, q_norm=parts.q_norm, k_norm=parts.k_norm,
+    )  # fmt: skip
+    slim = SlimBlock(
+        norm1=parts.norm1, attn=attention, ls1=parts.ls1, reducer=None, norm2=parts.norm2,
+        mlp=SlimMlp(parts.fc1, parts.act, parts.fc2), ls2=parts.ls2, is_last=is_last,
+    )  # fmt: skip
+    slim.training = block.training  # of the container alone: the parts keep their modes
+    return slim
 
 
 def value_channels(plan: BlockPlan, anatomy: Anatomy) -> Tensor:

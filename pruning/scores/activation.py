@@ -1,0 +1,66 @@
+"""Activation: a unit that hardly varies, or that nothing listens to, can be replaced by its mean.
+
+B images, N tokens, C model width, H heads, D head width, h hidden units, n channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pruning.anatomy import parts_of
+from pruning.precision import autocast
+from pruning.scores.channel import ChannelScores, Scene
+
+
+@torch.no_grad()
+def score(scene: Scene) -> ChannelScores:
+    """The standard deviation of a unit over all calibration tokens, times the norm of its outgoing weights.
+
+        v_c: std(v_c) |proj_c|      hidden_c: std(act(fc1 x)_c) |fc2_c|      qk_c: scale std(q_c) std(k_c) |values|
+
+    with proj_c, fc2_c columns. A pair moves the logits of its head, and a logit moves the output as far as the
+    head's values spread: |values| is the root of the sum of squares of the head's v scores. So all are in units
+    of the residual stream.
+    """
+    parts, anatomy = parts_of(scene.blocks[0]), scene.anatomy
+    of_qkv, of_hidden = _Spread(), _Spread()
+    hooks = [
+        parts.qkv.register_forward_hook(lambda _, args, output: of_qkv.add(output)),
+        parts.fc2.register_forward_pre_hook(lambda _, args: of_hidden.add(args[0])),
+    ]
+    try:
+        with autocast(scene.x.device, scene.precision):
+            for batch in scene.x.split(scene.batch_size):
+                scene.blocks[0](batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    heads = anatomy.num_heads, anatomy.head_dim
+    q, k, spread = of_qkv.std.reshape(3, *heads)
+    v = spread * torch.linalg.vector_norm(parts.proj.weight, dim=0).reshape(heads)
+    values = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    hidden = of_hidden.std * torch.linalg.vector_norm(parts.fc2.weight, dim=0)
+    return ChannelScores(qk=anatomy.head_dim**-0.5 * q * k * values, v=v, hidden=hidden).checked(scene.index)
+
+
+class _Spread:
+    """The standard deviation of channels whose samples come in batches; sums are in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sum: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, x: Tensor) -> None:
+        """x: (..., n)."""
+        x = x.flatten(0, -2).double()
+        self.count += len(x)
+        self.sum = self.sum + x.sum(dim=0)
+        self.squares = self.squares + x.square().sum(dim=0)
+
+    @property
+    def std(self) -> Tensor:
+        """(n,), float32, over `count` samples (not count - 1)."""
+        variance = torch.as_tensor(self.squares / self.count - (self.sum / self.count) ** 2)
+        return variance.clamp_min(0).sqrt().float()

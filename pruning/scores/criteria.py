@@ -1,0 +1,19 @@
+"""The channel criteria by name.
+
+Not in `__init__.py`: `pruning.layers` imports from this package, and a criterion may import what needs the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pruning.scores import activation, lfs, magnitude, random, taylor
+from pruning.scores.channel import ChannelScores, Scene
+
+CRITERIA: dict[str, Callable[[Scene], ChannelScores]] = {
+    "lfs": lfs.score,
+    "taylor": taylor.score,
+    "magnitude": magnitude.score,
+    "activation": activation.score,
+    "random": random.score,
+}

@@ -1,0 +1,18 @@
+"""Magnitude: small weights, little lost.
+
+H heads, D head width, C model width.
+"""
+
+from __future__ import annotations
+
+from pruning.anatomy import parts_of
+from pruning.scores.channel import ChannelScores, Scene
+
+
+def score(scene: Scene) -> ChannelScores:
+    """The mean square of a unit's incoming weights: its row of qkv or fc1, both rows of a query/key pair."""
+    parts = parts_of(scene.blocks[0])
+    heads = 3, scene.anatomy.num_heads, scene.anatomy.head_dim
+    q, k, v = parts.qkv.weight.detach().square().mean(dim=1).reshape(heads)
+    hidden = parts.fc1.weight.detach().square().mean(dim=1)
+    return ChannelScores(qk=(q + k) / 2, v=v, hidden=hidden).checked(scene.index)

@@ -1,0 +1,20 @@
+"""Random: what every other criterion has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pruning.scores.channel import ChannelScores, Scene
+
+
+def score(scene: Scene) -> ChannelScores:
+    """Uniform in [0, 1), from the seed and the index of the block."""
+    anatomy = scene.anatomy
+    generator = torch.Generator().manual_seed(scene.seed * anatomy.depth + scene.index)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator).to(scene.x.device)
+
+    heads = anatomy.num_heads, anatomy.head_dim
+    return ChannelScores(qk=drawn(*heads), v=drawn(*heads), hidden=drawn(anatomy.num_hidden))

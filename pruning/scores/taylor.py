@@ -1,0 +1,81 @@
+"""First-order Taylor: how far the loss moves if a channel's weights go to zero (NViT, eq. 5).
+
+B images, N tokens, C model width, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pruning.anatomy import classify, parts_of
+from pruning.precision import autocast
+from pruning.scores.channel import ChannelScores, Scene
+
+Loss = Callable[[Tensor, Tensor, slice], Tensor]
+"""The loss of a batch, summed over its images, from what leaves the block (B, N, C), the logits, and which images."""
+
+
+def score(scene: Scene) -> ChannelScores:
+    """The Taylor score of the cross-entropy, on images as they are; see `taylor_scores`."""
+
+    def loss(_after: Tensor, logits: Tensor, batch: slice) -> Tensor:
+        return F.cross_entropy(logits, scene.labels[batch], reduction="sum")
+
+    return taylor_scores(scene, scene.x, loss)
+
+
+def taylor_scores(scene: Scene, x: Tensor, loss: Loss) -> ChannelScores:
+    """Sum over a channel's weights of (weight * mean gradient)^2; query and key of a pair add.
+
+    The weights are the channel's row of qkv, or a hidden unit's row of fc1.
+
+    Args:
+        x: (B, N, C) what enters the block.
+        loss: its mean over all images is differentiated, whatever the batch size; it is given float32.
+
+    Returns:
+        The scores, float32, on x's device.
+    """
+    parts = parts_of(scene.blocks[0])
+    weights = [parts.qkv.weight, parts.fc1.weight]
+    with _requiring_grad(weights):
+        gradients = _mean_gradients(scene, x, loss, weights)
+    qkv, hidden = (
+        (weight.detach() * gradient).square().sum(dim=1) for weight, gradient in zip(weights, gradients, strict=True)
+    )
+    q, k, v = qkv.reshape(3, scene.anatomy.num_heads, scene.anatomy.head_dim)
+    return ChannelScores(qk=q + k, v=v, hidden=hidden).checked(scene.index)
+
+
+def _mean_gradients(scene: Scene, x: Tensor, loss: Loss, weights: Sequence[Tensor]) -> list[Tensor]:
+    gradients = [torch.zeros_like(weight) for weight in weights]
+    for start in range(0, len(x), scene.batch_size):
+        batch = slice(start, start + scene.batch_size)
+        with autocast(x.device, scene.precision):
+            after = scene.blocks[0](x[batch])
+            last = after
+            for block in scene.blocks[1:]:
+                last = block(last)
+            logits = classify(scene.model, last)
+        total = loss(after.float(), logits.float(), batch)
+        for gradient, of_batch in zip(gradients, torch.autograd.grad(total, weights), strict=True):
+            gradient += of_batch / len(x)
+    return gradients
+
+
+@contextmanager
+def _requiring_grad(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients for these weights, for a while."""
+    before = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight, flag in zip(weights, before, strict=True):
+            weight.requires_grad_(flag)

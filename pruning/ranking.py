@@ -1,6 +1,6 @@
 """From channel scores to the widths of a block: drop the n least units, then give every head equal widths.
 
-H heads, D head width, h hidden units.
+H heads, D head width, h hidden units, C model width.
 """
 
 from __future__ import annotations
@@ -10,18 +10,30 @@ from torch import Tensor
 
 from pruning.anatomy import Anatomy
 from pruning.plan import BlockPlan, Indices
-from pruning.scores.lfs import ChannelScores
+from pruning.scores.channel import ChannelScores
 
 
 class Ranking:
-    """The units of one block, ranked together: query/key pairs, value channels, hidden units."""
+    """The units of one block, ranked together by score per multiply-add: query/key pairs, value channels, hidden units.
 
-    def __init__(self, scores: ChannelScores, anatomy: Anatomy) -> None:
+    With N tokens in and N' out, a pair or a value channel saves 2*N*C + N^2 multiply-adds, a hidden unit 2*N'*C
+    (`pruning.cost`).
+    """
+
+    def __init__(
+        self, scores: ChannelScores, anatomy: Anatomy, num_tokens_in: int, num_tokens_out: int, round_to: int = 1
+    ) -> None:
+        """Token counts are with the prefix tokens; widths a head and hidden units are rounded up to `round_to`."""
         self.scores = ChannelScores(qk=scores.qk.cpu(), v=scores.v.cpu(), hidden=scores.hidden.cpu())
+        self.round_to = round_to
         # With qk-norm the pairs stay whole: they are ranked above everything.
         qk = torch.full_like(self.scores.qk, float("inf")) if anatomy.has_qk_norm else self.scores.qk
         self._num_qk, self._num_v = qk.numel(), self.scores.v.numel()
-        self._order = torch.cat([qk.flatten(), self.scores.v.flatten(), self.scores.hidden]).argsort(stable=True)
+        self._channel_macs = 2 * num_tokens_in * anatomy.width + num_tokens_in**2
+        hidden_macs = 2 * num_tokens_out * anatomy.width
+        channels = torch.cat([qk.flatten(), self.scores.v.flatten()])
+        self._worth = torch.cat([channels / self._channel_macs, self.scores.hidden / hidden_macs])
+        self._order = self._worth.argsort(stable=True)
         self._min_qk = anatomy.num_heads * anatomy.head_dim if anatomy.has_qk_norm else 1
 
     @property
@@ -39,22 +51,31 @@ class Ranking:
         num_qk = self._num_qk - int((removed < self._num_qk).sum())
         num_hidden = len(self.scores.hidden) - int((removed >= self._num_qk + self._num_v).sum())
         num_v = self._num_v - (num_removed - (self._num_qk - num_qk) - (len(self.scores.hidden) - num_hidden))
-        heads, qk_width, v_width = fit_heads(self.scores.qk, self.scores.v, max(num_qk, self._min_qk), max(num_v, 1))
+        # What a channel has to be worth to stay: as much as the last unit that goes.
+        price = self._worth[removed[-1:]].sum().item() * self._channel_macs
+        heads, qk_width, v_width = fit_heads(
+            self.scores.qk, self.scores.v, max(num_qk, self._min_qk), max(num_v, 1), self.round_to, price
+        )
         return BlockPlan(
             keep_heads=heads,
             keep_qk=tuple(top(self.scores.qk[head], qk_width) for head in heads),
             keep_v=tuple(top(self.scores.v[head], v_width) for head in heads),
-            keep_hidden=top(self.scores.hidden, max(num_hidden, 1)),
+            keep_hidden=top(self.scores.hidden, _round_up(max(num_hidden, 1), self.round_to)),
             num_tokens=num_tokens,
         )
 
 
-def fit_heads(qk: Tensor, v: Tensor, num_qk: int, num_v: int) -> tuple[Indices, int, int]:
+def fit_heads(
+    qk: Tensor, v: Tensor, num_qk: int, num_v: int, round_to: int = 1, price: float = 0.0
+) -> tuple[Indices, int, int]:
     """Heads and equal widths for so many channels: of all head counts that fit, the one that loses the least score.
 
     Args:
         qk, v: (H, D) scores.
         num_qk, num_v: channels to keep in the whole block, at least 1 each.
+        round_to: both widths are rounded up to a multiple of it, or to D.
+        price: taken off for each channel that this rounding adds. With none, the most heads always win where one
+            step of rounding is a whole head, and nothing is ever pruned.
 
     Returns:
         The kept heads, ascending, and their query/key and value width.
@@ -62,14 +83,19 @@ def fit_heads(qk: Tensor, v: Tensor, num_qk: int, num_v: int) -> tuple[Indices, 
     num_heads, head_dim = qk.shape
     best: tuple[float, Indices, int, int] | None = None
     for count in range(-(-max(num_qk, num_v) // head_dim), num_heads + 1):
-        qk_width, v_width = -(-num_qk // count), -(-num_v // count)
+        asked = -(-num_qk // count), -(-num_v // count)
+        qk_width, v_width = (min(_round_up(width, round_to), head_dim) for width in asked)
         kept = qk.topk(qk_width, dim=1).values.sum(dim=1) + v.topk(v_width, dim=1).values.sum(dim=1)
         heads = top(kept, count)
-        score = kept[list(heads)].sum().item()
+        score = kept[list(heads)].sum().item() - price * count * (qk_width + v_width - sum(asked))
         if best is None or score > best[0]:
             best = score, heads, qk_width, v_width
     assert best is not None
     return best[1:]
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
 def top(scores: Tensor, count: int) -> Indices:

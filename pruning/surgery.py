@@ -139,7 +139,8 @@ def as_slim(block: nn.Module, anatomy: Anatomy, *, is_last: bool) -> SlimBlock:
         norm1=parts.norm1, attn=attention, ls1=parts.ls1, reducer=None, norm2=parts.norm2,
         mlp=SlimMlp(parts.fc1, parts.act, parts.fc2), ls2=parts.ls2, is_last=is_last,
     )  # fmt: skip
-    slim.training = block.training  # of the container alone: the parts keep their modes
+    for container in (slim, slim.attn, slim.mlp):  # of these alone: the parts keep their modes
+        container.training = block.training
     return slim
 
 

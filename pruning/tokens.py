@@ -57,10 +57,13 @@ class Step:
 
     def average(self, stream: Tensor) -> Tensor:
         """Every kept token averaged with those that move into it. (B, N, n) -> (B, N', n)."""
-        if self.weight is None:
+        if self.weight is None or self.moved is None or self.into is None:
             return self.total(stream)
-        weight = self.weight.to(stream.dtype)
-        return self.total(stream * weight) / self.total(weight)
+        # Shares before products: a token alone has a share of exactly 1, and least weights do not vanish in products.
+        total = self.total(self.weight)
+        whole = torch.ones_like(self.weight).scatter(1, self.kept[..., None], total)
+        whole = whole.scatter(1, self.moved[..., None], total.gather(1, self.into[..., None]))
+        return self.total(stream * (self.weight / whole).to(stream.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

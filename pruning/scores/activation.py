@@ -24,7 +24,7 @@ def score(scene: Scene) -> ChannelScores:
     of the residual stream.
     """
     parts, anatomy = parts_of(scene.blocks[0]), scene.anatomy
-    of_qkv, of_hidden = _Spread(), _Spread()
+    of_qkv, of_hidden = (_Spread(n, scene.x.device) for n in (parts.qkv.out_features, parts.fc2.in_features))
     hooks = [
         parts.qkv.register_forward_hook(lambda _, args, output: of_qkv.add(output)),
         parts.fc2.register_forward_pre_hook(lambda _, args: of_hidden.add(args[0])),
@@ -47,20 +47,18 @@ def score(scene: Scene) -> ChannelScores:
 class _Spread:
     """The standard deviation of channels whose samples come in batches; sums are in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_channels: int, device: torch.device) -> None:
         self.count = 0
-        self.sum: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0
+        self.sums = torch.zeros(2, num_channels, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
         """x: (..., n)."""
         x = x.flatten(0, -2).double()
         self.count += len(x)
-        self.sum = self.sum + x.sum(dim=0)
-        self.squares = self.squares + x.square().sum(dim=0)
+        self.sums += torch.stack([x.sum(dim=0), x.square().sum(dim=0)])
 
     @property
     def std(self) -> Tensor:
         """(n,), float32, over `count` samples (not count - 1)."""
-        variance = torch.as_tensor(self.squares / self.count - (self.sum / self.count) ** 2)
-        return variance.clamp_min(0).sqrt().float()
+        mean, mean_square = self.sums / self.count
+        return (mean_square - mean.square()).clamp_min(0).sqrt().float()

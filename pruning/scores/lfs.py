@@ -14,7 +14,7 @@ from pruning.scores.taylor import taylor_scores
 
 
 def score(scene: Scene) -> ChannelScores:
-    """The Taylor score of alpha * cross-entropy + (1 - alpha) * KL(softmax T || softmax T'), on low-pass filtered images.
+    """The Taylor score of alpha * cross-entropy + (1 - alpha) * KL(softmax T || softmax T'), on filtered images.
 
     T is the summary token after the block in the dense model on the image as it is, T' that of the filtered image here.
     """

@@ -1,4 +1,4 @@
-"""First-order Taylor: how far the loss moves if a channel's weights go to zero (NViT, eq. 5).
+"""First-order Taylor: how far the loss moves if a channel's weights go to zero (NViT, arXiv 2110.04869).
 
 B images, N tokens, C model width, H heads, D head width.
 """

@@ -19,7 +19,8 @@ from pruning.compensation import prune_and_repair
 from pruning.data import InputSpec
 from pruning.errors import ArtifactError
 from pruning.exits import fit_exits, truncate
-from pruning.surgery import apply_plan, keep_all_plan
+from pruning.plan import TOKEN_REDUCTIONS, TokenReduction
+from pruning.surgery import apply_plan, keep_all_block, keep_all_plan
 from tests.pruning_tests import made
 
 INPUT = InputSpec(size=(32, 32), mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), interpolation="bilinear", crop_pct=0.9)
@@ -53,6 +54,24 @@ def test_a_saved_model_comes_back_with_bit_equal_logits(family: str, tmp_path: P
     assert torch.equal(loaded(made.batch()), model(made.batch()))
     assert made.same_state(loaded, made.state(model))
     assert not any(module.training for module in loaded.modules())
+
+
+@pytest.mark.parametrize("family", ["vit", "distilled", "registers_average"])
+@pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_model_of_every_token_reduction_comes_back(
+    family: str, kind: TokenReduction, is_whole: bool, tmp_path: Path
+) -> None:
+    model, anatomy = made.model(family), made.anatomy(family)
+    plan = made.plan(anatomy, num_tokens=(12, 5, 5))
+    if is_whole:
+        plan = replace(plan, blocks=tuple(keep_all_block(anatomy, count) for count in (12, 5, 5)))
+    plan = replace(plan, token_reduction=kind, cutoff_token=0.4)
+    reduced = apply_plan(model, plan)
+    save(reduced, description(family, plan=plan), tmp_path / "point")
+    loaded, read = load(tmp_path / "point")
+    assert read.plan == plan
+    assert torch.equal(loaded(made.batch()), reduced(made.batch()))
 
 
 def test_a_dense_model_comes_back_too(tmp_path: Path) -> None:
@@ -164,6 +183,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no input size": (edit(lambda record: record["input"].pop("size") and None), "size"),
     "no plan in the plan": (edit(lambda record: record.update(plan=None)), "PlanError"),
     "a block without heads": (edit(lambda record: record["plan"]["blocks"][0].update(keep_heads=[])), "no head"),
+    "an unknown token reduction": (edit(lambda record: record["plan"].update(token_reduction="melt")), "melt"),
     "a unit too many": (edit(lambda record: record["plan"]["blocks"][0].update(keep_hidden=[96])), "hidden unit 96"),
     "a block too many": (
         edit(lambda record: record["plan"]["blocks"].append(record["plan"]["blocks"][2])),

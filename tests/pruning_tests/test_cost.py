@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pruning.anatomy import blocks_of, examine
 from pruning.cost import block_macs, count_macs, count_params
-from pruning.plan import BlockPlan, Plan
+from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, BlockShape, Plan, TokenReduction
 from pruning.surgery import apply_plan, keep_all_plan
+from pruning.tokens import REDUCERS, Clues
 from tests.pruning_tests import made
 
 
@@ -46,9 +47,66 @@ def test_different_widths_and_a_token_drop_count_as_by_hand() -> None:
     assert count_macs(anatomy, Plan(blocks=(first, second))) == expected
     macs = block_macs(anatomy, first.shape, 16)
     assert macs.attention == 17 * 24 * 22 + 2 * 17 * 17 * 8 + 17 * 10 * 24
-    assert (macs.token_filter, macs.mlp) == (16 * 16 * 24, 2 * 11 * 24 * 40)
-    assert macs.total == macs.attention + macs.token_filter + macs.mlp
-    assert block_macs(anatomy, second.shape, 10).token_filter == 0
+    assert (macs.reduction, macs.mlp) == (16 * 16 * 24, 2 * 11 * 24 * 40)
+    assert macs.total == macs.attention + macs.reduction + macs.mlp
+    assert block_macs(anatomy, second.shape, 10).reduction == 0
+
+
+FILTER = 16 * 16 * 24
+MATCHING = 3 * (8 * 8 + 4 * 4 + 2 * 2)  # keys 3 wide; 16 patches become 8, then 4, then 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "reduction"),
+    [
+        ("lfe", FILTER), ("attention", 0), ("merge", MATCHING), ("lfe-merge", FILTER + MATCHING),
+        ("attention-merge", MATCHING),
+    ],
+)  # fmt: skip
+def test_every_reduction_counts_as_by_hand(kind: TokenReduction, reduction: int) -> None:
+    anatomy = made.anatomy(depth=2)  # as above
+    first = BlockPlan(
+        keep_heads=(0, 2), keep_qk=((0, 1, 2),) * 2, keep_v=((0, 1, 2, 3, 4),) * 2, keep_hidden=tuple(range(40)),
+        num_tokens=3,
+    )  # fmt: skip
+    expected = (
+        16 * 24 * 192
+        + 17 * 24 * 22 + 2 * 17 * 17 * 8 + 17 * 10 * 24  # block 0: 17 tokens in its attention, 4 in its MLP
+        + reduction
+        + 2 * 4 * 24 * 40
+        + 4 * 24 * 22 + 2 * 4 * 4 * 8 + 4 * 10 * 24  # block 1: 4 tokens, and none to reduce
+        + 2 * 4 * 24 * 40
+        + 24 * 7
+    )  # fmt: skip
+    plan = Plan(blocks=(first, first), token_reduction=kind)
+    assert count_macs(anatomy, plan) == expected
+    assert block_macs(anatomy, first.shape, 16, kind).reduction == reduction
+    assert block_macs(anatomy, first.shape, 3, kind).reduction == 0
+
+
+@pytest.mark.parametrize(("patches", "left", "pairs"), [(15, 8, 7 * 8), (15, 7, 7 * 8 + 4 * 4), (2, 1, 1), (3, 1, 3)])
+def test_an_odd_number_of_patches_is_matched_floor_by_ceiling(patches: int, left: int, pairs: int) -> None:
+    # 15 patches: 8 even places, 7 odd; 7 pairs at most, so 8 stay. 3 patches: 2 x 1 pairs, then 1 x 1.
+    shape = BlockShape(num_heads=3, qk_width=5, v_width=2, num_hidden=9, num_tokens=left)
+    assert block_macs(made.anatomy(), shape, patches, "merge").reduction == 5 * pairs
+
+
+@pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
+@pytest.mark.parametrize(("patches", "left"), [(16, 15), (16, 8), (16, 7), (15, 7), (16, 1), (2, 1)])
+def test_a_reduction_counts_as_by_torch(kind: TokenReduction, patches: int, left: int) -> None:
+    reducer = REDUCERS[kind](
+        num_patches=patches, num_keep=left, num_prefix_tokens=1, has_class_token=True, cutoff=0.5
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 3, patches + 1, 5, generator=generator)
+    attention = (q @ k.transpose(2, 3)).softmax(dim=-1)
+    told = Clues(q=q, k=k, scale=1.0, size=None, attention=attention)
+    x = torch.randn(1, patches + 1, 24, generator=generator)
+    with FlopCounterMode(display=False) as counter:
+        reducer.choose(x, told)
+    row = 3 * (patches + 1) * 5 if "attention" in kind else 0  # the class token's logits again: part of the choice
+    shape = BlockShape(num_heads=3, qk_width=5, v_width=2, num_hidden=9, num_tokens=left)
+    assert counter.get_total_flops() == 2 * (block_macs(made.anatomy(), shape, patches, kind).reduction + row)
 
 
 def test_a_dense_vit_tiny_needs_its_well_known_number() -> None:

@@ -1,4 +1,4 @@
-"""The slim layers: K != V attention, and the tokens that are dropped, image by image."""
+"""The slim layers: attention with K != V, and tokens that stand for several patches."""
 
 from __future__ import annotations
 
@@ -6,46 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruning.layers import SlimAttention, TokenDrop
-from pruning.scores.lfe import score_tokens
-from tests.pruning_tests.test_lfe import attention, tokens
+from pruning.layers import SlimAttention, SlimBlock, SlimMlp, log_size, unpack
+from pruning.tokens import REDUCERS
 
-
-def token_drop(count: int, keep: int, prefix: int = 1) -> TokenDrop:
-    return TokenDrop(num_patches=count, num_keep=keep, num_prefix_tokens=prefix, has_class_token=prefix > 0, cutoff=0.5)
-
-
-def scores_of(drop: TokenDrop, x: Tensor, maps: Tensor) -> Tensor:
-    return score_tokens(
-        x, maps, drop.token_filter, num_prefix_tokens=drop.num_prefix_tokens, has_class_token=drop.has_class_token
-    )
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 5])
-@pytest.mark.parametrize("keep", [1, 4, 8, 9])
-def test_prefix_and_the_best_patches_stay_in_their_order(prefix: int, keep: int) -> None:
-    drop, x, maps = token_drop(9, keep, prefix), tokens(prefix + 9, images=6), attention(prefix + 9, images=6)
-    scores = scores_of(drop, x, maps).tolist()
-    for image, of_patches, out in zip(x, scores, drop(x, maps), strict=True):
-        best = sorted(sorted(range(9), key=lambda i: -of_patches[i])[:keep])
-        assert torch.equal(out, torch.stack([*image[:prefix], *(image[prefix + i] for i in best)]))
-
-
-def test_images_keep_tokens_of_their_own() -> None:
-    drop, x = token_drop(9, 3), tokens(10, images=8)
-    numbered = x.clone()
-    numbered[..., 0] = torch.arange(10)
-    kept = drop(numbered, attention(10, images=8))[..., 0]
-    assert len({tuple(row) for row in kept.tolist()}) > 1
-
-
-def test_tokens_of_equal_score_leave_as_many_as_asked() -> None:
-    drop, x = token_drop(8, 5), torch.ones(2, 9, 6)
-    assert drop(x, torch.full((2, 3, 9, 9), 1 / 9)).shape == (2, 6, 6)
-
-
-def test_the_token_filter_is_no_weight() -> None:
-    assert not token_drop(9, 3).state_dict()
+WIDTHS = [(5, 2), (2, 5), (3, 3), (1, 4), (4, 1)]
 
 
 def slim_attention(qk_width: int, v_width: int, *, bias: bool = True) -> SlimAttention:
@@ -62,18 +26,84 @@ def slim_attention(qk_width: int, v_width: int, *, bias: bool = True) -> SlimAtt
     )
 
 
-@pytest.mark.parametrize("widths", [(5, 2), (2, 5), (3, 3), (1, 4), (4, 1)])
-def test_the_fused_attention_equals_a_loop_over_heads(widths: tuple[int, int]) -> None:
+def drawn(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn_sizes(images: int, count: int) -> Tensor:
+    return torch.randint(1, 5, (images, count, 1), generator=torch.Generator().manual_seed(3)).float()
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("has_sizes", [False, True])
+def test_the_fused_attention_equals_a_loop_over_heads(widths: tuple[int, int], has_sizes: bool) -> None:
     qk, v = widths
-    layer = slim_attention(qk, v)
-    x = torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(1))
-    out, maps = layer.forward_with_map(x)
+    layer, x = slim_attention(qk, v), drawn(3, 7, 12)
+    size = drawn_sizes(3, 7) if has_sizes else None
+    copies = torch.ones(3, 1, 7) if size is None else size.transpose(1, 2)
+    parts = layer.project(x)
+    out, maps = layer.mix_with_map(*parts, size)
     queries, keys, values = layer.qkv(x).split([2 * qk, 2 * qk, 2 * v], dim=-1)
     mixed = []
     for head in range(2):
         q, k = queries[..., head * qk : (head + 1) * qk], keys[..., head * qk : (head + 1) * qk]
-        expected = torch.softmax(0.7 * q @ k.transpose(1, 2), dim=-1)
+        strength = copies * torch.exp(0.7 * q @ k.transpose(1, 2))
+        expected = strength / strength.sum(dim=2, keepdim=True)
         torch.testing.assert_close(maps[:, head], expected)
         mixed.append(expected @ values[..., head * v : (head + 1) * v])
-    torch.testing.assert_close(out, layer.proj(torch.cat(mixed, dim=-1)))
-    torch.testing.assert_close(layer(x), out)
+    torch.testing.assert_close(out, torch.cat(mixed, dim=-1))
+    torch.testing.assert_close(layer.mix(*parts, size), out)
+    if size is None:
+        torch.testing.assert_close(layer(x), layer.proj(out))
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_a_token_of_size_n_counts_as_n_equal_tokens(widths: tuple[int, int]) -> None:
+    layer, x, size = slim_attention(*widths), drawn(3, 7, 12), drawn_sizes(3, 7)
+    mixed = layer.mix(*layer.project(x), size)
+    for image, of_image, copies in zip(x, mixed, size[..., 0].long(), strict=True):
+        repeated = image.repeat_interleave(copies, dim=0)[None]
+        torch.testing.assert_close(layer.mix(*layer.project(repeated))[0], of_image.repeat_interleave(copies, dim=0))
+
+
+def test_sizes_of_one_add_nothing() -> None:
+    layer, x = slim_attention(4, 4), drawn(2, 5, 12)
+    torch.testing.assert_close(layer.mix(*layer.project(x), torch.ones(2, 5, 1)), layer.mix(*layer.project(x)))
+    assert log_size(None, torch.float32) is None
+    bias = log_size(torch.tensor([1.0, 4.0])[None, :, None], torch.float64)
+    assert bias is not None and bias.dtype == torch.float64 and bias.shape == (1, 1, 1, 2)
+    torch.testing.assert_close(bias.flatten(), torch.tensor([0.0, 1.3862943611198906], dtype=torch.float64))
+
+
+def slim_block(*, keep: int | None, is_last: bool) -> SlimBlock:
+    merge = None
+    if keep is not None:
+        merge = REDUCERS["merge"](num_patches=8, num_keep=keep, num_prefix_tokens=1, has_class_token=True, cutoff=0.5)
+    return SlimBlock(
+        norm1=nn.LayerNorm(12), attn=slim_attention(4, 3), ls1=nn.Identity(), reducer=merge, norm2=nn.LayerNorm(12),
+        mlp=SlimMlp(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12)), ls2=nn.Identity(), is_last=is_last,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_sizes_are_one_channel_more_that_the_last_block_takes_off(is_last: bool) -> None:
+    x = torch.cat([drawn(2, 9, 12), torch.ones(2, 9, 1)], dim=2)
+    x[:, 3:, 12] = torch.tensor([1.0, 2, 3, 4, 5, 6])
+    for keep, total in ((None, 24.0), (5, 24.0)):
+        out = slim_block(keep=keep, is_last=is_last)(x)
+        assert out.shape == (2, 9 if keep is None else 6, 12 if is_last else 13)
+        tokens, size = unpack(out, 12)
+        assert tokens.shape[2] == 12
+        if is_last:
+            assert size is None
+        else:
+            assert size is not None and size.sum(dim=1).tolist() == [[total], [total]]
+            assert keep is not None or torch.equal(size, x[..., 12:])
+
+
+def test_the_size_of_a_token_is_no_feature_of_it() -> None:
+    x, block = drawn(2, 9, 12), slim_block(keep=None, is_last=False)
+    out = block(torch.cat([x, torch.full((2, 9, 1), 3.0)], dim=2))
+    torch.testing.assert_close(out[..., :12], block(x))  # equal sizes change nothing but the sizes
+    other = torch.cat([x, drawn_sizes(2, 9)], dim=2)
+    assert (block(other)[..., :12] - block(x)).abs().max() > 1e-3

@@ -12,8 +12,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from pruning.anatomy import blocks_of, classify, embed, examine
-from pruning.errors import VitfrontError
-from pruning.scores.lfs import ChannelScores, score_channels
+from pruning.scores import lfs
+from pruning.scores.channel import ChannelScores, Scene
 from pruning.spectrum import low_pass
 from tests.pruning_tests import made
 
@@ -28,20 +28,31 @@ class Case:
         self.labels = images.labels
         (pixels, _), *_ = images.batches(len(images))
         with torch.no_grad():
-            x, self.x = embed(model, pixels), embed(model, low_pass(pixels, cutoff))
+            self.clean, self.x = embed(model, pixels), embed(model, low_pass(pixels, cutoff))
             for block in blocks_of(model)[:index]:
-                x, self.x = block(x), block(self.x)
-            self.targets = self.summary(blocks_of(model)[index](x))
+                self.clean, self.x = block(self.clean), block(self.x)
+            self.targets = self.summary(blocks_of(model)[index](self.clean))
 
     def summary(self, after: Tensor) -> Tensor:
         has_class_token = self.anatomy.has_class_token
         return after[:, 0] if has_class_token else after[:, self.anatomy.num_prefix_tokens :].mean(dim=1)
 
-    def score(self, **other: Any) -> ChannelScores:
-        blocks = list(blocks_of(self.model)[self.index :])
-        return score_channels(
-            self.model, self.anatomy, blocks, self.x, self.targets, self.labels, **({"alpha": ALPHA} | other)
+    def score(self, *, alpha: float = ALPHA, batch_size: int = 32) -> ChannelScores:
+        scene = Scene(
+            model=self.model,
+            anatomy=self.anatomy,
+            index=self.index,
+            blocks=list(blocks_of(self.model)[self.index :]),
+            x=self.clean,
+            x_low=self.x,
+            targets=self.targets,
+            labels=self.labels,
+            alpha=alpha,
+            batch_size=batch_size,
+            precision="float32",
+            seed=0,
         )
+        return lfs.score(scene)
 
     def loss(self, model: nn.Module, alpha: float = ALPHA) -> Tensor:
         """By the definition, the mean over all images at once."""
@@ -128,12 +139,3 @@ def test_the_model_is_left_as_it_was(flag: bool) -> None:
     case.score()
     assert made.same_state(case.model, before)
     assert all(parameter.requires_grad == flag and parameter.grad is None for parameter in case.model.parameters())
-
-
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["qk", "v", "hidden"])
-def test_scores_that_are_not_finite_are_refused_and_named(name: str, wrong: float) -> None:
-    scores = {"qk": torch.ones(2, 3), "v": torch.ones(2, 3), "hidden": torch.ones(4)}
-    scores[name].flatten()[-1] = wrong
-    with pytest.raises(VitfrontError, match=f"the {name} scores of a block are not finite"):
-        ChannelScores(**scores)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pruning.errors import PlanError
-from pruning.plan import BlockPlan, BlockShape, Plan
+from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, BlockShape, Plan, TokenReduction
+from pruning.tokens import REDUCERS
 from tests.pruning_tests import made
 
 BLOCK = BlockPlan(keep_heads=(0, 2), keep_qk=((0, 3), (1, 2)), keep_v=((4,), (5,)), keep_hidden=(1, 4, 9), num_tokens=5)
@@ -23,6 +24,34 @@ def test_the_shape_of_a_block_is_its_widths() -> None:
 def test_a_plan_comes_back_from_json_text(seed: int) -> None:
     plan = replace(made.plan(made.anatomy(), seed=seed, num_tokens=(16, 9, 9)), cutoff_token=0.3)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
+def test_the_token_reduction_comes_back_from_json_text(kind: TokenReduction) -> None:
+    plan = Plan(blocks=(BLOCK,), token_reduction=kind)
+    record = json.loads(json.dumps(plan.to_json()))
+    assert record["token_reduction"] == kind
+    assert Plan.from_json(record).token_reduction == kind
+
+
+def test_a_token_reduction_that_there_is_not_is_refused_with_those_there_are() -> None:
+    wrong: Any
+    for wrong in ("drop", "", "LFE", None, ["lfe"], 1):
+        with pytest.raises(PlanError, match=r"no token reduction .*; there are lfe, attention, merge, lfe-merge"):
+            Plan(blocks=(BLOCK,), token_reduction=wrong)
+        with pytest.raises(PlanError, match="no token reduction"):
+            Plan.from_json(Plan(blocks=(BLOCK,)).to_json() | {"token_reduction": wrong})
+
+
+def test_every_token_reduction_of_a_plan_is_made_and_no_other() -> None:
+    assert list(REDUCERS) == list(TOKEN_REDUCTIONS)
+
+
+def test_another_token_reduction_gives_another_hash_and_another_cutoff_does_not() -> None:
+    plan = Plan(blocks=(BLOCK, replace(BLOCK, num_tokens=2)))
+    hashes = {replace(plan, token_reduction=kind).shape_hash for kind in TOKEN_REDUCTIONS}
+    assert len(hashes) == 5
+    assert replace(plan, cutoff_token=0.1).shape_hash == plan.shape_hash
 
 
 def test_plans_of_equal_widths_and_other_units_share_their_hash() -> None:
@@ -93,6 +122,8 @@ def test_json_with_a_key_missing_or_unknown_or_of_another_kind_is_refused() -> N
         [],
         None,
         {"blocks": record["blocks"]},
+        {key: record[key] for key in record if key != "token_reduction"},
+        {key: record[key] for key in record if key != "cutoff_token"},
         record | {"more": 1},
         record | {"blocks": None},
         record | {"blocks": [3]},

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pruning.anatomy import Anatomy, blocks_of, examine
 from pruning.errors import PlanError
 from pruning.layers import SlimBlock
-from pruning.plan import BlockPlan, Plan
+from pruning.plan import BlockPlan, Plan, TokenReduction
 from pruning.surgery import apply_plan, keep_all_block, keep_all_plan, slim_block, value_channels
 from tests.pruning_tests import made, slow
 
@@ -109,6 +109,13 @@ def test_dropped_tokens_alone_equal_the_slow_definition(family: str) -> None:
     assert [type(block) for block in blocks_of(pruned)] == [SlimBlock, Block, SlimBlock]
 
 
+def test_a_whole_block_is_rebuilt_only_where_tokens_come_with_sizes() -> None:
+    model = made.model(depth=4)
+    full = keep_all_block(examine(model))
+    plan = Plan(blocks=tuple(replace(full, num_tokens=count) for count in (16, 9, 9, 9)), token_reduction="merge")
+    assert [type(block) for block in blocks_of(apply_plan(model, plan))] == [Block, SlimBlock, SlimBlock, SlimBlock]
+
+
 def test_one_unit_of_each_kind_is_enough() -> None:
     model, x = double("vit"), made.batch(2).double()
     least = BlockPlan(keep_heads=(1,), keep_qk=((5,),), keep_v=((2,),), keep_hidden=(33,), num_tokens=1)
@@ -128,7 +135,12 @@ def test_a_pruned_model_has_the_parameters_of_its_widths_and_no_more() -> None:
     assert sum(p.numel() for p in apply_plan(model, plan).parameters()) == expected
 
 
-@pytest.mark.parametrize("make", [keep_all_plan, made.plan])
+def merging(anatomy: Anatomy) -> Plan:
+    """Whole blocks, of which the last takes tokens with sizes."""
+    return Plan(blocks=tuple(keep_all_block(anatomy, count) for count in (16, 9, 9)), token_reduction="merge")
+
+
+@pytest.mark.parametrize("make", [keep_all_plan, made.plan, merging])
 def test_the_model_is_left_as_it_was_and_shares_no_memory(make: Callable[[Anatomy], Plan]) -> None:
     model = made.model()
     before = made.state(model)
@@ -141,9 +153,16 @@ def test_the_model_is_left_as_it_was_and_shares_no_memory(make: Callable[[Anatom
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_a_pruned_model_trains_or_not_as_its_model_does(flag: bool) -> None:
+@pytest.mark.parametrize("token_reduction", ["lfe", "merge"])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_pruned_model_trains_or_not_as_its_model_does(
+    flag: bool, token_reduction: TokenReduction, is_whole: bool
+) -> None:
     model = made.model().train(flag).requires_grad_(flag)
-    pruned = apply_plan(model, made.plan(examine(model), num_tokens=(16, 9, 9)))
+    anatomy = examine(model)
+    whole = Plan(blocks=tuple(keep_all_block(anatomy, count) for count in (16, 9, 9)))
+    plan = whole if is_whole else made.plan(anatomy, num_tokens=(16, 9, 9))
+    pruned = apply_plan(model, replace(plan, token_reduction=token_reduction))
     assert all(module.training == flag for module in pruned.modules())
     assert all(parameter.requires_grad == flag for parameter in pruned.parameters())
 
@@ -181,7 +200,10 @@ def test_more_tokens_than_the_model_has_are_refused() -> None:
     with pytest.raises(PlanError, match="patch token 16, but the model has 16"):
         apply_plan(model, Plan(blocks=(keep_all_block(anatomy, 17),) * 3))
     with pytest.raises(PlanError, match="9 patch tokens leave a block that 8 enter"):
-        slim_block(blocks_of(model)[0], keep_all_block(anatomy, 9), anatomy, 8, 0.5)
+        slim_block(
+            blocks_of(model)[0], keep_all_block(anatomy, 9), anatomy,
+            num_tokens_in=8, token_reduction="lfe", cutoff_token=0.5, is_last=False,
+        )  # fmt: skip
 
 
 def test_a_normalised_query_keeps_all_its_channels() -> None:

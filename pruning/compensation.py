@@ -213,7 +213,7 @@ def _repair_attention(flow: Flow, slim: SlimBlock, plan: BlockPlan) -> list[str]
             kept, given = stage.mixed.float(), dense.proj(dense_stage.mixed).float()
             lost = given - _bias(dense.proj) - kept @ projection.T
             drift = _divided(stage.mid_drift(gain * given), gain)
-            moments.add(*_samples(stage, weights, kept, lost, drift))
+            moments.add(*samples(stage, weights, kept, lost, drift))
 
     values = _value_directions(moments.covariance(), projection * gain[:, None], place.metric, len(heads))
     values = values[:, : plan.shape.v_width]
@@ -236,10 +236,10 @@ def _logit_factors(flow: Flow) -> tuple[Tensor, Tensor, Tensor]:
     assert isinstance(of_queries, Tensor) and isinstance(of_keys, Tensor)
     factors: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for queries, keys in zip(of_queries / len(flow.x), of_keys / len(flow.x), strict=True):
-        left, strength, right = torch.linalg.svd(_power(queries, 0.5) @ _power(keys, 0.5))
+        left, strength, right = torch.linalg.svd(power(queries, 0.5) @ power(keys, 0.5))
         root = strength.sqrt()[:, None]
-        factors[0].append(root * left.T @ _power(queries, -0.5))
-        factors[1].append(root * right @ _power(keys, -0.5))
+        factors[0].append(root * left.T @ power(queries, -0.5))
+        factors[1].append(root * right @ power(keys, -0.5))
         factors[2].append(strength**2)
     query, key, squares = (torch.stack(each) for each in factors)
     return query, key, squares
@@ -259,7 +259,7 @@ def _repair_mlp(flow: Flow, slim: SlimBlock, plan: BlockPlan) -> list[str]:
             given, kept = dense.fc2(hidden).float(), hidden[..., kept_units].float()
             lost = given - _bias(dense.fc2) - kept @ dense.fc2.weight[:, kept_units].T
             drift = _divided(stage.out_drift(gain * given), gain)
-            moments.add(*_samples(stage, weights, kept, lost, drift))
+            moments.add(*samples(stage, weights, kept, lost, drift))
     weight = dense.fc2.weight[:, kept_units]
     return _refit(slim.mlp.fc2, dense.fc2, weight, None, moments, place, gain, "second MLP layer")
 
@@ -355,16 +355,16 @@ def regression(seconds: dict[int | None, _Second], num_features: int, target: sl
 def _value_directions(covariance: Tensor, projection: Tensor, metric: Tensor, num_heads: int) -> Tensor:
     """(H, D, D): for every head its value directions, the one that counts most first."""
     head_dim = projection.shape[1] // num_heads
-    outer, directions = _power(metric, 0.5), []
+    outer, directions = power(metric, 0.5), []
     for head in range(num_heads):
         own = slice(head * head_dim, (head + 1) * head_dim)
         inner = covariance[own, own]
-        vectors = torch.linalg.svd(outer @ projection[:, own].double() @ _power(inner, 0.5), full_matrices=True)[2]
-        directions.append(vectors @ _power(inner, -0.5))
+        vectors = torch.linalg.svd(outer @ projection[:, own].double() @ power(inner, 0.5), full_matrices=True)[2]
+        directions.append(vectors @ power(inner, -0.5))
     return torch.stack(directions)
 
 
-def _power(matrix: Tensor, exponent: float) -> Tensor:
+def power(matrix: Tensor, exponent: float) -> Tensor:
     """Of a symmetric matrix without negative eigenvalues; what is numerically zero is taken as a millionth part."""
     values, vectors = torch.linalg.eigh(matrix)
     floor = 1e-6 * values.mean().clamp_min(torch.finfo(matrix.dtype).tiny)
@@ -398,7 +398,7 @@ def _divided(drift: Tensor, gain: Tensor) -> Tensor:
     return torch.where(gain.abs() > 1e-6, drift / gain, 0.0)
 
 
-def _samples(stage: Stage, weights: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def samples(stage: Stage, weights: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For `Moments.add`: the parts side by side, the tokens' weights, and which are held out.
 
     Of the patches of a batch no more than `PATCH_SAMPLES` are taken, spread evenly, and count more.
@@ -416,33 +416,47 @@ def _samples(stage: Stage, weights: Tensor, *parts: Tensor) -> tuple[Tensor, Ten
     return samples.flatten(0, 1), counts.repeat(len(samples)), held.repeat_interleave(len(tokens))
 
 
-@torch.no_grad()
-def prune_and_repair(
+@dataclass(frozen=True, kw_only=True)
+class RepairedModel:
+    """A pruned and repaired model."""
+
+    model: nn.Module
+    notes: tuple[str, ...]
+    """Layers of which only the bias could be repaired."""
+
+
+def repaired_model(
     model: nn.Module,
     plan: Plan,
     images: Images,
+    sensitivity: list[BlockSensitivity] | None = None,
     *,
     batch_size: int = 64,
     precision: Precision = "float32",
-) -> nn.Module:
+) -> RepairedModel:
     """`apply_plan` with every pruned block repaired on these images, from the first block to the last.
 
     The cascade does the same on its way, so plan and calibration images give its model again.
 
     Args:
         model: a dense model of `plan.exit_block` blocks, in eval mode.
+        sensitivity: of the dense model on these images; measured if it is not given.
 
     Raises:
         PlanError: as `apply_plan`.
     """
     check_plan(plan, examine(model))
-    sensitivity = measure_sensitivity(model, images, batch_size=batch_size, precision=precision)
+    if sensitivity is None:
+        sensitivity = measure_sensitivity(model, images, batch_size=batch_size, precision=precision)
     flow = Flow(
         model, images, sensitivity, token_reduction=plan.token_reduction, cutoff_token=plan.cutoff_token,
         batch_size=batch_size, precision=precision,
     )  # fmt: skip
-    built = []
+    built: list[nn.Module] = []
+    notes: list[str] = []
     for block_plan in plan.blocks:
-        built.append(flow.repaired(block_plan).block)
-        flow.advance(built[-1])
-    return with_blocks(model, built)
+        repaired = flow.repaired(block_plan)
+        built.append(repaired.block)
+        notes += repaired.notes
+        flow.advance(repaired.block)
+    return RepairedModel(model=with_blocks(model, built), notes=tuple(notes))

@@ -1,0 +1,290 @@
+"""Where to prune: one price of a multiply-add for all units of all blocks (`method: global`).
+
+A profile tells for every block what it costs to remove channels (predicted, `pruning.curves`) and tokens (measured).
+All costs are nats an image: the divergence of the pruned model's answers from the dense model's. A plan of least
+cost for its multiply-adds pays the same price for the last one everywhere; the price is found by bisection, and for
+a given price the numbers of tokens by dynamic programming from the last block to the first.
+
+B images, D head width, h hidden units, L blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pruning.accuracy import predict
+from pruning.anatomy import Anatomy, blocks_of, classify, embed, examine
+from pruning.compensation import Flow, repaired_model
+from pruning.cost import count_macs, reduction_macs
+from pruning.curves import BlockCurves, measure_curves
+from pruning.data import Images
+from pruning.errors import SettingError
+from pruning.plan import BlockPlan, BlockShape, Plan, TokenReduction
+from pruning.precision import Precision, autocast
+from pruning.sensitivity import BlockSensitivity, measure_sensitivity
+from pruning.surgery import as_slim, keep_all_block, keep_all_plan, slim_block
+
+SHARES = (1 / 24, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 11 / 12)
+"""Shares of the tokens whose removal from one block is measured."""
+
+NUM_COUNTS = 99
+"""Numbers of tokens that the dynamic programming tells apart, evenly from 1 to all."""
+
+TRIAL_SHARE = (0.9, 0.65)
+"""Shares of the multiply-adds at which the cost of fewer channels, and of fewer tokens, is held against a measured one.
+Both lose little there: farther down, the errors are no longer small."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What removing costs, block by block."""
+
+    channels: tuple[BlockCurves, ...]
+    channel_scale: float
+    """Measured cost of a model with fewer channels / predicted cost; the prediction takes errors to be independent."""
+    token_scale: float
+    """The same of a model with fewer tokens."""
+    tokens: tuple[tuple[float, ...], ...]
+    """For every block, nats at the `SHARES`; none falls."""
+    token_reduction: TokenReduction
+    cutoff_token: float
+    sensitivity: list[BlockSensitivity]
+    forward_passes: float
+    """What it cost, in forward passes over the calibration images; a backward pass is two."""
+
+
+def measure_profile(
+    model: nn.Module, calibration: Images, probe: Images, *, token_reduction: TokenReduction,
+    cutoff_token: float = 0.85, batch_size: int = 64, precision: Precision = "float32",
+) -> Profile:  # fmt: skip
+    """The profile of a dense model in eval mode.
+
+    Args:
+        calibration: for the channel curves.
+        probe: images on which the cost of removing tokens is measured, and that of a trial of channels.
+    """
+    anatomy = examine(model)
+    sensitivity = measure_sensitivity(model, calibration, batch_size=batch_size, precision=precision)
+    flow = Flow(
+        model, calibration, sensitivity, token_reduction=token_reduction, cutoff_token=cutoff_token,
+        batch_size=batch_size, precision=precision,
+    )  # fmt: skip
+    channels = []
+    for block in blocks_of(model):
+        channels.append(measure_curves(flow))
+        flow.advance(block)
+    tokens = _token_costs(model, probe, token_reduction, cutoff_token, batch_size, precision)
+    profile = Profile(
+        channels=tuple(channels), channel_scale=1.0, token_scale=1.0, tokens=tokens, token_reduction=token_reduction,
+        cutoff_token=cutoff_token, sensitivity=sensitivity, forward_passes=0.0,
+    )  # fmt: skip
+    dense = predict(model, probe, batch_size=batch_size, precision=precision)
+    scales = []
+    for token_share in (0.0, 1.0):
+        share = TRIAL_SHARE[token_share > 0]
+        plan = allocate(profile, anatomy, int(share * count_macs(anatomy, keep_all_plan(anatomy))), token_share)
+        trial = repaired_model(model, plan, calibration, sensitivity, batch_size=batch_size, precision=precision)
+        logits = predict(trial.model, probe, batch_size=batch_size, precision=precision)
+        scales.append(max(1.0, divergence(dense, logits) / max(_predicted(profile, anatomy, plan), 1e-9)))
+    probe_share = len(probe) / len(calibration)
+    return replace(
+        profile,
+        channel_scale=scales[0],
+        token_scale=scales[1],
+        # sensitivity 3, curves 1, the dense stream 1, two trials of 3; probed tokens, and the answers of three models
+        forward_passes=11 + probe_share * (4 + len(SHARES) * (anatomy.depth + 1) / 2),
+    )
+
+
+def divergence(dense: Tensor, pruned: Tensor) -> float:
+    """Mean KL(softmax dense || softmax pruned) of logits (B, classes), in nats."""
+    return F.kl_div(pruned.log_softmax(dim=1), dense.log_softmax(dim=1), log_target=True, reduction="batchmean").item()
+
+
+@torch.no_grad()
+def _token_costs(
+    model: nn.Module, images: Images, token_reduction: TokenReduction, cutoff: float, batch_size: int,
+    precision: Precision,
+) -> tuple[tuple[float, ...], ...]:  # fmt: skip
+    """Divergence when one block alone removes a share of its tokens, for every block and share."""
+    anatomy, blocks = examine(model), list(blocks_of(model))
+    slim = [as_slim(block, anatomy, is_last=index == len(blocks) - 1) for index, block in enumerate(blocks)]
+    kept = [max(1, round(anatomy.num_patches * (1 - share))) for share in SHARES]
+    costs = np.zeros((len(blocks), len(SHARES)))
+    device = next(model.parameters()).device
+    for batch, _ in images.batches(batch_size, device):
+        with autocast(device, precision):
+            streams = [embed(model, batch)]
+            for block in blocks:
+                streams.append(block(streams[-1]))
+            dense = classify(model, streams.pop()).float()
+            for index, x in enumerate(streams):
+                for column, count in enumerate(kept):
+                    y = slim_block(
+                        blocks[index], keep_all_block(anatomy, count), anatomy, num_tokens_in=anatomy.num_patches,
+                        token_reduction=token_reduction, cutoff_token=cutoff, is_last=index == len(blocks) - 1,
+                    )(x)  # fmt: skip
+                    for block in slim[index + 1 :]:
+                        y = block(y)
+                    costs[index, column] += divergence(dense, classify(model, y).float()) * len(batch) / len(images)
+    return tuple(tuple(row) for row in np.maximum.accumulate(costs, axis=1).tolist())
+
+
+def allocate(
+    profile: Profile, anatomy: Anatomy, target_macs: int, token_share: float = 0.5, *, round_to: int = 8
+) -> Plan:
+    """The plan of least predicted cost with at most so many multiply-adds.
+
+    Args:
+        token_share: in [0, 1]: 0.5 weighs channels and tokens as the profile does; the cost of channels is
+            multiplied by token_share / (1 - token_share). So 0 prunes channels alone, and 1 tokens alone.
+        round_to: widths a head and hidden units are multiples of it.
+
+    Raises:
+        SettingError: no plan is that small.
+    """
+    search = _Search(profile, anatomy, token_share, round_to)
+    low, high = 1e-16, 1e-4  # nats a multiply-add
+    smallest = search.plan(high)
+    if count_macs(anatomy, smallest) > target_macs:
+        raise SettingError(
+            f"no plan has {target_macs} multiply-adds or fewer; "
+            f"the smallest that may be made has {count_macs(anatomy, smallest)}"
+        )
+    best = smallest
+    whole = search.plan(0.0)
+    if count_macs(anatomy, whole) <= target_macs:
+        return whole
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        plan = search.plan(middle)
+        if count_macs(anatomy, plan) <= target_macs:
+            best, high = plan, middle
+        else:
+            low = middle
+    return best
+
+
+class _Search:
+    """Plans of least cost at a price."""
+
+    def __init__(self, profile: Profile, anatomy: Anatomy, token_share: float, round_to: int) -> None:
+        self.profile, self.anatomy = profile, anatomy
+        patches = anatomy.num_patches
+        self.counts = sorted({round(1 + (patches - 1) * i / (NUM_COUNTS - 1)) for i in range(NUM_COUNTS)})
+        if token_share <= 0:
+            self.counts = [patches]
+        self.widths = [_widths(anatomy.head_dim, round_to), _widths(anatomy.num_hidden, round_to)]
+        if token_share >= 1:
+            self.widths = [[anatomy.head_dim], [anatomy.num_hidden]]
+        self.channel_scale = profile.channel_scale * (token_share / (1 - token_share) if 0 < token_share < 1 else 1.0)
+        self.reduction = self._reduction_macs()
+        self.removal = [self._removal_costs(index) for index in range(anatomy.depth)]
+
+    def plan(self, price: float) -> Plan:
+        """The plan that no other undercuts by cost + price * multiply-adds."""
+        value, choices = np.zeros(len(self.counts)), []
+        for index in reversed(range(self.anatomy.depth)):
+            total = self._attention(index, price)[0][:, None] + self._mlp(index, price)[0][None] + value[None]
+            total = total + self.removal[index] + price * self.reduction
+            choices.append(total.argmin(axis=1))
+            value = total.min(axis=1)
+        blocks, here = [], len(self.counts) - 1
+        for index, choice in enumerate(reversed(choices)):
+            after = int(choice[here])
+            _, qk, v = self._attention(index, price)
+            _, hidden = self._mlp(index, price)
+            blocks.append(self._block(index, int(qk[here]), int(v[here]), int(hidden[after]), self.counts[after]))
+            here = after
+        return Plan(
+            blocks=tuple(blocks), cutoff_token=self.profile.cutoff_token, token_reduction=self.profile.token_reduction
+        )
+
+    def _attention(self, index: int, price: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(counts,) least cost, and the widths that have it, by the number of tokens that enter."""
+        anatomy, curves = self.anatomy, self.profile.channels[index]
+        tokens = np.array(self.counts) + anatomy.num_prefix_tokens
+        a_channel = anatomy.num_heads * (2 * tokens * anatomy.width + tokens**2)
+        found = []
+        for curve in (curves.qk, curves.v):
+            widths = np.array([anatomy.head_dim] if anatomy.has_qk_norm and curve is curves.qk else self.widths[0])
+            cost = self.channel_scale * curve.numpy()[anatomy.head_dim - widths]
+            total = cost[None] + price * a_channel[:, None] * widths[None]
+            found.append((total.min(axis=1), widths[total.argmin(axis=1)]))
+        return found[0][0] + found[1][0], found[0][1], found[1][1]
+
+    def _mlp(self, index: int, price: float) -> tuple[np.ndarray, np.ndarray]:
+        """(counts,) least cost, and the hidden units that have it, by the number of tokens that leave attention."""
+        tokens = np.array(self.counts) + self.anatomy.num_prefix_tokens
+        widths = np.array(self.widths[1])
+        cost = (
+            self.profile.channel_scale * self.profile.channels[index].hidden.numpy()[self.anatomy.num_hidden - widths]
+        )
+        total = cost[None] + price * (2 * tokens * self.anatomy.width)[:, None] * widths[None]
+        return total.min(axis=1), widths[total.argmin(axis=1)]
+
+    def _removal_costs(self, index: int) -> np.ndarray:
+        """(counts in, counts out): what the removal of tokens costs; infinite where they would grow."""
+        counts = np.array(self.counts)
+        shares = 1 - counts[None] / counts[:, None]
+        costs = _cost_at(self.profile.tokens[index], np.clip(shares, 1e-9, None))
+        return np.where(shares > 0, self.profile.token_scale * costs, np.where(shares < 0, np.inf, 0.0))
+
+    def _reduction_macs(self) -> np.ndarray:
+        """(counts in, counts out): multiply-adds of the reduction itself."""
+        anatomy, macs = self.anatomy, np.zeros((len(self.counts), len(self.counts)))
+        for row, entering in enumerate(self.counts):
+            for column, leaving in enumerate(self.counts[:row]):
+                shape = BlockShape(
+                    num_heads=anatomy.num_heads, qk_width=anatomy.head_dim, v_width=anatomy.head_dim,
+                    num_hidden=anatomy.num_hidden, num_tokens=leaving,
+                )  # fmt: skip
+                macs[row, column] = reduction_macs(anatomy, shape, entering, self.profile.token_reduction)
+        return macs
+
+    def _block(self, index: int, qk: int, v: int, hidden: int, num_tokens: int) -> BlockPlan:
+        curves, anatomy = self.profile.channels[index], self.anatomy
+        return BlockPlan(
+            keep_heads=tuple(range(anatomy.num_heads)),
+            keep_qk=_kept(curves.qk_order, qk),
+            keep_v=_kept(curves.v_order, v),
+            keep_hidden=tuple(curves.hidden_order[anatomy.num_hidden - hidden :].sort().values.tolist()),
+            num_tokens=num_tokens,
+        )
+
+
+def _predicted(profile: Profile, anatomy: Anatomy, plan: Plan) -> float:
+    """The predicted cost of a plan, before scaling."""
+    total, entering = 0.0, anatomy.num_patches
+    for curves, tokens, block in zip(profile.channels, profile.tokens, plan.blocks, strict=True):
+        shape = block.shape
+        total += float(curves.qk[anatomy.head_dim - shape.qk_width] + curves.v[anatomy.head_dim - shape.v_width])
+        total += float(curves.hidden[anatomy.num_hidden - shape.num_hidden])
+        if block.num_tokens < entering:
+            total += float(_cost_at(tokens, np.array(1 - block.num_tokens / entering)))
+        entering = block.num_tokens
+    return total
+
+
+def _widths(most: int, round_to: int) -> list[int]:
+    return sorted({*range(round_to, most, round_to), most})
+
+
+def _kept(order: Tensor, count: int) -> tuple[tuple[int, ...], ...]:
+    """(H, D) by which goes first -> the `count` last of every head, ascending."""
+    return tuple(tuple(row[len(row) - count :].sort().values.tolist()) for row in order)
+
+
+def _cost_at(costs: Sequence[float], shares: np.ndarray) -> np.ndarray:
+    """The costs at any shares of removed tokens: a power law between the measured ones, and beyond the last."""
+    known, values = np.log(np.array(SHARES)), np.log(np.maximum(np.array(costs), 1e-7))
+    places = np.clip(np.searchsorted(known, np.log(shares)) - 1, 0, len(SHARES) - 2)
+    slopes = (values[1:] - values[:-1]) / (known[1:] - known[:-1])
+    return np.exp(values[places] + slopes[places] * (np.log(shares) - known[places]))

@@ -18,16 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from pruning.anatomy import Anatomy, blocks_of, classify, embed, examine, summary_token, with_blocks
-from pruning.compensation import RIDGE, BlockMoments, block_moments, repair_block
+from pruning.compensation import Flow, Repaired
 from pruning.cost import count_macs
 from pruning.data import Images
 from pruning.errors import SettingError
-from pruning.plan import BlockPlan, Plan
+from pruning.plan import BlockPlan, Plan, TokenReduction
 from pruning.precision import Precision, autocast
 from pruning.ranking import Ranking
-from pruning.scores.lfs import ChannelScores, score_channels
+from pruning.scores.channel import ChannelScores, Scene
+from pruning.scores.criteria import CRITERIA
+from pruning.sensitivity import measure_sensitivity
 from pruning.spectrum import low_pass
-from pruning.surgery import keep_all_block, slim_block
+from pruning.surgery import as_slim, keep_all_block, slim_block
+from pruning.tokens import merges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +45,21 @@ class CascadeSettings:
     """Of the image filter of the channel score, in (0, 1]."""
     cutoff_token: float = 0.85
     """Of the token filter of the token score, in (0, 1]."""
+    criterion: str = "lfs"
+    """Of the channels: a key of `pruning.scores.criteria.CRITERIA`."""
+    token_reduction: TokenReduction = "lfe"
+    round_to: int = 1
+    """Widths a head and hidden units are multiples of it."""
     token_share: float = 0.56
     """Share of a block's budget that tokens may spend, in [0, 1]; channels get what they leave."""
     alpha: float = 0.1
     """Weight of the cross-entropy in the channel score, in [0, 1]."""
-    ridge: float = RIDGE
-    """Of the compensation, as a share of the mean variance."""
     num_levels: int = 15
     """Counts that are tried for tokens, and for channels, between none and all that may go."""
     batch_size: int = 64
     precision: Precision = "float32"
+    seed: int = 0
+    """Of the random criterion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,8 @@ class CascadeResult:
     """Accuracy points that each block cost on the probe images, at most its budget; below 0 where it gained."""
     forward_passes: float
     """Cost, in forward passes of the given model over the probe images (a backward pass counts as two)."""
+    notes: tuple[str, ...]
+    """Layers of which only the bias could be repaired, for want of calibration images."""
 
 
 def cascade(model: nn.Module, probe: Images, calibration: Images, settings: CascadeSettings) -> CascadeResult:
@@ -82,68 +92,96 @@ def cascade(model: nn.Module, probe: Images, calibration: Images, settings: Casc
     budgets = settings.drop_budget
     if len(budgets) != anatomy.depth or not all(0 <= budget < math.inf for budget in budgets):
         raise SettingError(f"drop budgets {budgets} for {anatomy.depth} blocks; give one of at least 0 for each")
-    plans = [keep_all_block(anatomy)] * anatomy.depth
-    built: list[nn.Module] = []
-    drops = [0.0] * anatomy.depth
-    work: _Work | None = None  # a model that is small enough as it is costs no pass at all
-    while len(built) < anatomy.depth and count_macs(anatomy, Plan(blocks=tuple(plans))) > settings.target_macs:
-        work = _Work(model, anatomy, probe, calibration, settings) if work is None else work
+    if settings.criterion not in CRITERIA:
+        raise SettingError(f"no channel criterion {settings.criterion!r}; there are {', '.join(CRITERIA)}")
+    dense = _plan(settings, [keep_all_block(anatomy)] * anatomy.depth)
+    if count_macs(anatomy, dense) <= settings.target_macs:  # small enough as it is: costs no pass at all
+        return CascadeResult(
+            plan=dense, model=copy.deepcopy(model), block_drops=(0.0,) * anatomy.depth, forward_passes=0.0, notes=()
+        )
+    work = _Work(model, anatomy, probe, calibration, settings)
+    plans, built = list(dense.blocks), list[nn.Module]()
+    drops, notes = [0.0] * anatomy.depth, list[str]()
+    while len(built) < anatomy.depth and count_macs(anatomy, _plan(settings, plans)) > settings.target_macs:
         index, before = len(built), work.correct
-        plans, block = _prune_block(work, plans, index, budgets[index])
-        built.append(block)
+        plans, repaired = _prune_block(work, plans, index, budgets[index])
+        built.append(repaired.block)
+        notes += repaired.notes
         drops[index] = (before - work.correct) / len(probe) * 100
-        work.advance(block)
-    built += [copy.deepcopy(block) for block in blocks_of(model)[len(built) :]]
+        work.advance(repaired.block)
+    plan = _plan(settings, plans)
+    for index in range(len(built), anatomy.depth):
+        built.append(
+            slim_block(
+                blocks_of(model)[index], plans[index], anatomy, num_tokens_in=plans[index].num_tokens,
+                token_reduction=settings.token_reduction, cutoff_token=settings.cutoff_token,
+                is_last=index == anatomy.depth - 1,
+            )
+        )  # fmt: skip
     return CascadeResult(
-        plan=Plan(blocks=tuple(plans), cutoff_token=settings.cutoff_token),
+        plan=plan,
         model=with_blocks(model, built),
         block_drops=tuple(drops),
-        forward_passes=0.0 if work is None else work.block_images / (anatomy.depth * len(probe)),
+        forward_passes=work.block_images / (anatomy.depth * len(probe)),
+        notes=tuple(notes),
     )
 
 
-def _prune_block(work: _Work, plans: list[BlockPlan], index: int, budget: float) -> tuple[list[BlockPlan], nn.Module]:
+def _plan(settings: CascadeSettings, blocks: Sequence[BlockPlan]) -> Plan:
+    return Plan(blocks=tuple(blocks), cutoff_token=settings.cutoff_token, token_reduction=settings.token_reduction)
+
+
+def _prune_block(work: _Work, plans: list[BlockPlan], index: int, budget: float) -> tuple[list[BlockPlan], Repaired]:
     """The plans with block `index` pruned as far as its budget and the target allow, and that block, built."""
     anatomy, settings = work.anatomy, work.settings
     before = work.correct
     allowed = budget / 100 * work.num_probe
     num_tokens = plans[index].num_tokens
+    best = Repaired(block=work.flow.slim(plans[index]))
 
     def with_block(plan: BlockPlan) -> list[BlockPlan]:
         later = [keep_all_block(anatomy, plan.num_tokens)] * (anatomy.depth - index - 1)
         return [*plans[:index], plan, *later]
 
     def reaches_target(plan: BlockPlan) -> bool:
-        return count_macs(anatomy, Plan(blocks=tuple(with_block(plan)))) <= settings.target_macs
+        return count_macs(anatomy, _plan(settings, with_block(plan))) <= settings.target_macs
+
+    def search(kind: str, most: int, make: Callable[[int], BlockPlan], at_least: int) -> BlockPlan | None:
+        """The plan that removes most of what is within budget; None if nothing is."""
+        nonlocal best
+        tried: dict[BlockPlan, Repaired] = {}
+
+        def within(removed: int) -> bool:
+            plan = make(removed)
+            if plan not in tried:  # rounding makes one plan of several counts
+                tried[plan] = work.repair(plan)
+            return work.try_block(tried[plan].block, at_least)
+
+        levels = _levels(most, settings.num_levels, lambda n: reaches_target(make(n)))
+        found = _most_within(levels, within, sum(level <= work.guesses[kind] * most for level in levels) - 1)
+        work.guesses[kind] = levels[found] / most if found >= 0 else 0.0
+        if found < 0:
+            return None
+        best = tried[make(levels[found])]
+        return make(levels[found])
 
     def fewer_tokens(removed: int) -> BlockPlan:
         return keep_all_block(anatomy, num_tokens - removed)
 
-    def within_tokens(removed: int) -> bool:
-        return work.try_block(work.build(fewer_tokens(removed)), before - _whole(settings.token_share * allowed))
-
-    levels = _levels(num_tokens - 1, settings.num_levels, lambda removed: reaches_target(fewer_tokens(removed)))
-    plan = fewer_tokens(_most_within(levels, within_tokens))
-    block = work.build(plan)
+    plan = plans[index]
+    plan = search("tokens", num_tokens - 1, fewer_tokens, before - _whole(settings.token_share * allowed)) or plan
     if not reaches_target(plan):
-        ranking = Ranking(work.score(block), anatomy)
-        moments = work.moments(block)
         tokens_left = plan.num_tokens
+        ranking = Ranking(
+            work.score(work.flow.slim(plan)), anatomy, num_tokens + anatomy.num_prefix_tokens,
+            tokens_left + anatomy.num_prefix_tokens, settings.round_to,
+        )  # fmt: skip
 
         def fewer_channels(removed: int) -> BlockPlan:
             return ranking.plan(removed, tokens_left)
 
-        def within_channels(removed: int) -> bool:
-            return work.try_block(work.build(fewer_channels(removed), moments), before - _whole(allowed))
-
-        levels = _levels(
-            ranking.max_removed, settings.num_levels, lambda removed: reaches_target(fewer_channels(removed))
-        )
-        removed = _most_within(levels, within_channels)
-        if removed:
-            plan = fewer_channels(removed)
-            block = work.build(plan, moments)
-    return with_block(plan), block
+        plan = search("channels", ranking.max_removed, fewer_channels, before - _whole(allowed)) or plan
+    return with_block(plan), best
 
 
 class _Work:
@@ -155,8 +193,16 @@ class _Work:
         self.model, self.anatomy, self.settings = model, anatomy, settings
         self.probe, self.calibration = probe, calibration
         self.num_probe = len(probe)
-        self.block_images = 0.0
+        self.block_images = 3.0 * anatomy.depth * len(calibration)  # the sensitivity: one forward, one backward pass
         """Blocks run, times images; a backward pass counts as two forward passes."""
+        self.flow = Flow(
+            model, calibration,
+            measure_sensitivity(model, calibration, batch_size=settings.batch_size, precision=settings.precision),
+            token_reduction=settings.token_reduction, cutoff_token=settings.cutoff_token,
+            batch_size=settings.batch_size, precision=settings.precision,
+        )  # fmt: skip
+        self.guesses = {"tokens": 0.25, "channels": 0.25}
+        """Share of what may go that went from the block before."""
         self._embed()
         self._turn_to(0)
         self.correct = self._sort_by_margin()
@@ -165,6 +211,10 @@ class _Work:
     def _turn_to(self, index: int) -> None:
         self.index = index
         self.dense, *self.later = blocks_of(self.model)[index:]
+        if merges(self.settings.token_reduction):
+            last = len(self.later) - 1
+            self.later = [as_slim(each, self.anatomy, is_last=n == last) for n, each in enumerate(self.later)]
+            self.dense = as_slim(self.dense, self.anatomy, is_last=not self.later)
 
     @torch.no_grad()
     def _embed(self) -> None:
@@ -174,25 +224,24 @@ class _Work:
         self.calibration_labels = self.calibration.labels.to(device)
         with autocast(device, settings.precision):
             self.x = _cat(embed(self.model, batch) for batch, _ in self.probe.batches(size, device))
-            self.x_clean = _cat(embed(self.model, batch) for batch, _ in self.calibration.batches(size, device))
+            self.x_low, self.summaries = self.flow.x, [torch.empty(0)] * self.anatomy.depth
+            if settings.criterion != "lfs":  # the only one that looks at them
+                return
             self.x_low = _cat(
                 embed(self.model, low_pass(batch, settings.cutoff_channel))
                 for batch, _ in self.calibration.batches(size, device)
             )
         # T of the channel score: the dense model's summary token after every block, images as they are.
-        self.summaries = []
-        x = self.x_clean
-        for block in blocks_of(self.model):
+        x = self.flow.x
+        for index, block in enumerate(blocks_of(self.model)):
             x = self._run(block, x)
-            self.summaries.append(summary_token(self.anatomy, x))
+            self.summaries[index] = summary_token(self.anatomy, x)
 
-    def build(self, plan: BlockPlan, moments: BlockMoments | None = None) -> nn.Module:
-        """The current block by a plan, repaired where moments are given."""
-        num_tokens_in = self.x.shape[1] - self.anatomy.num_prefix_tokens
-        slim = slim_block(self.dense, plan, self.anatomy, num_tokens_in, self.settings.cutoff_token)
-        if moments is not None:
-            repair_block(slim, self.dense, plan, self.anatomy, moments, self.settings.ridge)
-        return slim
+    @torch.no_grad()
+    def repair(self, plan: BlockPlan) -> Repaired:
+        """The current block by a plan, repaired: attention runs twice over the calibration images, all else once."""
+        self.block_images += 2 * len(self.calibration)
+        return self.flow.repaired(plan)
 
     def try_block(self, block: nn.Module, at_least: int) -> bool:
         """Whether at least so many probe images stay correct with this block; keeps the count if so."""
@@ -204,22 +253,24 @@ class _Work:
 
     def score(self, block: nn.Module) -> ChannelScores:
         """Channel scores of the current block, whose tokens may be reduced already."""
-        self.block_images += 3 * (1 + len(self.later)) * len(self.x_low)
-        return score_channels(
-            self.model, self.anatomy, [block, *self.later], self.x_low, self.summaries[self.index],
-            self.calibration_labels, alpha=self.settings.alpha, batch_size=self.settings.batch_size,
-            precision=self.settings.precision,
+        settings = self.settings
+        if settings.criterion in ("lfs", "taylor"):
+            self.block_images += 3 * (1 + len(self.later)) * len(self.calibration)
+        elif settings.criterion != "random":
+            self.block_images += len(self.calibration)
+        scene = Scene(
+            model=self.model, anatomy=self.anatomy, index=self.index, blocks=[block, *self.later], x=self.flow.x,
+            x_low=self.x_low, targets=self.summaries[self.index], labels=self.calibration_labels, alpha=settings.alpha,
+            batch_size=settings.batch_size, precision=settings.precision, seed=settings.seed, flow=self.flow,
         )  # fmt: skip
-
-    def moments(self, block: nn.Module) -> BlockMoments:
-        self.block_images += len(self.x_clean)
-        return block_moments(
-            block, self.x_clean, batch_size=self.settings.batch_size, precision=self.settings.precision
-        )
+        return CRITERIA[settings.criterion](scene)
 
     def advance(self, block: nn.Module) -> None:
         """Takes all activations through the finished block, on to the next."""
-        self.x, self.x_clean, self.x_low = (self._run(block, x) for x in (self.x, self.x_clean, self.x_low))
+        self.block_images += 2 * len(self.calibration)  # pruned so far, and dense
+        self.flow.advance(block)
+        self.x = self._run(block, self.x)
+        self.x_low = self._run(block, self.x_low) if self.settings.criterion == "lfs" else self.flow.x
         if self.later:
             self._turn_to(self.index + 1)
 
@@ -277,16 +328,23 @@ def _levels(most: int, count: int, reaches_target: Callable[[int], bool]) -> lis
     return sorted({math.ceil(high * level / count) for level in range(1, count + 1)} - {0})
 
 
-def _most_within(levels: Sequence[int], within: Callable[[int], bool]) -> int:
-    """The largest level that is within budget, by bisection: a larger removal is taken to cost more. 0 if none is."""
-    best, low, high = 0, 0, len(levels) - 1
+def _most_within(levels: Sequence[int], within: Callable[[int], bool], guess: int) -> int:
+    """The index of the largest level within budget, or -1: a larger removal is taken to cost more.
+
+    Starts at the guess and goes away from it in doubling steps until it has passed the budget, then by bisection: a
+    good guess takes two probes, where bisection alone takes log2(levels).
+    """
+    low, high = 0, len(levels) - 1  # the answer is in [low - 1, high]
+    place, step = min(max(guess, 0), high), 1
     while low <= high:
-        middle = (low + high) // 2
-        if within(levels[middle]):
-            best, low = levels[middle], middle + 1
+        if within(levels[place]):
+            low, place = place + 1, place + step
         else:
-            high = middle - 1
-    return best
+            high, place = place - 1, place - step
+        step *= 2
+        if not low <= place <= high:
+            place = (low + high) // 2
+    return high
 
 
 def _whole(images: float) -> int:

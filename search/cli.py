@@ -96,7 +96,18 @@ def prune(
     exit_block: Annotated[int | None, typer.Option(help="Answer after this many blocks.")] = None,
     cutoff_channel: Annotated[float, typer.Option(help="Cut-off of the channel score.")] = 0.1,
     cutoff_token: Annotated[float, typer.Option(help="Cut-off of the token score.")] = 0.85,
-    token_share: Annotated[float, typer.Option(help="Share of the budget that tokens may spend.")] = 0.56,
+    token_share: Annotated[
+        float,
+        typer.Option(
+            help="cascade: share of the budget that tokens may spend; global: 0 channels alone, 1 tokens alone."
+        ),
+    ] = 0.5,
+    method: Annotated[str, typer.Option(help="global: one price of a multiply-add; cascade: VTC-LFC.")] = "global",
+    criterion: Annotated[str, typer.Option(help="Of the cascade's channels: lfs, taylor, obs, ...")] = "obs",
+    token_reduction: Annotated[
+        str, typer.Option(help="lfe, attention, merge, lfe-merge, attention-merge.")
+    ] = "attention-merge",
+    round_to: Annotated[int, typer.Option(help="Widths are multiples of it.")] = 8,
     to: Annotated[Path | None, typer.Option(help="Folder to make for the model.")] = None,
     sets: Sets = [],  # noqa: B006
     runs: Runs = Path("runs"),
@@ -108,15 +119,16 @@ def prune(
 
     config = load_config(recipe, sets=sets)
     with err.status("loading, pruning and measuring ..."):
-        outcome, dense = prune_once(
+        outcome, dense, blocks = prune_once(
             config, runs, to,
             target_ratio=target_ratio, budget=budget, exit_block=exit_block,
             cutoff_channel=cutoff_channel, cutoff_token=cutoff_token, token_share=token_share,
+            method=method, criterion=criterion, token_reduction=token_reduction, round_to=round_to,
         )  # fmt: skip
     if as_json:
         print(json.dumps(outcome.to_json()))
         return
-    _print_blocks(outcome.to_json(), asdict(dense))
+    _print_blocks(blocks, outcome.to_json(), asdict(dense))
 
 
 @app.command()
@@ -188,17 +200,19 @@ def _show_front(record: dict[str, Any], runs: Path, as_json: bool) -> None:
     out.print(f"hypervolume {record['hypervolume']:.4f}; models, tables and plans are in {folder}", highlight=False)
 
 
-def _print_blocks(outcome: dict[str, Any], dense: dict[str, Any]) -> None:
-    table = Table(title="What is kept", title_justify="left")
-    for column in ("block", "heads", "qk", "v", "hidden", "tokens", "drop"):
-        table.add_column(column, justify="right")
-    for index, (block, drop) in enumerate(zip(outcome["plan"]["blocks"], outcome["block_drops"], strict=True)):
-        widths = len(block["keep_heads"]), len(block["keep_qk"][0]), len(block["keep_v"][0]), len(block["keep_hidden"])
-        table.add_row(str(index), *map(str, widths), str(block["num_tokens"]), f"{drop:+.2f}")
+def _print_blocks(blocks: list[dict[str, Any]], outcome: dict[str, Any], dense: dict[str, Any]) -> None:
+    table = Table(title="What is kept, of what", title_justify="left")
+    columns = ("block", "heads", "qk", "v", "hidden", "tokens", "drop", "MACs")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in blocks:
+        table.add_row(*(str(row[column]) for column in columns))
     out.print(table)
     found = outcome["measurement"]
+    dense_img_s = found["throughput_img_s"] / found["speedup"]
     out.print(
-        f"top-1 {dense['top1']:.4f} -> {found['top1']:.4f}, MACs {found['macs'] / dense['macs']:.0%}, "
+        f"top-1 {dense['top1']:.4f} -> {found['top1']:.4f}; MACs {dense['macs']:,} -> {found['macs']:,} "
+        f"({found['macs'] / dense['macs']:.0%}); images/s {dense_img_s:,.0f} -> {found['throughput_img_s']:,.0f}: "
         f"{found['speedup']:.2f} x as fast ({found['speedup_low']:.2f}-{found['speedup_high']:.2f})",
         highlight=False,
     )

@@ -15,8 +15,11 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pruning.data import InputSpec
+from pruning.plan import TokenReduction
+from pruning.scores.criteria import CRITERIA
 from pruning.training import TrainSettings
 from search.errors import ConfigError
+from search.outcome import Method
 
 
 class _Section(BaseModel):
@@ -29,11 +32,28 @@ def _ordered(bounds: Any) -> Any:
     return bounds
 
 
+def _each_once(choices: Any) -> Any:
+    if isinstance(choices, tuple):
+        if not choices:
+            raise ValueError("an empty list leaves no choice; give one value at least")
+        if twice := [choice for choice in choices if choices.count(choice) > 1]:
+            raise ValueError(f"{twice[0]!r} is given twice; give each choice once")
+    return choices
+
+
+def _known_criterion(name: str) -> str:
+    if name not in CRITERIA:
+        raise ValueError(f"no criterion {name!r}; there are {', '.join(CRITERIA)}")
+    return name
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Points = Annotated[float, Field(ge=0, le=100)]
 Range = Annotated[PositiveShare | tuple[PositiveShare, PositiveShare], AfterValidator(_ordered)]
 """A number, which fixes the parameter, or [low, high]; in (0, 1]."""
+Criterion = Annotated[str, AfterValidator(_known_criterion)]
+Multiple = Annotated[int, Field(ge=1)]
 
 
 def _absolute(path: Path | None) -> Path | None:
@@ -116,7 +136,8 @@ class ExitConfig(_Section):
 
 
 class SpaceConfig(_Section):
-    """The search space. A number fixes a parameter, [low, high] searches it."""
+    """The search space. A number fixes a parameter, [low, high] searches it; of the last four, which are choices, a
+    value fixes it and a list searches all of the list."""
 
     cutoff_channel: Range = (0.02, 0.5)
     """Cut-off frequency of the image filter of the channel score; searched on a log scale."""
@@ -125,11 +146,20 @@ class SpaceConfig(_Section):
     drop_budget: Annotated[Points | tuple[Points, Points], AfterValidator(_ordered)] = (0.0, 2.0)
     """Accuracy points that pruning one block may cost; each block has its own."""
     token_share: Annotated[Share | tuple[Share, Share], AfterValidator(_ordered)] = (0.0, 1.0)
-    """Share of each block's budget that tokens may spend first."""
+    """Share of each block's budget that tokens may spend first; for method `global` the weight of tokens against
+    channels: 0.5 as the profile says, 0 channels alone, 1 tokens alone."""
     target_ratio: Range = (0.2, 1.0)
     """Share of the dense MACs to keep."""
     exit_block: Annotated[int | tuple[int, int] | None, AfterValidator(_ordered)] = None
     """The model answers after this many blocks; by default after all of them."""
+    method: Annotated[Method | tuple[Method, ...], AfterValidator(_each_once)] = "cascade"
+    """Who decides what goes: `cascade`, block by block, or `global`, all blocks at once, without budgets."""
+    criterion: Annotated[Criterion | tuple[Criterion, ...], AfterValidator(_each_once)] = "lfs"
+    """Score of the channels in the cascade, a key of `pruning.scores.criteria.CRITERIA`."""
+    token_reduction: Annotated[TokenReduction | tuple[TokenReduction, ...], AfterValidator(_each_once)] = "lfe"
+    """What becomes of the tokens that do not leave a block. See `pruning.plan.TokenReduction`."""
+    round_to: Annotated[Multiple | tuple[Multiple, ...], AfterValidator(_each_once)] = 1
+    """Widths a head and hidden units are multiples of it; [1, 8] tries these two, not what lies between."""
 
 
 class SearchConfig(_Section):

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
-from pruning.plan import Plan
+from pruning.plan import Plan, TokenReduction
+
+Method = Literal["cascade", "global"]
+"""cascade: block by block, as far as each block's budget goes (VTC-LFC). global: all blocks at once, every unit at its
+price in multiply-adds."""
+
+FILTERED: frozenset[TokenReduction] = frozenset({"lfe", "lfe-merge"})
+"""The token reductions with a filter. `pruning.tokens.REDUCERS` knows too, but takes torch, which a record does not."""
 
 
 class State(str, Enum):
@@ -32,29 +39,46 @@ class Candidate:
     """Cut-off frequency of the token filter when tokens are scored (LFE), in (0, 1]."""
     drop_budget: tuple[float, ...]
     """Accuracy points (1 = one percent of the images) that pruning a block may cost; one entry a dense
-    block, the entries past `exit_block` have no effect."""
+    block, the entries past `exit_block` have no effect. All 0 for method `global`, which has no budgets."""
     token_share: float
-    """Share of each block's budget that tokens may spend first, in [0, 1]."""
+    """In [0, 1]. Cascade: share of each block's budget that tokens may spend first. Global: 0.5 weighs channels and
+    tokens as the profile does, 0 takes channels alone, 1 tokens alone."""
     target_ratio: float
-    """Share of the dense MACs to keep, in (0, 1]: the cascade stops when it is reached."""
+    """Share of the dense MACs to keep, in (0, 1]: pruning stops when it is reached."""
     exit_block: int
     """The model answers after this many blocks."""
+    method: Method = "cascade"
+    """Who decides what goes."""
+    criterion: str = "lfs"
+    """Score of the channels, a key of `pruning.scores.criteria.CRITERIA`; for method `cascade`."""
+    token_reduction: TokenReduction = "lfe"
+    """What becomes of the tokens that do not leave a block."""
+    round_to: int = 1
+    """Widths a head and hidden units are multiples of it; at least 1."""
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Candidate:
         return cls(**record | {"drop_budget": tuple(record["drop_budget"])})
 
-    def to_params(self) -> dict[str, float | int]:
+    def to_params(self) -> dict[str, float | int | str]:
         """Flat and named as in the search space: `drop_budget.0`, ...; only what has an effect."""
-        params: dict[str, float | int] = {
-            "cutoff_channel": self.cutoff_channel,
-            "cutoff_token": self.cutoff_token,
+        params: dict[str, float | int | str] = {
+            "method": self.method,
+            "token_reduction": self.token_reduction,
+            "round_to": self.round_to,
             "token_share": self.token_share,
             "target_ratio": self.target_ratio,
             "exit_block": self.exit_block,
         }
-        budgets = self.drop_budget[: self.exit_block]
-        return params | {f"drop_budget.{block}": points for block, points in enumerate(budgets)}
+        if self.token_reduction in FILTERED:
+            params["cutoff_token"] = self.cutoff_token
+        if self.method == "cascade":
+            params["criterion"] = self.criterion
+            if self.criterion == "lfs":
+                params["cutoff_channel"] = self.cutoff_channel
+            budgets = self.drop_budget[: self.exit_block]
+            params |= {f"drop_budget.{block}": points for block, points in enumerate(budgets)}
+        return params
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from pruning.anatomy import Anatomy, examine
 from pruning.artifact import Description, save, save_weights
+from pruning.cost import block_macs
 from pruning.errors import ArtifactError, VitfrontError
+from pruning.surgery import keep_all_block
 from search.config import Config
 from search.errors import ConfigError
 from search.inputs import load_inputs
@@ -26,8 +30,12 @@ def prune_once(
     cutoff_channel: float,
     cutoff_token: float,
     token_share: float,
-) -> tuple[Outcome, Measurement]:
-    """The outcome of one candidate, which need not lie in the recipe's space, and the dense model's measurement.
+    method: str,
+    criterion: str,
+    token_reduction: str,
+    round_to: int,
+) -> tuple[Outcome, Measurement, list[dict[str, Any]]]:
+    """The outcome of one candidate, which need not lie in the recipe's space, the dense measurement, and `block_rows`.
 
     Args:
         budget: accuracy points that each block may cost.
@@ -42,8 +50,10 @@ def prune_once(
     for name, share in (("target ratio", target_ratio), ("token share", token_share)):
         if not 0 <= share <= 1:
             raise ConfigError(f"{name} {share} is out of range; give 0 to 1")
-    fixed = config.space.model_copy(update={"exit_block": exit_block})
-    inputs = load_inputs(config.model_copy(update={"space": fixed}), runs)
+    choices = {"method": method, "criterion": criterion, "token_reduction": token_reduction, "round_to": round_to}
+    space = config.model_dump(mode="json")["space"] | choices | {"exit_block": exit_block}
+    config = Config.from_dict(config.model_dump(mode="json") | {"space": space})  # checks the choices
+    inputs = load_inputs(config, runs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     exits = list(inputs.space.exit_blocks)
     bench, dense = prepare(config, inputs.model.to(device), inputs.splits, exits, trained=inputs.trained)
@@ -52,10 +62,14 @@ def prune_once(
     candidate = Candidate(
         cutoff_channel=cutoff_channel,
         cutoff_token=cutoff_token,
-        drop_budget=(budget,) * inputs.space.depth,
+        drop_budget=(budget if method == "cascade" else 0.0,) * inputs.space.depth,
         token_share=token_share,
         target_ratio=target_ratio,
         exit_block=exits[0],
+        method=inputs.space.method[0],
+        criterion=inputs.space.criterion[0],
+        token_reduction=inputs.space.token_reduction[0],
+        round_to=inputs.space.round_to[0],
     )
     outcome = run_trial(bench, candidate, "t000")
     if outcome.state is not State.MEASURED or outcome.plan is None:
@@ -63,4 +77,26 @@ def prune_once(
     if to is not None:
         description = Description(name=config.model.name, args=config.model.args, input=inputs.spec, plan=outcome.plan)
         save(build(bench, outcome.plan), description, to)
-    return outcome, dense
+    return outcome, dense, block_rows(outcome, examine(bench.model))
+
+
+def block_rows(outcome: Outcome, anatomy: Anatomy) -> list[dict[str, Any]]:
+    """What each block keeps, of what there was; what that cost in accuracy, where it was measured; its MACs."""
+    assert outcome.plan is not None
+    rows, entering = [], anatomy.num_patches
+    drops = [f"{drop:+.2f}" for drop in outcome.block_drops] or ["-"] * outcome.plan.exit_block
+    for index, block in enumerate(outcome.plan.blocks):
+        dense_macs = block_macs(anatomy, keep_all_block(anatomy).shape, anatomy.num_patches).total
+        macs = block_macs(anatomy, block.shape, entering, outcome.plan.token_reduction).total
+        shape, entering = block.shape, block.num_tokens
+        rows.append({
+            "block": index,
+            "heads": f"{shape.num_heads}/{anatomy.num_heads}",
+            "qk": f"{shape.qk_width}/{anatomy.head_dim}",
+            "v": f"{shape.v_width}/{anatomy.head_dim}",
+            "hidden": f"{shape.num_hidden}/{anatomy.num_hidden}",
+            "tokens": f"{shape.num_tokens}/{anatomy.num_patches}",
+            "drop": drops[index],
+            "MACs": f"{macs / dense_macs:.0%}",
+        })  # fmt: skip
+    return rows

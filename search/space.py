@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Protocol, TypeVar
 
+from pruning.plan import TokenReduction
 from search.config import SpaceConfig
 from search.errors import ConfigError
-from search.outcome import Candidate
+from search.outcome import FILTERED, Candidate, Method
+
+T = TypeVar("T")
+
+PAPER_CUTOFF_CHANNEL, PAPER_CUTOFF_TOKEN = 0.1, 0.85
+"""VTC-LFC's, for DeiT."""
 
 
 class Chooser(Protocol):
-    """Who chooses a value in a range: an Optuna trial, or a test's fake."""
+    """Who chooses a value of a range or a list: an Optuna trial, or a test's fake."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
 
     def suggest_int(self, name: str, low: int, high: int) -> int: ...
 
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
 
 class Space:
-    """The space of one model's candidates: every parameter a range, or fixed where low = high."""
+    """The space of one model's candidates: every parameter a range or a list, or fixed where it has one value.
+
+    What has no effect in a candidate (see `Candidate.to_params`) has one value there, so that candidates that do the
+    same are equal: VTC-LFC's cut-offs and the score `lfs`, or what the space has nearest to them, and budgets of 0.
+    """
 
     def __init__(self, config: SpaceConfig, depth: int) -> None:
         """Raises ConfigError where the exits do not fit the model's depth."""
@@ -30,6 +44,10 @@ class Space:
         self.target_ratio = _bounds(config.target_ratio)
         exits = config.exit_block if config.exit_block is not None else depth
         self.exit_block = exits if isinstance(exits, tuple) else (exits, exits)
+        self.method: tuple[Method, ...] = _choices(config.method)
+        self.criterion: tuple[str, ...] = _choices(config.criterion)
+        self.token_reduction: tuple[TokenReduction, ...] = _choices(config.token_reduction)
+        self.round_to: tuple[int, ...] = _choices(config.round_to)
         low, high = self.exit_block
         if low < 1 or high > depth:
             wrong = low if low < 1 else high
@@ -41,71 +59,112 @@ class Space:
         return range(self.exit_block[0], self.exit_block[1] + 1)
 
     def choose(self, chooser: Chooser) -> Candidate:
-        """A candidate; the budgets of blocks past its exit are not asked for."""
+        """A candidate; what is fixed or has no effect is not asked for."""
 
         def number(name: str, bounds: tuple[float, float], log: bool = False) -> float:
             low, high = bounds
             return low if low == high else chooser.suggest_float(name, low, high, log=log)
 
+        def choice(name: str, choices: tuple[T, ...]) -> T:
+            chosen: T = choices[0] if len(choices) == 1 else chooser.suggest_categorical(name, choices)
+            return chosen
+
+        method = choice("method", self.method)
+        is_cascade = method == "cascade"
+        criterion = choice("criterion", self.criterion) if is_cascade else _allowed("lfs", self.criterion)
+        token_reduction = choice("token_reduction", self.token_reduction)
         low, high = self.exit_block
         exit_block = low if low == high else chooser.suggest_int("exit_block", low, high)
-        budgets = [number(f"drop_budget.{block}", self.drop_budget) for block in range(exit_block)]
+        budgets = [number(f"drop_budget.{block}", self.drop_budget) for block in range(exit_block if is_cascade else 0)]
+        cutoff_channel = _clipped(PAPER_CUTOFF_CHANNEL, self.cutoff_channel)
+        if is_cascade and criterion == "lfs":
+            cutoff_channel = number("cutoff_channel", self.cutoff_channel, log=True)
+        cutoff_token = _clipped(PAPER_CUTOFF_TOKEN, self.cutoff_token)
+        if token_reduction in FILTERED:
+            cutoff_token = number("cutoff_token", self.cutoff_token)
         return Candidate(
+            method=method,
+            criterion=criterion,
+            token_reduction=token_reduction,
+            round_to=choice("round_to", self.round_to),
             exit_block=exit_block,
-            cutoff_channel=number("cutoff_channel", self.cutoff_channel, log=True),
-            cutoff_token=number("cutoff_token", self.cutoff_token),
+            cutoff_channel=cutoff_channel,
+            cutoff_token=cutoff_token,
             token_share=number("token_share", self.token_share),
             target_ratio=number("target_ratio", self.target_ratio),
-            drop_budget=(*budgets, *[0.0] * (self.depth - exit_block)),
+            drop_budget=(*budgets, *[0.0] * (self.depth - len(budgets))),
         )
 
     def clip(self, candidate: Candidate) -> Candidate:
-        """The nearest candidate within the space."""
-
-        def clipped(value: float, bounds: tuple[float, float]) -> float:
-            return min(max(value, bounds[0]), bounds[1])
-
-        exit_block = int(clipped(candidate.exit_block, self.exit_block))
-        budgets = [clipped(points, self.drop_budget) for points in candidate.drop_budget[:exit_block]]
-        return Candidate(
-            exit_block=exit_block,
-            cutoff_channel=clipped(candidate.cutoff_channel, self.cutoff_channel),
-            cutoff_token=clipped(candidate.cutoff_token, self.cutoff_token),
-            token_share=clipped(candidate.token_share, self.token_share),
-            target_ratio=clipped(candidate.target_ratio, self.target_ratio),
-            drop_budget=(*budgets, *[0.0] * (self.depth - exit_block)),
-        )
+        """The nearest candidate within the space; a choice that is not allowed becomes the first that is."""
+        return self.choose(_Nearest(candidate))
 
     def first_candidates(self) -> list[Candidate]:
         """What to try before the search knows anything: the dense model, and the papers' settings.
 
         VTC-LFC: cut-offs 0.1 and 0.85, 9.5 points spread evenly over the blocks, 0.56 of them for tokens; here with
         the target at a quarter, half and three quarters of its range. WDPruning's depth: an exit at 10 of 12 blocks,
-        nothing else pruned; and the first exit there is. All within the space, none twice.
+        nothing else pruned; and the first exit there is. Method `global`: the profile's own weights at the same three
+        targets, all blocks kept. All within the space, none twice.
         """
         low, high = self.target_ratio
         points = 9.5 / self.depth
+        targets = [low + part * (high - low) for part in (0.5, 0.25, 0.75)]
 
-        def at(target_ratio: float, budget: float, exit_block: int) -> Candidate:
+        def at(target_ratio: float, budget: float, exit_block: int, method: Method, token_share: float) -> Candidate:
             return self.clip(
                 Candidate(
-                    cutoff_channel=0.1,
-                    cutoff_token=0.85,
+                    method=method,
+                    cutoff_channel=PAPER_CUTOFF_CHANNEL,
+                    cutoff_token=PAPER_CUTOFF_TOKEN,
                     drop_budget=(budget,) * self.depth,
-                    token_share=0.56,
+                    token_share=token_share,
                     target_ratio=target_ratio,
                     exit_block=exit_block,
                 )
             )
 
-        papers = [at(low + part * (high - low), points, self.depth) for part in (0.5, 0.25, 0.75)]
-        depth_only = [at(1.0, 0.0, exit_block) for exit_block in (round(self.depth * 10 / 12), self.exit_block[0])]
-        unique: list[Candidate] = []
-        for candidate in (at(1.0, 0.0, self.depth), papers[0], *depth_only, *papers[1:]):
-            if candidate not in unique:
-                unique.append(candidate)
-        return unique
+        first: list[Candidate] = []
+        if "cascade" in self.method:
+            dense = at(1.0, 0.0, self.depth, "cascade", 0.56)
+            papers = [at(target, points, self.depth, "cascade", 0.56) for target in targets]
+            exits = (round(self.depth * 10 / 12), self.exit_block[0])
+            depth_only = [at(1.0, 0.0, exit_block, "cascade", 0.56) for exit_block in exits]
+            first += [dense, papers[0], *depth_only, *papers[1:]]
+        if "global" in self.method:
+            dense_too = [] if first else [at(1.0, 0.0, self.depth, "global", 0.5)]
+            first += dense_too + [at(target, 0.0, self.depth, "global", 0.5) for target in targets]
+        return list(dict.fromkeys(first))
+
+
+class _Nearest:
+    """Chooses what is nearest to a candidate."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        budgets = {f"drop_budget.{block}": points for block, points in enumerate(candidate.drop_budget)}
+        self._wanted: dict[str, Any] = asdict(candidate) | budgets
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return _clipped(self._wanted[name], (low, high))
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        return int(_clipped(self._wanted[name], (low, high)))
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return _allowed(self._wanted[name], choices)
 
 
 def _bounds(value: Any) -> tuple[float, float]:
     return (float(value[0]), float(value[1])) if isinstance(value, tuple) else (float(value), float(value))
+
+
+def _choices(value: T | tuple[T, ...]) -> tuple[T, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _clipped(value: float, bounds: tuple[float, float]) -> float:
+    return min(max(value, bounds[0]), bounds[1])
+
+
+def _allowed(wanted: T, choices: Sequence[T]) -> T:
+    return wanted if wanted in choices else choices[0]

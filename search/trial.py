@@ -11,20 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from pruning.accuracy import predict, top1, wilson_interval
+from pruning.allocation import Profile, allocate, measure_profile
 from pruning.anatomy import blocks_of, examine
-from pruning.cascade import CascadeSettings, cascade
-from pruning.compensation import prune_and_repair
+from pruning.cascade import CascadeResult, CascadeSettings, cascade
+from pruning.compensation import REPAIR_PASSES, RepairedModel, repaired_model
 from pruning.cost import count_macs, count_params
 from pruning.data import Images, Splits
 from pruning.errors import VitfrontError
 from pruning.exits import ExitHead, fit_exits, truncate
-from pruning.plan import Plan
+from pruning.plan import Plan, TokenReduction
 from pruning.precision import Precision, fastest_precision
 from pruning.stopwatch import Timing, device_name, race
 from pruning.surgery import keep_all_plan
 from pruning.training import train
 from search.config import Config
 from search.outcome import Candidate, Measurement, Outcome, State
+from search.space import Space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class Bench:
     """The classifier of every exit."""
     splits: Splits
     precision: Precision
+    profiles: dict[TokenReduction, Profile]
+    """Of the whole dense model, for `method: global`; one for each token reduction that the space allows."""
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +87,15 @@ def prepare(
         epochs=config.exits.epochs, learning_rate=config.exits.learning_rate,
         distillation=config.exits.distillation, precision=chosen, seed=config.data.seed,
     )  # fmt: skip
-    bench = Bench(config=config, model=model, heads=heads, splits=splits, precision=chosen)
+    space = Space(config.space, examine(model).depth)
+    profiles = {
+        kind: measure_profile(
+            model, splits.calibration, splits.probe, token_reduction=kind, batch_size=config.cascade.batch_size,
+            precision=chosen,
+        )
+        for kind in (space.token_reduction if "global" in space.method else ())
+    }  # fmt: skip
+    bench = Bench(config=config, model=model, heads=heads, splits=splits, precision=chosen, profiles=profiles)
     timing, _ = _race(bench, [])
     return bench, _measurement(bench, model, _dense_plan(bench), timing)
 
@@ -99,9 +111,23 @@ def run_trial(bench: Bench, candidate: Candidate, trial_id: str) -> Outcome:
 
 
 def _prune_and_measure(bench: Bench, candidate: Candidate, trial_id: str) -> Outcome:
+    prune = _prune_globally if candidate.method == "global" else _prune_by_cascade
+    pruned = prune(bench, candidate)
+    return Outcome(
+        id=trial_id,
+        state=State.MEASURED,
+        candidate=candidate,
+        plan=pruned.plan,
+        measurement=measure(bench, pruned.model, pruned.plan),
+        block_drops=pruned.block_drops,
+        forward_passes=pruned.forward_passes * candidate.exit_block / len(blocks_of(bench.model)),
+    )
+
+
+def _prune_by_cascade(bench: Bench, candidate: Candidate) -> CascadeResult:
     shorter = truncate(bench.model, candidate.exit_block, bench.heads[candidate.exit_block])
     fixed = bench.config.cascade
-    result = cascade(
+    return cascade(
         shorter,
         bench.splits.probe,
         bench.splits.calibration,
@@ -110,22 +136,34 @@ def _prune_and_measure(bench: Bench, candidate: Candidate, trial_id: str) -> Out
             target_macs=int(candidate.target_ratio * bench.dense_macs),
             cutoff_channel=candidate.cutoff_channel,
             cutoff_token=candidate.cutoff_token,
+            criterion=candidate.criterion,
+            token_reduction=candidate.token_reduction,
+            round_to=candidate.round_to,
             token_share=candidate.token_share,
             alpha=fixed.alpha,
-            ridge=fixed.ridge,
             num_levels=fixed.num_levels,
             batch_size=fixed.batch_size,
             precision=bench.precision,
+            seed=bench.config.data.seed,
         ),
     )
-    return Outcome(
-        id=trial_id,
-        state=State.MEASURED,
-        candidate=candidate,
-        plan=result.plan,
-        measurement=measure(bench, result.model, result.plan),
-        block_drops=result.block_drops,
-        forward_passes=result.forward_passes * candidate.exit_block / len(blocks_of(bench.model)),
+
+
+def _prune_globally(bench: Bench, candidate: Candidate) -> CascadeResult:
+    shorter = truncate(bench.model, candidate.exit_block, bench.heads[candidate.exit_block])
+    profile = bench.profiles[candidate.token_reduction]
+    plan = allocate(
+        replace(profile, cutoff_token=candidate.cutoff_token), examine(shorter),
+        int(candidate.target_ratio * bench.dense_macs), candidate.token_share, round_to=candidate.round_to,
+    )  # fmt: skip
+    repaired = _repaired(bench, shorter, plan)
+    share = len(bench.splits.calibration) / len(bench.splits.probe)
+    return CascadeResult(
+        plan=plan,
+        model=repaired.model,
+        block_drops=(),
+        forward_passes=REPAIR_PASSES * share,
+        notes=repaired.notes,
     )
 
 
@@ -168,12 +206,13 @@ def confirm(bench: Bench, plans: Sequence[Plan]) -> Confirmation:
 
 def build(bench: Bench, plan: Plan) -> nn.Module:
     """The model of a plan, as its trial made it: cut, pruned and repaired."""
-    shorter = truncate(bench.model, plan.exit_block, bench.heads[plan.exit_block])
-    fixed = bench.config.cascade
-    return prune_and_repair(
-        shorter, plan, bench.splits.calibration,
-        ridge=fixed.ridge, batch_size=fixed.batch_size, precision=bench.precision,
-    )  # fmt: skip
+    return _repaired(bench, truncate(bench.model, plan.exit_block, bench.heads[plan.exit_block]), plan).model
+
+
+def _repaired(bench: Bench, shorter: nn.Module, plan: Plan) -> RepairedModel:
+    return repaired_model(
+        shorter, plan, bench.splits.calibration, batch_size=bench.config.cascade.batch_size, precision=bench.precision
+    )
 
 
 def _dense_plan(bench: Bench) -> Plan:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from pruning.anatomy import Anatomy
 from pruning.errors import VitfrontError
 from pruning.precision import Precision
+
+if TYPE_CHECKING:
+    from pruning.compensation import Flow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,8 @@ class Scene:
     batch_size: int
     precision: Precision
     seed: int
+    flow: Flow
+    """Gives the closed-form criterion what it is fitted on: the calibration images, at the block that is scored."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pruning.scores import activation, lfs, magnitude, random, taylor
+from pruning.scores import activation, lfs, magnitude, obs, random, taylor
 from pruning.scores.channel import ChannelScores, Scene
 
 CRITERIA: dict[str, Callable[[Scene], ChannelScores]] = {
@@ -16,4 +16,5 @@ CRITERIA: dict[str, Callable[[Scene], ChannelScores]] = {
     "magnitude": magnitude.score,
     "activation": activation.score,
     "random": random.score,
+    "obs": obs.score,
 }

@@ -35,8 +35,9 @@ def plan(exit_block: int = 2) -> Plan:
     return Plan(blocks=(block,) * exit_block)
 
 
-def candidate(exit_block: int = 2) -> Candidate:
-    return Candidate(
+def candidate(exit_block: int = 2, **other: Any) -> Candidate:
+    """A candidate of the cascade; `other` overrides its fields."""
+    made = Candidate(
         cutoff_channel=0.1,
         cutoff_token=0.8,
         drop_budget=(1.5, 0.5, 0.25),
@@ -44,6 +45,7 @@ def candidate(exit_block: int = 2) -> Candidate:
         target_ratio=0.6,
         exit_block=exit_block,
     )
+    return replace(made, **other)
 
 
 def outcome(id: str, top1: float, speedup: float, **other: Any) -> Outcome:

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from pruning.plan import TOKEN_REDUCTIONS
+from pruning.scores.criteria import CRITERIA
 from pruning.training import TrainSettings
 from search.config import Config, TrainingConfig, flat, input_spec, load_config, parse_seconds, shipped_recipes
 from search.errors import ConfigError
@@ -100,6 +102,10 @@ def test_bounds_upside_down_are_named(key: str, bounds: list[float]) -> None:
         ("space.target_ratio", 0),
         ("space.target_ratio", [0.2, 0.5, 0.8]),
         ("space.exit_block", 2.5),
+        ("space.round_to", 0),
+        ("space.round_to", [8, 0]),
+        ("space.round_to", 1.5),
+        ("space.criterion", 3),
         ("search.trials", 0),
         ("search.sampler", "grid"),
         ("data.calibration_images", 7),
@@ -130,6 +136,74 @@ def test_parameter_is_a_number_or_a_range(given: Any, read: Any) -> None:
     assert tiny.config(space__target_ratio=given).space.target_ratio == read
 
 
+@pytest.mark.parametrize(
+    ("key", "given", "read"),
+    [
+        ("method", "global", "global"),
+        ("method", ["cascade", "global"], ("cascade", "global")),
+        ("method", ["global"], ("global",)),
+        ("criterion", "obs", "obs"),
+        ("criterion", [*CRITERIA], tuple(CRITERIA)),
+        ("token_reduction", "attention-merge", "attention-merge"),
+        ("token_reduction", [*TOKEN_REDUCTIONS], TOKEN_REDUCTIONS),
+        ("round_to", 8, 8),
+        ("round_to", [8, 1, 4], (8, 1, 4)),
+    ],
+)
+def test_choice_is_one_value_or_a_list_in_the_recipes_order(key: str, given: Any, read: Any) -> None:
+    config = Config.from_dict(changed(f"space.{key}", given))
+    assert getattr(config.space, key) == read
+    assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_by_default_nothing_is_left_to_choose() -> None:
+    space = tiny.config().space
+    assert (space.method, space.criterion, space.token_reduction, space.round_to) == ("cascade", "lfs", "lfe", 1)
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+@pytest.mark.parametrize(
+    ("key", "wrong", "known"),
+    [
+        ("method", "globl", ["cascade", "global"]),
+        ("criterion", "lsf", list(CRITERIA)),
+        ("token_reduction", "drop", list(TOKEN_REDUCTIONS)),
+    ],
+)
+def test_unknown_choice_is_one_line_with_the_key_the_value_and_those_there_are(
+    key: str, wrong: str, known: list[str], in_list: bool
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^space\.{key}: ") as raised:
+        Config.from_dict(changed(f"space.{key}", [known[0], wrong] if in_list else wrong))
+    told = str(raised.value)
+    assert repr(wrong) in told
+    assert all(re.search(rf"\b{re.escape(name)}\b", told) for name in known)
+    assert "\n" not in told
+    assert "; space" not in told
+
+
+@pytest.mark.parametrize("key", ["method", "criterion", "token_reduction", "round_to"])
+def test_empty_list_of_choices_is_refused(key: str) -> None:
+    expected = f"^space.{key}: an empty list leaves no choice; give one value at least$"
+    with pytest.raises(ConfigError, match=expected):
+        Config.from_dict(changed(f"space.{key}", []))
+
+
+@pytest.mark.parametrize(
+    ("key", "choices"),
+    [
+        ("method", ["global", "global"]),
+        ("criterion", ["lfs", "obs", "lfs"]),
+        ("token_reduction", ["merge", "merge"]),
+        ("round_to", [1, 8, 8.0]),
+    ],
+)
+def test_choice_that_is_given_twice_is_named(key: str, choices: list[Any]) -> None:
+    twice = re.escape(repr(choices[1] if key == "round_to" else choices[0]))
+    with pytest.raises(ConfigError, match=f"^space.{key}: {twice} is given twice; give each choice once$"):
+        Config.from_dict(changed(f"space.{key}", choices))
+
+
 def test_config_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         tiny.config().search.trials = 3
@@ -149,6 +223,8 @@ def test_relative_paths_count_from_here(tmp_path: Path) -> None:
         ("search.time_budget=10m", ("search", "time_budget"), "10m"),
         ("space.target_ratio=0.5", ("space", "target_ratio"), 0.5),
         ("space.target_ratio=[0.4, 0.6]", ("space", "target_ratio"), (0.4, 0.6)),
+        ("space.method=global", ("space", "method"), "global"),
+        ("space.criterion=[lfs, obs]", ("space", "criterion"), ("lfs", "obs")),
         ("data.test=null", ("data", "test"), None),
         ("model.pretrained=true", ("model", "pretrained"), True),
         ("model.args={depth: 4}", ("model", "args"), {"depth": 4}),
@@ -280,6 +356,8 @@ def test_how_long_and_where_a_sweep_runs_makes_no_difference(key: str, value: An
         ("data.seed", 1),
         ("exits.epochs", 3),
         ("space.exit_block", [2, 3]),
+        ("space.method", ["cascade", "global"]),
+        ("space.round_to", 8),
         ("search.sampler", "random"),
         ("search.seed", 1),
         ("cascade.alpha", 0.5),

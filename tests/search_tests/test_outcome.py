@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
-from search.outcome import Candidate, Outcome, State
+from pruning.plan import TOKEN_REDUCTIONS, TokenReduction
+from pruning.scores.criteria import CRITERIA
+from pruning.tokens import REDUCERS
+from search.outcome import FILTERED, Candidate, Outcome, State
 from tests.search_tests import made
 
+GLOBAL: dict[str, Any] = {"method": "global", "drop_budget": (0.0,) * 3, "token_reduction": "merge", "round_to": 8}
 OUTCOMES = [
     made.outcome("t000", 0.9, 1.5),
     made.outcome("t001", 0.9, 1.5, top1_test=0.88),
     made.failed("t002", reason="RuntimeError: \N{SNOWMAN}"),
     made.failed("t003", State.INFEASIBLE),
     made.failed("t004", State.STOPPED),
+    replace(made.outcome("t005", 0.9, 1.5), candidate=made.candidate(**GLOBAL)),
 ]
 
 
@@ -34,10 +41,19 @@ def test_outcome_is_written_in_plain_words() -> None:
     assert record["measurement"] is None
 
 
-def test_candidate_survives_json() -> None:
-    candidate = made.candidate()
+@pytest.mark.parametrize("candidate", [made.candidate(), made.candidate(criterion="obs"), made.candidate(**GLOBAL)])
+def test_candidate_survives_json(candidate: Candidate) -> None:
     read = Candidate.from_json(json.loads(json.dumps(asdict(candidate))))
     assert read == candidate
+
+
+def test_candidate_of_a_ledger_from_before_the_choices_is_the_cascade_that_it_was() -> None:
+    record = asdict(made.candidate())
+    for name in ("method", "criterion", "token_reduction", "round_to"):
+        del record[name]
+    read = Candidate.from_json(json.loads(json.dumps(record)))
+    assert (read.method, read.criterion, read.token_reduction, read.round_to) == ("cascade", "lfs", "lfe", 1)
+    assert read == made.candidate()
 
 
 def test_params_are_named_as_in_the_search_space_and_leave_out_what_has_no_effect() -> None:
@@ -49,8 +65,51 @@ def test_params_are_named_as_in_the_search_space_and_leave_out_what_has_no_effec
         "exit_block": 2,
         "drop_budget.0": 1.5,
         "drop_budget.1": 0.5,
+        "method": "cascade",
+        "criterion": "lfs",
+        "token_reduction": "lfe",
+        "round_to": 1,
     }
     assert made.candidate(exit_block=3).to_params()["drop_budget.2"] == 0.25
+
+
+def test_params_of_a_global_candidate_have_no_budgets_and_no_criterion() -> None:
+    assert made.candidate(**GLOBAL).to_params() == {
+        "token_share": 0.5,
+        "target_ratio": 0.6,
+        "exit_block": 2,
+        "method": "global",
+        "token_reduction": "merge",
+        "round_to": 8,
+    }
+    assert made.candidate(**GLOBAL | {"token_reduction": "lfe-merge"}).to_params()["cutoff_token"] == 0.8
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_cutoff_of_the_images_is_a_parameter_of_the_lfs_score_alone(criterion: str) -> None:
+    params = made.candidate(criterion=criterion).to_params()
+    assert params["criterion"] == criterion
+    assert ("cutoff_channel" in params) == (criterion == "lfs")
+
+
+@pytest.mark.parametrize("method", ["cascade", "global"])
+@pytest.mark.parametrize("reduction", TOKEN_REDUCTIONS)
+def test_cutoff_of_the_tokens_is_a_parameter_where_the_reduction_has_a_filter(
+    method: str, reduction: TokenReduction
+) -> None:
+    params = made.candidate(method=method, token_reduction=reduction).to_params()
+    assert params["token_reduction"] == reduction
+    assert ("cutoff_token" in params) == REDUCERS[reduction].has_filter
+
+
+def test_reductions_with_a_filter_are_those_that_build_one() -> None:
+    assert {kind for kind, reducer in REDUCERS.items() if reducer.has_filter} == FILTERED
+
+
+def test_records_are_read_without_torch() -> None:
+    """Who only looks at a ledger does not wait seconds for it."""
+    look = "import sys, search.outcome; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", look], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

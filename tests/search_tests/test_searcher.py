@@ -20,7 +20,24 @@ from tests.search_tests import made
 
 SPACE = Space(SpaceConfig(exit_block=(2, 3)), depth=3)
 FIRST = SPACE.first_candidates()
+BOTH = Space(
+    SpaceConfig(
+        exit_block=(2, 3),
+        method=("cascade", "global"),
+        criterion=("lfs", "taylor", "obs"),
+        token_reduction=("lfe", "merge", "attention"),
+        round_to=(1, 8),
+    ),
+    depth=3,
+)
 FINISHED = {TrialState.COMPLETE, TrialState.FAIL}
+
+
+def searched(candidate: Candidate, space: Space = SPACE) -> dict[str, Any]:
+    """A candidate's parameters that are not fixed in the space."""
+    fixed = {"method", "criterion", "token_reduction", "round_to"}
+    fixed = {name for name in fixed if len(getattr(space, name)) == 1}
+    return {name: value for name, value in candidate.to_params().items() if name not in fixed}
 
 
 def searcher(space: Space = SPACE, **other: Any) -> StudySearcher:
@@ -147,8 +164,50 @@ def test_budgets_past_the_exit_are_no_parameters_of_the_study() -> None:
     exits = {candidate.exit_block for _, candidate in suggested}
     assert exits == {2, 3}
     for (_, candidate), trial in zip(suggested, trials(source), strict=True):
-        assert trial.params == candidate.to_params()
+        assert trial.params == searched(candidate)
         assert ("drop_budget.2" in trial.params) == (candidate.exit_block == 3)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_space_of_choices_is_searched_in_parameters_that_have_an_effect(sampler: str) -> None:
+    source = searcher(BOTH, sampler=sampler)
+    first = BOTH.first_candidates()
+    suggested = []
+    for number in range(len(first) + 20):
+        [(id, candidate)] = suggest(source, 1)
+        suggested.append(candidate)
+        tell(source, number, measured(id, candidate, top1=candidate.target_ratio, speedup=1 / candidate.target_ratio))
+    assert suggested[: len(first)] == first
+    assert all(BOTH.clip(candidate) == candidate for candidate in suggested)
+    assert len(set(suggested)) == len(suggested)
+    drawn = suggested[len(first) :]
+    assert {candidate.method for candidate in drawn} == {"cascade", "global"}
+    assert len({candidate.token_reduction for candidate in drawn}) > 1
+    assert len({candidate.criterion for candidate in drawn if candidate.method == "cascade"}) > 1
+    for candidate, trial in zip(suggested, trials(source), strict=True):
+        assert trial.state is TrialState.COMPLETE
+        assert trial.params == searched(candidate, BOTH) == candidate.to_params()
+
+
+def test_resume_knows_choices_as_they_were_made() -> None:
+    drawn = suggest(searcher(BOTH, sampler="random"), len(BOTH.first_candidates()) + 12)
+    source = searcher(BOTH, known=[measured(*each) for each in drawn])
+    assert [trial.params for trial in trials(source)] == [candidate.to_params() for _, candidate in drawn]
+    assert {candidate.method for _, candidate in drawn[-12:]} == {"cascade", "global"}
+    [(id, candidate)] = suggest(source, 1)
+    assert id == f"t{len(drawn):03d}"
+    assert candidate not in {known for _, known in drawn}
+
+
+def test_tpe_learns_which_choice_is_better() -> None:
+    source = searcher(BOTH)
+    good = []
+    for number in range(60):
+        [(id, candidate)] = suggest(source, 1)
+        value = (candidate.method == "global") + (candidate.token_reduction == "merge") / 2 + candidate.target_ratio / 9
+        tell(source, number, measured(id, candidate, top1=value, speedup=value))
+        good.append(candidate.method == "global" and candidate.token_reduction == "merge")
+    assert sum(good[-20:]) > 12  # blind choice: 1 of 6, so 3
 
 
 def test_who_watches_is_told_of_every_suggestion_before_it_starts() -> None:
@@ -185,7 +244,7 @@ def test_resume_does_not_suggest_again_what_its_first_run_drew() -> None:
 def test_known_outcome_outside_the_space_is_taken_at_its_nearest_point() -> None:
     outside = replace(FIRST[0], cutoff_token=0.99, exit_block=1)
     source = searcher(known=[measured("t000", outside)])
-    assert trials(source)[0].params == SPACE.clip(outside).to_params()
+    assert trials(source)[0].params == searched(SPACE.clip(outside))
 
 
 def test_nothing_is_left_running_once_all_have_ended() -> None:

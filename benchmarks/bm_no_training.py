@@ -1,0 +1,223 @@
+"""The strongest pruned ViT-Tiny without any training, at six sizes, beside Torch-Pruning and ToMe.
+
+    python benchmarks/bm_no_training.py [--quick] [--json] [--out benchmarks/results]
+
+Everything is chosen on training images: 512 to calibrate, 256 others to probe; of a few weights of tokens against
+channels the plan whose answers diverge least from the dense model's on the probe images is taken. `val` is looked at
+once a row. Speed-ups are paired with the dense model, batch 16, on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruning.accuracy import predict, top1
+from pruning.allocation import Profile, allocate, divergence, measure_profile
+from pruning.anatomy import blocks_of, examine
+from pruning.compensation import repaired_model
+from pruning.cost import count_macs
+from pruning.data import Images, InputSpec, load_split
+from pruning.models import create_model
+from pruning.plan import Plan
+from pruning.precision import fastest_precision
+from pruning.stopwatch import device_name, race
+from pruning.surgery import apply_plan, keep_all_block, keep_all_plan
+from pruning.tokens import schedule
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "imagenet-mini"
+SPEC = InputSpec(size=(224, 224), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+
+LIMITS = (
+    (0.80, False, 0.74),
+    (0.65, False, 0.55),
+    (0.73, True, 0.82),
+    (0.57, True, 0.81),
+    (0.48, True, 0.80),
+    (0.38, True, 0.76),
+)
+"""Share of the dense multiply-adds at most, whether tokens may be reduced, and the top-1 aimed at."""
+
+TOKEN_SHARES = (0.25, 0.5)
+TOME = {0.73: 8, 0.57: 13, 0.48: 16}
+"""Tokens that ToMe merges in every block, by the limit it is compared at."""
+
+
+def images(split: str) -> Images:
+    return load_split(
+        "folder", split, SPEC, num_classes=1000, root=DATA, class_map=DATA / "class_map.txt", limit=10_000
+    )
+
+
+def vitfront(
+    model: nn.Module, profile: Profile, limit: float, tokens: bool, calibration: Images, probe: Images
+) -> tuple[nn.Module, Plan, float]:
+    """The model, its plan, and seconds to make it; of several weights the best on the probe images."""
+    start, anatomy = time.monotonic(), examine(model)
+    target = int(limit * count_macs(anatomy, keep_all_plan(anatomy)))
+    dense, best = predict(model, probe), None
+    for share in TOKEN_SHARES if tokens else (0.0,):
+        plan = allocate(profile, anatomy, target, share)
+        made = repaired_model(model, plan, calibration, profile.sensitivity).model
+        lost = divergence(dense, predict(made, probe))
+        if best is None or lost < best[0]:
+            best = lost, made, plan
+    assert best is not None
+    return best[1], best[2], time.monotonic() - start
+
+
+def tome(model: nn.Module, removed: int) -> tuple[nn.Module, Plan]:
+    anatomy = examine(model)
+    counts = schedule("constant", anatomy.num_patches, anatomy.depth, removed)
+    plan = Plan(blocks=tuple(keep_all_block(anatomy, count) for count in counts), token_reduction="merge")
+    return apply_plan(model, plan), plan
+
+
+def torch_pruning(model: nn.Module, limit: float, calibration: Images) -> tuple[nn.Module, float]:
+    """Torch-Pruning's global Taylor on hidden units and head widths, as its ViT example sets it up; its own counter."""
+    import torch_pruning as tp
+
+    made: Any = copy.deepcopy(model).requires_grad_(True)
+    example = torch.zeros(1, 3, 224, 224)
+    heads = {}
+    for block in blocks_of(made):
+        block.attn.fused_attn = False
+        heads[block.attn.qkv] = block.attn.num_heads
+    dense_macs, _ = tp.utils.count_ops_and_params(made, example)
+    steps = 40
+    pruner = tp.pruner.BasePruner(
+        made, example, importance=tp.importance.GroupTaylorImportance(), global_pruning=True, isomorphic=False,
+        pruning_ratio=0.9, iterative_steps=steps, ignored_layers=[made.head, made.patch_embed.proj], num_heads=heads,
+        prune_head_dims=True, prune_num_heads=False,
+        root_module_types=[nn.Linear],
+    )  # fmt: skip
+    for _ in range(steps):
+        made.zero_grad()
+        for batch, labels in calibration.batches(64):
+            torch.nn.functional.cross_entropy(made(batch), labels).backward()
+        pruner.step()
+        for block in blocks_of(made):
+            block.attn.head_dim = block.attn.qkv.out_features // (3 * block.attn.num_heads)
+            block.attn.attn_dim = block.attn.num_heads * block.attn.head_dim
+        macs, _ = tp.utils.count_ops_and_params(made, example)
+        if macs <= limit * dense_macs:
+            break
+    return made.requires_grad_(False).eval(), macs / dense_macs
+
+
+def timed(model: nn.Module, made: nn.Module, batch: Tensor, rounds: int) -> dict[str, float]:
+    precision = fastest_precision(model, batch)
+    _, (timing,) = race(model, [made], batch, num_rounds=rounds, precision=precision)
+    return {"speedup": timing.speedup, "speedup_low": timing.speedup_low, "speedup_high": timing.speedup_high}
+
+
+def measure(quick: bool) -> list[dict[str, Any]]:
+    model = create_model("vit_tiny_patch16_224", checkpoint=DATA / "vit_tiny_patch16_224.safetensors")
+    model.requires_grad_(False)
+    anatomy = examine(model)
+    dense_macs = count_macs(anatomy, keep_all_plan(anatomy))
+    train, val = images("train"), images("val")
+    num_calibration, num_probe = (96, 48) if quick else (512, 256)
+    calibration = train.take(slice(0, num_calibration))
+    probe = train.take(slice(num_calibration, num_calibration + num_probe))
+    val = val.take(slice(0, 100 if quick else None))
+    batch, rounds = val.normalized(slice(0, 16)), 7 if quick else 15
+    rows: list[dict[str, Any]] = []
+
+    def add(method: str, limit: float, tokens: bool, share: float, made: nn.Module, **more: Any) -> None:
+        accuracy = top1(predict(made, val), val.labels)
+        row = {"method": method, "limit": limit, "tokens": tokens, "share": share, "top1": accuracy}
+        rows.append(row | timed(model, made, batch, rounds) | more)
+
+    add("dense", 1.0, False, 1.0, model)
+    start = time.monotonic()
+    profile = measure_profile(model, calibration, probe.take(slice(0, 64)), token_reduction="attention-merge")
+    profile_s = time.monotonic() - start
+    for limit, tokens, wanted in LIMITS[1:4:2] if quick else LIMITS:
+        made, plan, seconds = vitfront(model, profile, limit, tokens, calibration, probe)
+        add(
+            "vitfront", limit, tokens, count_macs(anatomy, plan) / dense_macs, made, wanted=wanted, seconds=seconds,
+            profile_seconds=profile_s, plan_shapes=[list(vars(block.shape).values()) for block in plan.blocks],
+        )  # fmt: skip
+    for limit, removed in [(0.57, 13)] if quick else TOME.items():
+        made, plan = tome(model, removed)
+        add("tome", limit, True, count_macs(anatomy, plan) / dense_macs, made, removed=removed)
+    for limit in (0.65,) if quick else (0.80, 0.65):
+        made, share = torch_pruning(model, limit, calibration.take(slice(0, 128)))
+        add("torch-pruning", limit, False, share, made)
+    return rows
+
+
+def write(rows: list[dict[str, Any]], folder: Path, command: str) -> None:
+    """The table as Markdown, and the picture."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [
+        "# Without any training: ViT-Tiny on ImageNet images", "", f"    {command}", "",
+        f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch 16, "
+        "650 images of val. Chosen on training images alone: 512 to calibrate, 256 to probe. "
+        "Torch-Pruning 1.6.1; ToMe is our own.", "",
+        "| method | MACs at most | tokens reduced | share of MACs | top-1 on val | asked | speed-up (95 %) | 0.8 / share |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        wanted = f"{row['wanted']:.2f}" if "wanted" in row else ""
+        lines.append(
+            f"| {row['method']} | {row['limit']:.2f} | {'yes' if row['tokens'] else 'no'} | {row['share']:.3f} "
+            f"| {row['top1']:.4f} | {wanted} | {row['speedup']:.2f} ({row['speedup_low']:.2f}-{row['speedup_high']:.2f}) "
+            f"| {0.8 / row['share']:.2f} |"
+        )
+    made = [row for row in rows if row["method"] == "vitfront"]
+    if made:
+        seconds = ", ".join(f"{row['seconds']:.0f}" for row in made)
+        lines += ["", f"Profile {made[0]['profile_seconds']:.0f} s, once; then {seconds} s a row of vitfront."]
+    lines += ["", "![top-1 against share of MACs](no_training.png)"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "no_training.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "no_training.json").write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    kinds = (
+        ("vitfront", True, "vitfront"),
+        ("vitfront", False, "vitfront, channels only"),
+        ("tome", True, "ToMe"),
+        ("torch-pruning", False, "Torch-Pruning, Taylor"),
+    )
+    for (method, tokens, label), marker in zip(kinds, "osv^", strict=True):
+        some = sorted((row["share"], row["top1"]) for row in rows if (row["method"], row["tokens"]) == (method, tokens))
+        if some:
+            axes.plot(*zip(*some, strict=True), marker=marker, label=label)
+    axes.axhline(rows[0]["top1"], color="grey", linestyle=":", label="dense")
+    axes.set(xlabel="share of the dense multiply-adds", ylabel="top-1 on val", title="ViT-Tiny, no training")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "no_training.png", dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few images, few rows; writes nothing by itself")
+    parser.add_argument("--json", action="store_true", help="print the rows and nothing else")
+    parser.add_argument("--out", type=Path, help="folder for the table and the picture")
+    arguments = parser.parse_args()
+    rows = measure(arguments.quick)
+    if arguments.json:
+        print(json.dumps({"rows": rows}))
+    else:
+        for row in rows:
+            print({key: value for key, value in row.items() if key != "plan_shapes"})
+    if arguments.out is not None:
+        write(rows, arguments.out, f"python benchmarks/bm_no_training.py --out {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -151,7 +151,7 @@ def allocate(
         SettingError: no plan is that small.
     """
     search = _Search(profile, anatomy, token_share, round_to)
-    low, high = 1e-16, 1e-4  # nats a multiply-add
+    low, high = 1e-16, 1e3  # nats a multiply-add; at the highest, also a tiny model's least plan is the cheapest
     smallest = search.plan(high)
     if count_macs(anatomy, smallest) > target_macs:
         raise SettingError(
@@ -224,9 +224,7 @@ class _Search:
         """(counts,) least cost, and the hidden units that have it, by the number of tokens that leave attention."""
         tokens = np.array(self.counts) + self.anatomy.num_prefix_tokens
         widths = np.array(self.widths[1])
-        cost = (
-            self.profile.channel_scale * self.profile.channels[index].hidden.numpy()[self.anatomy.num_hidden - widths]
-        )
+        cost = self.channel_scale * self.profile.channels[index].hidden.numpy()[self.anatomy.num_hidden - widths]
         total = cost[None] + price * (2 * tokens * self.anatomy.width)[:, None] * widths[None]
         return total.min(axis=1), widths[total.argmin(axis=1)]
 

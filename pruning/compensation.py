@@ -291,11 +291,14 @@ def _refit(
     seconds = {part: _Second.of(moments, part, transform, centred=dense.bias is not None) for part in (0, 1, None)}
     metric = gain.double()[:, None] * place.metric * gain.double()
     slopes, notes = start, []
+    second = seconds[None].moment
+    kept, lost = second[:num_features, :num_features], second.diagonal()[num_features:][:num_targets].sum()
     for first, what in ((num_features, "lost"), (num_features + num_targets, "drift")):
         target = slice(first, first + num_targets)
         slope = regression(seconds, num_features, target, metric) if moments.has_held else None
         if slope is None:
-            is_lost = what == "lost" and seconds[None].moment.diagonal()[target].sum() > 0
+            # More than rounding, also of bfloat16: a layer that loses nothing needs no note.
+            is_lost = what == "lost" and lost > 1e-4 * (lost + ((start @ kept) * start).sum())
             notes += [f"{name}: only the bias is repaired"] if is_lost else []
         else:
             slopes = slopes + slope
@@ -312,15 +315,16 @@ class _Second:
     """Mean and second moment of [features, target 0, target 1], float64."""
 
     mean: Tensor
+    """Taken as 0 where the layer has no bias, so that the line must go through 0."""
     moment: Tensor
-    """Around the mean; around 0 where the layer has no bias, so that the line must go through 0."""
+    """Around this mean."""
 
     @classmethod
     def of(cls, moments: Moments, part: int | None, transform: Tensor | None, *, centred: bool) -> _Second:
         mean, moment = moments.mean(part), moments.covariance(part)
         if transform is not None:
             mean, moment = transform @ mean, transform @ moment @ transform.T
-        return cls(mean, moment if centred else moment + mean[:, None] * mean)
+        return cls(mean, moment) if centred else cls(torch.zeros_like(mean), moment + mean[:, None] * mean)
 
 
 def regression(seconds: dict[int | None, _Second], num_features: int, target: slice, metric: Tensor) -> Tensor | None:
@@ -370,10 +374,10 @@ def _value_directions(covariance: Tensor, projection: Tensor, metric: Tensor, nu
 
 
 def power(matrix: Tensor, exponent: float) -> Tensor:
-    """Of a symmetric matrix without negative eigenvalues; what is numerically zero is taken as a millionth part."""
+    """Of a symmetric matrix without negative eigenvalues; directions that are numerically zero stay zero."""
     values, vectors = torch.linalg.eigh(matrix)
-    floor = 1e-6 * values.mean().clamp_min(torch.finfo(matrix.dtype).tiny)
-    return (vectors * values.clamp_min(floor) ** exponent) @ vectors.T
+    is_there = values > 1e-9 * values.amax().clamp_min(torch.finfo(matrix.dtype).tiny)
+    return (vectors * torch.where(is_there, values.clamp_min(0) ** exponent, 0.0)) @ vectors.T
 
 
 def _recombined(qkv: nn.Linear, part: int, factor: Tensor, heads: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -211,9 +211,10 @@ def _print_blocks(blocks: list[dict[str, Any]], outcome: dict[str, Any], dense: 
     found = outcome["measurement"]
     dense_img_s = found["throughput_img_s"] / found["speedup"]
     out.print(
-        f"top-1 {dense['top1']:.4f} -> {found['top1']:.4f}; MACs {dense['macs']:,} -> {found['macs']:,} "
-        f"({found['macs'] / dense['macs']:.0%}); images/s {dense_img_s:,.0f} -> {found['throughput_img_s']:,.0f}: "
-        f"{found['speedup']:.2f} x as fast ({found['speedup_low']:.2f}-{found['speedup_high']:.2f})",
+        f"top-1 {dense['top1']:.4f} -> {found['top1']:.4f}, MACs {dense['macs'] / 1e6:,.4g} M -> "
+        f"{found['macs'] / 1e6:,.4g} M, images/s {dense_img_s:,.0f} -> {found['throughput_img_s']:,.0f}\n"
+        f"{found['speedup']:.2f} x as fast ({found['speedup_low']:.2f}-{found['speedup_high']:.2f}) "
+        f"with {found['macs'] / dense['macs']:.0%} of the MACs",
         highlight=False,
     )
 

@@ -185,7 +185,6 @@ class CascadeConfig(_Section):
     """The cascade's fixed settings. See `pruning.cascade.CascadeSettings`."""
 
     alpha: Share = 0.1
-    ridge: Annotated[float, Field(gt=0)] = 1e-3
     num_levels: Annotated[int, Field(ge=1)] = 15
     batch_size: Annotated[int, Field(ge=1)] = 64
 

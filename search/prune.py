@@ -54,6 +54,7 @@ def prune_once(
     space = config.model_dump(mode="json")["space"] | choices | {"exit_block": exit_block}
     config = Config.from_dict(config.model_dump(mode="json") | {"space": space})  # checks the choices
     inputs = load_inputs(config, runs)
+    torch.set_num_threads(config.resources.cpus_per_trial)  # as in a sweep: more are slower where cores are busy
     device = "cuda" if torch.cuda.is_available() else "cpu"
     exits = list(inputs.space.exit_blocks)
     bench, dense = prepare(config, inputs.model.to(device), inputs.splits, exits, trained=inputs.trained)

@@ -15,7 +15,7 @@ from torch import nn
 
 from pruning.anatomy import examine
 from pruning.artifact import Description, copy_to, load, read_description, save, save_weights
-from pruning.compensation import prune_and_repair
+from pruning.compensation import repaired_model
 from pruning.data import InputSpec
 from pruning.errors import ArtifactError
 from pruning.exits import fit_exits, truncate
@@ -32,7 +32,7 @@ def pruned(family: str = "vit") -> tuple[nn.Module, Description]:
     head = fit_exits(dense, images, [2], epochs=2)[2]
     shorter = truncate(dense, 2, head)
     plan = replace(made.plan(examine(shorter), num_tokens=(12, 5)), cutoff_token=0.4)
-    return prune_and_repair(shorter, plan, images), description(family, plan=plan)
+    return repaired_model(shorter, plan, images).model, description(family, plan=plan)
 
 
 def description(family: str = "vit", **other: Any) -> Description:

@@ -13,12 +13,14 @@ from torch import nn
 from pruning.accuracy import predict
 from pruning.anatomy import blocks_of, embed, examine, with_blocks
 from pruning.cascade import CascadeResult, CascadeSettings, cascade
-from pruning.compensation import prune_and_repair
+from pruning.compensation import repaired_model
 from pruning.cost import count_macs
 from pruning.data import Images
 from pruning.errors import SettingError
-from pruning.plan import Plan
-from pruning.scores.lfs import score_channels
+from pruning.plan import TOKEN_REDUCTIONS, Plan, TokenReduction
+from pruning.scores import lfs
+from pruning.scores.channel import Scene
+from pruning.scores.criteria import CRITERIA
 from pruning.spectrum import low_pass
 from pruning.surgery import apply_plan, keep_all_block, keep_all_plan
 from tests.pruning_tests import made
@@ -41,7 +43,7 @@ def pruned(family: str, budgets: tuple[float, ...], token_share: float = 0.5) ->
         made.toy_model(family),
         PROBE,
         CALIBRATION,
-        settings(*budgets, token_share=token_share, cutoff_token=0.5, ridge=0.02),
+        settings(*budgets, token_share=token_share, cutoff_token=0.5),
     )
 
 
@@ -87,7 +89,7 @@ def test_tokens_never_grow_and_the_plan_is_of_the_models_shape(family: str, budg
 @pytest.mark.parametrize("budgets", BUDGETS)
 def test_plan_and_calibration_images_give_the_cascades_model_again(family: str, budgets: tuple[float, ...]) -> None:
     result = pruned(family, budgets)
-    again = prune_and_repair(made.toy_model(family), result.plan, CALIBRATION, ridge=0.02, batch_size=32)
+    again = repaired_model(made.toy_model(family), result.plan, CALIBRATION, batch_size=32).model
     assert made.same_state(again, made.state(result.model))
 
 
@@ -165,7 +167,8 @@ def test_a_target_out_of_reach_is_missed_without_an_error() -> None:
 def test_tokens_spend_at_most_their_share_of_the_budget(token_share: float) -> None:
     model, result = made.toy_model(), pruned("vit", (10.0, 0.0, 0.0), token_share)
     first = keep_all_block(examine(model), result.plan.blocks[0].num_tokens)
-    tokens_only = apply_plan(model, Plan(blocks=(first,) * 3, cutoff_token=0.5))
+    plan = Plan(blocks=(first,) * 3, cutoff_token=0.5)
+    tokens_only = repaired_model(model, plan, CALIBRATION, batch_size=32).model
     assert num_correct(model) - num_correct(tokens_only) <= math.floor(token_share * 0.1 * len(PROBE) + 1e-9)
 
 
@@ -182,13 +185,14 @@ def test_forward_passes_are_counted_as_by_hand(batch_size: int) -> None:
     assert result.plan.blocks[0].num_tokens > 1  # block 1 has tokens to probe
     probe, calibration = len(PROBE), len(CALIBRATION)
     blocks_run = (
-        2 * calibration + 2 * probe  # summaries of the dense model, its accuracy
-        + 2 * probe  # block 0: tokens
-        + 3 * 2 * calibration + calibration  # gradients (forward and backward), moments
-        + 2 * probe  # channels
-        + probe + 2 * calibration  # on to block 1
-        + probe + 3 * calibration + calibration + probe  # block 1, with no later one
-        + probe + 2 * calibration
+        2 * 3 * calibration  # sensitivity, forward and backward
+        + 2 * calibration + 2 * probe  # summaries of the dense model, its accuracy
+        + 2 * calibration + 2 * probe  # block 0: repair and probe of tokens
+        + 3 * 2 * calibration  # gradients
+        + 2 * calibration + 2 * probe  # repair and probe of channels
+        + probe + 3 * calibration  # on to block 1: probes; calibration images pruned, low-pass filtered, and dense
+        + 2 * calibration + probe + 3 * calibration + 2 * calibration + probe  # block 1, with no later one
+        + probe + 3 * calibration
     )  # fmt: skip
     assert result.forward_passes == pytest.approx(blocks_run / (2 * probe))
 
@@ -204,10 +208,16 @@ def test_each_block_drops_the_channels_of_least_score_on_filtered_images(alpha: 
         dense = list(blocks_of(model)[index:])
         with torch.no_grad():
             x = dense[0](x)
-        scores = score_channels(model, examine(model), dense, low, x[:, 0], labels, alpha=alpha)
+        scene = Scene(
+            model=model, anatomy=examine(model), index=index, blocks=dense, x=x, x_low=low, targets=x[:, 0],
+            labels=labels, alpha=alpha, batch_size=64, precision="float32", seed=0, flow=None,  # type: ignore[arg-type]
+        )  # fmt: skip
+        scores = lfs.score(scene)
         for kind in (scores.qk[0], scores.v[0], scores.hidden):
             kind[kind.argmax()] = torch.inf  # the best of each kind always stays
-        everything = torch.cat([scores.qk[0], scores.v[0], scores.hidden])
+        # By what each saves: 2 tokens, width 24.
+        macs = torch.tensor([2 * 2 * 24 + 2**2] * 48 + [2 * 2 * 24] * 96)
+        everything = torch.cat([scores.qk[0], scores.v[0], scores.hidden]) / macs
         kept = [*plan.keep_qk[0], *(24 + v for v in plan.keep_v[0]), *(48 + unit for unit in plan.keep_hidden)]
         assert 3 < len(kept) < len(everything)
         assert sorted(kept) == sorted(everything.topk(len(kept)).indices.tolist())
@@ -222,3 +232,24 @@ def test_each_block_drops_the_channels_of_least_score_on_filtered_images(alpha: 
 def test_budgets_that_are_not_one_a_block_and_at_least_zero_are_refused(budgets: tuple[float, ...]) -> None:
     with pytest.raises(SettingError, match="for 3 blocks; give one of at least 0 for each"):
         cascade(made.model(), PROBE, CALIBRATION, settings(*budgets))
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("token_reduction", TOKEN_REDUCTIONS)
+def test_every_criterion_and_token_reduction_keeps_to_its_budgets(
+    criterion: str, token_reduction: TokenReduction
+) -> None:
+    model, budgets = made.toy_model(), (6.0, 0.0, 12.0)
+    given = settings(*budgets, criterion=criterion, token_reduction=token_reduction, round_to=2)
+    result = cascade(model, PROBE, CALIBRATION, given)
+    assert all(drop <= budget + 1e-9 for drop, budget in zip(result.block_drops, budgets, strict=True))
+    assert num_correct(model) - num_correct(result.model) == round(sum(result.block_drops) * len(PROBE) / 100)
+    assert result.plan.token_reduction == token_reduction
+    assert all(block.shape.num_hidden % 2 == block.shape.qk_width % 2 == 0 for block in result.plan.blocks)
+    again = repaired_model(made.toy_model(), result.plan, CALIBRATION, batch_size=32).model
+    assert made.same_state(again, made.state(result.model))
+
+
+def test_a_criterion_that_is_not_known_is_refused() -> None:
+    with pytest.raises(SettingError, match="no channel criterion 'best'; there are lfs, taylor"):
+        cascade(made.toy_model(), PROBE, CALIBRATION, settings(1, 1, 1, criterion="best"))

@@ -278,5 +278,32 @@ def test_pruned_model_is_told_block_by_block(capsys: pytest.CaptureFixture[str],
     tiny.write_recipe(folder / "tiny.yaml")
     code, out, _ = call(capsys, "prune", "tiny.yaml")
     assert code == 0
-    assert [line.split()[1] for line in out.splitlines() if line.startswith("│")] == ["0", "1", "2"]
-    assert "top-1" in out.splitlines()[-1]
+    rows = [line.replace("│", " ").split() for line in out.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == ["0", "1", "2"]
+    assert all(len(row) == 8 and row[1] == "2/2" and row[7].endswith("%") for row in rows)
+    before_after, ratio = out.splitlines()[-2:]
+    assert before_after.startswith("top-1 ") and before_after.count(" -> ") == 3
+    assert "x as fast" in ratio and ratio.endswith("of the MACs")
+
+
+def test_cascade_tells_what_each_block_cost(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    tiny.write_recipe(folder / "tiny.yaml")
+    given = ["--method", "cascade", "--criterion", "lfs", "--token-reduction", "lfe", "--json"]
+    code, out, _ = call(capsys, "prune", "tiny.yaml", *given)
+    assert code == 0
+    outcome = json.loads(out)
+    assert len(outcome["block_drops"]) == 3
+    assert outcome["candidate"]["criterion"] == "lfs"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [("--method", "best", "method"), ("--criterion", "best", "criterion"), ("--round-to", "0", "round_to")],
+)
+def test_choice_that_is_not_there_is_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, option: str, value: str, told: str
+) -> None:
+    tiny.write_recipe(folder / "tiny.yaml")
+    code, _, errors = call(capsys, "prune", "tiny.yaml", option, value)
+    assert code == 2
+    assert told in errors

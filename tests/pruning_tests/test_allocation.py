@@ -1,0 +1,419 @@
+"""The allocation against every plan there is, on a small grid; the profile on a trained toy."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from itertools import pairwise, product
+
+import pytest
+import torch
+from torch import Tensor
+
+from pruning.allocation import SHARES, Profile, _predicted, _Search, allocate, divergence, measure_profile
+from pruning.anatomy import Anatomy, blocks_of, classify, embed, examine
+from pruning.cost import count_macs
+from pruning.curves import BlockCurves
+from pruning.data import Images
+from pruning.errors import SettingError
+from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, Plan, TokenReduction
+from pruning.sensitivity import BlockSensitivity, StreamSensitivity
+from pruning.surgery import apply_plan, check_plan, keep_all_block, keep_all_plan
+from tests.pruning_tests import made
+
+TINY = replace(
+    made.anatomy(), depth=2, width=8, num_heads=2, head_dim=4, num_hidden=8, num_patches=4, image_size=(16, 16)
+)
+"""Two blocks of few widths: all plans can be tried."""
+
+MIDDLE = replace(made.anatomy(), depth=4, num_hidden=48, head_dim=16, num_patches=49)
+
+
+def rising(count: int, generator: torch.Generator, height: float) -> Tensor:
+    """From 0, never falling, steeper and steeper."""
+    steps = torch.rand(count, generator=generator, dtype=torch.float64) * torch.linspace(0, 1, count) ** 2
+    return torch.cat([torch.zeros(1, dtype=torch.float64), height * steps.cumsum(0)])
+
+
+def invented(anatomy: Anatomy, *, seed: int = 0, kind: TokenReduction = "lfe") -> Profile:
+    """A profile of random curves, blocks of very different worth."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def order(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator).argsort(dim=-1)
+
+    channels, tokens = [], []
+    for _ in range(anatomy.depth):
+        worth = float(10 ** (-1 - torch.rand((), generator=generator)))
+        channels.append(
+            BlockCurves(
+                qk=rising(anatomy.head_dim, generator, worth / 2),
+                v=rising(anatomy.head_dim, generator, worth),
+                hidden=rising(anatomy.num_hidden, generator, worth / 3),
+                qk_order=order(anatomy.num_heads, anatomy.head_dim),
+                v_order=order(anatomy.num_heads, anatomy.head_dim),
+                hidden_order=order(anatomy.num_hidden),
+            )
+        )
+        power, jitter = (
+            1.5 + torch.rand((), generator=generator),
+            1 + 0.2 * torch.rand(len(SHARES), generator=generator),
+        )
+        tokens.append(tuple((4 * worth * torch.tensor(SHARES) ** power * jitter).cummax(0).values.tolist()))
+    place = StreamSensitivity(metric=torch.eye(anatomy.width, dtype=torch.float64), prefix_share=0.5)
+    return Profile(
+        channels=tuple(channels), channel_scale=1.7, token_scale=1.3, tokens=tuple(tokens), token_reduction=kind,
+        cutoff_token=0.6, sensitivity=[BlockSensitivity(mid=place, out=place)] * anatomy.depth, forward_passes=0.0,
+    )  # fmt: skip
+
+
+def slow_token_cost(costs: tuple[float, ...], share: float) -> float:
+    """On the line through the two nearest measured points, both axes logarithmic; the outer lines go on."""
+    values = [max(cost, 1e-7) for cost in costs]
+    place = max([i for i in range(len(SHARES) - 1) if SHARES[i] < share], default=0)
+    low, high = SHARES[place], SHARES[place + 1]
+    slope = math.log(values[place + 1] / values[place]) / math.log(high / low)
+    return values[place] * (share / low) ** slope
+
+
+def slow_cost(profile: Profile, anatomy: Anatomy, plan: Plan, token_share: float) -> float:
+    """What `allocate` makes small, unit by unit."""
+    odds = token_share / (1 - token_share) if 0 < token_share < 1 else 1.0
+    total, entering = 0.0, anatomy.num_patches
+    for curves, tokens, block in zip(profile.channels, profile.tokens, plan.blocks, strict=True):
+        shape = block.shape
+        channels = curves.qk[anatomy.head_dim - shape.qk_width] + curves.v[anatomy.head_dim - shape.v_width]
+        channels += curves.hidden[anatomy.num_hidden - shape.num_hidden]
+        total += profile.channel_scale * odds * float(channels)
+        if shape.num_tokens < entering:
+            total += profile.token_scale * slow_token_cost(tokens, 1 - shape.num_tokens / entering)
+        entering = shape.num_tokens
+    return total
+
+
+def every_plan(anatomy: Anatomy, profile: Profile, widths: tuple[int, ...], hidden: tuple[int, ...]) -> list[Plan]:
+    def block(qk: int, v: int, units: int, tokens: int) -> BlockPlan:
+        return BlockPlan(
+            keep_heads=tuple(range(anatomy.num_heads)),
+            keep_qk=(tuple(range(qk)),) * anatomy.num_heads,
+            keep_v=(tuple(range(v)),) * anatomy.num_heads,
+            keep_hidden=tuple(range(units)),
+            num_tokens=tokens,
+        )
+
+    blocks = [block(*each) for each in product(widths, widths, hidden, range(1, anatomy.num_patches + 1))]
+    return [
+        Plan(blocks=pair, token_reduction=profile.token_reduction, cutoff_token=profile.cutoff_token)
+        for pair in product(blocks, repeat=2)
+        if pair[0].num_tokens >= pair[1].num_tokens
+    ]
+
+
+# Against every plan
+
+
+@pytest.mark.parametrize("token_share", [0.3, 0.5])
+@pytest.mark.parametrize("kind", ["lfe", "attention"])
+@pytest.mark.parametrize("seed", range(2))
+def test_at_a_price_no_plan_undercuts_cost_plus_price_times_macs(
+    kind: TokenReduction, token_share: float, seed: int
+) -> None:
+    profile = invented(TINY, seed=seed, kind=kind)
+    plans = every_plan(TINY, profile, (2, 4), (2, 4, 6, 8))
+    costs = torch.tensor([slow_cost(profile, TINY, plan, token_share) for plan in plans], dtype=torch.float64)
+    macs = torch.tensor([count_macs(TINY, plan) for plan in plans], dtype=torch.float64)
+    search, shapes = _Search(profile, TINY, token_share, 2), set()
+    for price in (0.0, 1e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 1e-2):
+        plan = search.plan(price)
+        total = slow_cost(profile, TINY, plan, token_share) + price * count_macs(TINY, plan)
+        assert total == pytest.approx(float((costs + price * macs).min()), rel=1e-9, abs=1e-12)
+        shapes.add(plan.shape_hash)
+    assert len(shapes) >= 5
+
+    # So nothing is as good as what `allocate` gives and smaller, and nothing of its size is better.
+    for target in torch.linspace(float(macs.min()) + 1, float(macs.max()), 7).int().tolist():
+        plan = allocate(profile, TINY, target, token_share, round_to=2)
+        own, size = slow_cost(profile, TINY, plan, token_share), count_macs(TINY, plan)
+        assert size <= target
+        assert own <= float(costs[macs <= size].min()) + 1e-9
+        # Up to the target a better one may hide below the convex hull, but not below the line of the next price.
+        better = costs[macs <= target].min()
+        hull = lower_hull(macs, costs, target)
+        assert hull - 1e-9 <= float(better) <= own + 1e-9
+        assert any(abs(own - hull_cost) < 1e-9 for hull_cost in hull_costs(macs, costs))
+
+
+def hull_points(macs: Tensor, costs: Tensor) -> list[tuple[float, float]]:
+    """The lower convex hull of all plans, from the smallest on."""
+    points: list[tuple[float, float]] = []
+    for x, y in sorted(zip(macs.tolist(), costs.tolist(), strict=True)):
+        while len(points) >= 2:
+            (x0, y0), (x1, y1) = points[-2:]
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+                break
+            points.pop()
+        points.append((x, y))
+    return points
+
+
+def hull_costs(macs: Tensor, costs: Tensor) -> list[float]:
+    return [cost for _, cost in hull_points(macs, costs)]
+
+
+def lower_hull(macs: Tensor, costs: Tensor, target: float) -> float:
+    points = hull_points(macs, costs)
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= target <= x1:
+            return y0 + (y1 - y0) * (target - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+@pytest.mark.parametrize(("kind", "token_share"), [("lfe", 0.0), ("lfe-merge", 0.3), ("lfe", 0.5), ("merge", 1.0)])
+def test_no_random_plan_of_the_same_size_costs_less(kind: TokenReduction, token_share: float) -> None:
+    profile, generator = invented(MIDDLE, seed=3, kind=kind), torch.Generator().manual_seed(0)
+    search = _Search(profile, MIDDLE, token_share, 8)
+    found = [
+        allocate(profile, MIDDLE, int(share * whole_macs(MIDDLE)), token_share)
+        for share in torch.linspace(0.35, 0.98, 25).tolist()
+        if token_share > 0 or share > 0.55
+    ]
+    known = [(count_macs(MIDDLE, plan), slow_cost(profile, MIDDLE, plan, token_share)) for plan in found]
+    compared = 0
+    for _ in range(200):
+        plan = drawn(search, generator)
+        macs, cost = count_macs(MIDDLE, plan), slow_cost(profile, MIDDLE, plan, token_share)
+        rivals = [ours for size, ours in known if size >= macs]
+        compared += bool(rivals)
+        # The matching of tokens is priced as if heads were whole: a thousandth at most.
+        assert all(ours <= cost * 1.001 + 1e-12 for ours in rivals)
+    assert compared > 50
+
+
+def whole_macs(anatomy: Anatomy) -> int:
+    return count_macs(anatomy, keep_all_plan(anatomy))
+
+
+def drawn(search: _Search, generator: torch.Generator) -> Plan:
+    """A random plan from the grids that the search has; tokens never grow."""
+
+    def some(grid: list[int]) -> int:
+        return grid[int(torch.randint(len(grid), (), generator=generator))]
+
+    anatomy, blocks, entering = search.anatomy, [], search.anatomy.num_patches
+    widths, hidden = search.widths
+    for _ in range(anatomy.depth):
+        stays = float(torch.rand((), generator=generator)) < 0.4
+        entering = entering if stays else some([count for count in search.counts if count <= entering])
+        blocks.append(
+            replace(
+                keep_all_block(anatomy, entering),
+                keep_qk=(tuple(range(some(widths))),) * anatomy.num_heads,
+                keep_v=(tuple(range(some(widths))),) * anatomy.num_heads,
+                keep_hidden=tuple(range(some(hidden))),
+            )
+        )
+    return Plan(blocks=tuple(blocks), token_reduction=search.profile.token_reduction)
+
+
+# Targets and settings
+
+
+@pytest.mark.parametrize("token_share", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["lfe", "merge"])
+def test_targets_are_met_closely_and_more_multiply_adds_never_cost_more(
+    kind: TokenReduction, token_share: float
+) -> None:
+    profile, whole = invented(MIDDLE, seed=1, kind=kind), whole_macs(MIDDLE)
+    costs, gaps = [], []
+    for share in torch.linspace(0.6, 1.0, 13).tolist():
+        plan = allocate(profile, MIDDLE, int(share * whole), token_share)
+        check_plan(plan, MIDDLE)
+        assert plan.token_reduction == kind and plan.cutoff_token == 0.6
+        gaps.append(share - count_macs(MIDDLE, plan) / whole)
+        costs.append(slow_cost(profile, MIDDLE, plan, token_share))
+    assert min(gaps) > -1e-9 and sum(gaps) / len(gaps) < 0.03
+    assert costs[-1] == 0 and costs[0] > costs[6] > 0
+    assert all(a >= b - 1e-9 for a, b in pairwise(costs))
+
+
+@pytest.mark.parametrize("target", [1.0, 1.5])
+def test_where_all_fits_all_stays(target: float) -> None:
+    plan = allocate(invented(MIDDLE), MIDDLE, int(target * whole_macs(MIDDLE)))
+    assert plan.blocks == keep_all_plan(MIDDLE).blocks
+
+
+def test_token_share_0_keeps_all_tokens_and_1_all_channels_and_between_tokens_go_instead_of_channels() -> None:
+    profile, target = invented(MIDDLE, seed=2), int(0.7 * whole_macs(MIDDLE))
+    tokens, hidden = [], []
+    for token_share in (0.0, 0.05, 0.3, 0.5, 0.7, 0.95, 1.0):
+        blocks = allocate(profile, MIDDLE, target, token_share).blocks
+        tokens.append(sum(block.num_tokens for block in blocks))
+        hidden.append(sum(len(block.keep_hidden) for block in blocks))
+        if token_share == 1:
+            assert all(replace(block, num_tokens=49) == keep_all_block(MIDDLE) for block in blocks)
+    assert tokens[0] == 4 * 49 and hidden[-1] == 4 * 48
+    assert hidden[0] < 4 * 48 and tokens[-1] < 4 * 49
+    assert tokens[1] > tokens[3] > tokens[5] and hidden[1] < hidden[3] < hidden[5]
+
+
+@pytest.mark.parametrize("round_to", [1, 4, 8, 10, 16])
+def test_widths_are_multiples_of_round_to_or_whole(round_to: int) -> None:
+    seen = set()
+    for share in (0.4, 0.5, 0.7, 0.9):
+        plan = allocate(invented(MIDDLE), MIDDLE, int(share * whole_macs(MIDDLE)), 0.4, round_to=round_to)
+        for block in plan.blocks:
+            shape = block.shape
+            for width, most in ((shape.qk_width, 16), (shape.v_width, 16), (shape.num_hidden, 48)):
+                assert width == most or width % round_to == 0
+                seen.add((width, most))
+    assert len(seen) > 3  # both narrowed and whole ones
+
+
+def test_channels_that_stay_are_the_last_of_the_orders() -> None:
+    profile = invented(MIDDLE)
+    plan = allocate(profile, MIDDLE, int(0.5 * whole_macs(MIDDLE)), round_to=4)
+    narrowed = 0
+    for curves, block in zip(profile.channels, plan.blocks, strict=True):
+        shape = block.shape
+        for order, kept in ((curves.qk_order, block.keep_qk), (curves.v_order, block.keep_v)):
+            for row, channels in zip(order.tolist(), kept, strict=True):
+                assert set(channels) == set(row[16 - len(channels) :])
+        assert set(block.keep_hidden) == set(curves.hidden_order.tolist()[48 - shape.num_hidden :])
+        narrowed += shape.qk_width < 16 or shape.v_width < 16 or shape.num_hidden < 48
+    assert narrowed
+
+
+def test_a_model_with_qk_norm_keeps_its_query_key_channels() -> None:
+    anatomy = replace(MIDDLE, has_qk_norm=True)
+    plan = allocate(invented(anatomy), anatomy, int(0.7 * whole_macs(anatomy)), 0.0)
+    assert {block.shape.qk_width for block in plan.blocks} == {16}
+    assert min(block.shape.v_width for block in plan.blocks) < 16
+
+
+@pytest.mark.parametrize("token_share", [0.0, 0.5, 1.0])
+def test_a_target_that_no_plan_reaches_is_refused_and_the_least_one_named(token_share: float) -> None:
+    profile = invented(MIDDLE)
+    with pytest.raises(SettingError, match="no plan has 1000 multiply-adds or fewer") as refused:
+        allocate(profile, MIDDLE, 1000, token_share)
+    least = int(str(refused.value).split()[-1])
+    widths = [(8,), (8,)] if token_share < 1 else [(16,), (48,)]
+    tokens = 49 if token_share == 0 else 1
+    smallest = replace(
+        keep_all_block(MIDDLE, tokens),
+        keep_qk=(tuple(range(widths[0][0])),) * 3,
+        keep_v=(tuple(range(widths[0][0])),) * 3,
+        keep_hidden=tuple(range(widths[1][0])),
+    )
+    assert least == count_macs(MIDDLE, Plan(blocks=(smallest,) * 4))
+    assert count_macs(MIDDLE, allocate(profile, MIDDLE, least, token_share)) == least
+    with pytest.raises(SettingError):
+        allocate(profile, MIDDLE, least - 1, token_share)
+
+
+def test_the_prediction_is_the_sum_over_units_and_removals() -> None:
+    profile = replace(invented(MIDDLE, seed=5), channel_scale=1.0, token_scale=1.0)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        plan = drawn(_Search(profile, MIDDLE, 0.5, 8), generator)
+        expected = slow_cost(profile, MIDDLE, plan, 0.5)
+        assert _predicted(profile, MIDDLE, plan) == pytest.approx(expected, rel=1e-9)
+
+
+# Divergence
+
+
+def test_divergence_is_the_mean_of_p_log_p_over_q() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense, pruned = 3 * torch.randn(2, 5, 4, generator=generator)
+    total = 0.0
+    for a, b in zip(dense.tolist(), pruned.tolist(), strict=True):
+        p, q = ([math.exp(x) / sum(map(math.exp, row)) for x in row] for row in (a, b))
+        total += sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+    assert divergence(dense, pruned) == pytest.approx(total / 5, rel=1e-5)
+    assert divergence(dense, dense + 7) == pytest.approx(0, abs=1e-6)
+    assert divergence(dense[:1], pruned[:1]) != pytest.approx(divergence(pruned[:1], dense[:1]), rel=1e-2)
+
+
+# The profile
+
+
+@functools.cache
+def profiled(family: str, kind: TokenReduction) -> Profile:
+    return measure_profile(
+        made.toy_model(family), made.toy_images(64, seed=2), probe_images(), token_reduction=kind, batch_size=30
+    )
+
+
+def probe_images() -> Images:
+    return made.toy_images(80, seed=3)
+
+
+@pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
+@torch.no_grad()
+def test_what_removing_tokens_costs_is_the_divergence_of_a_model_that_does_so_in_one_block(
+    kind: TokenReduction,
+) -> None:
+    with torch.enable_grad():
+        profile, model = profiled("average_pooling", kind), made.toy_model("average_pooling")
+    pixels, blocks = probe_images().normalized(slice(None)), list(keep_all_plan(examine(model)).blocks)
+    dense = model(pixels)
+    for index, costs in enumerate(profile.tokens):
+        assert len(costs) == len(SHARES) and costs[-1] > 0
+        assert all(a <= b for a, b in pairwise(costs))
+        highest = 0.0
+        for share, cost in zip(SHARES, costs, strict=True):
+            fewer = keep_all_block(examine(model), max(1, round(16 * (1 - share))))
+            # Sizes go on with their tokens, though no later block removes any.
+            later = [replace(block, num_tokens=fewer.num_tokens) for block in blocks[index + 1 :]]
+            plan = Plan(blocks=(*blocks[:index], fewer, *later), token_reduction=kind)
+            highest = max(highest, divergence(dense, apply_plan(model, plan)(pixels)))
+            assert cost == pytest.approx(highest, rel=2e-3, abs=2e-6)
+
+
+@pytest.mark.parametrize("family", ["vit", "qk_norm"])
+def test_a_profile_has_curves_of_every_block_and_scales_of_one_at_least(family: str) -> None:
+    model = made.toy_model(family).requires_grad_(True)
+    model.zero_grad()
+    before, modes = made.state(model), [module.training for module in model.modules()]
+    profile = measure_profile(model, made.toy_images(64, seed=2), probe_images(), token_reduction="merge")
+    assert made.same_state(model, before)
+    assert modes == [module.training for module in model.modules()]
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert len(profile.channels) == len(profile.tokens) == len(profile.sensitivity) == 3
+    assert min(profile.channel_scale, profile.token_scale) >= 1
+    assert profile.token_reduction == "merge" and profile.cutoff_token == 0.85
+    again = measure_profile(model, made.toy_images(64, seed=2), probe_images(), token_reduction="merge")
+    assert (again.channel_scale, again.token_scale, again.tokens) == (
+        profile.channel_scale, profile.token_scale, profile.tokens,
+    )  # fmt: skip
+
+
+def test_tokens_that_nobody_reads_any_more_go_for_nothing() -> None:
+    """The class token answers, and the last block's attention is over when tokens leave it."""
+    assert max(profiled("vit", "attention").tokens[-1]) < 1e-6
+
+
+@pytest.mark.parametrize("share", [0.6, 0.8])
+def test_a_plan_for_a_trained_model_beats_an_even_one_of_as_many_multiply_adds(share: float) -> None:
+    """Measured, not predicted: tokens removed where the profile says so, against as many from every block."""
+    model = made.toy_model("average_pooling")
+    anatomy, profile = examine(model), profiled("average_pooling", "merge")
+    plan = allocate(profile, anatomy, int(share * whole_macs(anatomy)), 1.0)
+    check_plan(plan, anatomy)
+    even = next(
+        rival
+        for removed in torch.linspace(0, 8, 200).tolist()
+        if count_macs(anatomy, rival := evenly(anatomy, removed)) <= count_macs(anatomy, plan)
+    )
+    fresh = made.toy_images(256, seed=4).normalized(slice(None))
+    with torch.no_grad():
+        dense = classify(model, functools.reduce(lambda x, block: block(x), blocks_of(model), embed(model, fresh)))
+        ours, theirs = (divergence(dense, apply_plan(model, each)(fresh)) for each in (plan, even))
+    assert ours < theirs
+
+
+def evenly(anatomy: Anatomy, removed: float) -> Plan:
+    counts = [max(1, round(16 - removed * (index + 1))) for index in range(anatomy.depth)]
+    return Plan(blocks=tuple(keep_all_block(anatomy, count) for count in counts), token_reduction="merge")

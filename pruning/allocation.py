@@ -140,7 +140,9 @@ def _token_costs(
 def allocate(
     profile: Profile, anatomy: Anatomy, target_macs: int, token_share: float = 0.5, *, round_to: int = 8
 ) -> Plan:
-    """The plan of least predicted cost with at most so many multiply-adds.
+    """A plan with at most so many multiply-adds that no plan of as many or fewer undercuts in predicted cost.
+
+    Only plans on the lower convex hull are found: where costs are irregular, it may be smaller than asked.
 
     Args:
         token_share: in [0, 1]: 0.5 weighs channels and tokens as the profile does; the cost of channels is

@@ -226,7 +226,8 @@ def class_attention(clues: Clues, num_prefix_tokens: int, has_class_token: bool)
 def _match(keys: Tensor, weight: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` nearest pairs: who moves (B, count), where to (B, count), and who stays (B, M - count)."""
     keys = F.normalize(keys.float(), dim=-1)
-    distance = 1 - keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
+    with torch.autocast(keys.device.type, enabled=False):  # in bfloat16 most near pairs tie, and others are taken
+        distance = 1 - keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
     if weight is not None:
         root = weight.float().sqrt()
         distance = distance * (root[:, ::2, None] + root[:, None, 1::2])

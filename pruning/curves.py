@@ -25,6 +25,7 @@ from pruning.compensation import Flow, power, samples
 from pruning.layers import SlimBlock
 from pruning.moments import Moments
 from pruning.precision import autocast
+from pruning.scores.channel import check_finite
 from pruning.surgery import as_slim
 
 NUM_WIDTHS = 8
@@ -79,11 +80,13 @@ def measure_curves(flow: Flow, block: nn.Module | None = None) -> BlockCurves:
             stage.reduce()
             after = place.out.token_weights(stage.x.shape[1], anatomy.num_prefix_tokens)
             hidden.add(*samples(stage, after, parts.act(parts.fc1(parts.norm2(stage.x))).float()))
+    found = {"qk": energy, "v": values.covariance(), "hidden": hidden.covariance()}
+    check_finite(flow.index, found)
     one = torch.ones(anatomy.width, device=flow.x.device)
     outer = power(place.mid.metric, 0.5) @ (parts.ls1(one)[:, None] * parts.proj.weight).double()
-    v, v_order = _value_curve(values.covariance(), outer, anatomy.num_heads)
+    v, v_order = _value_curve(found["v"], outer, anatomy.num_heads)
     outer = power(place.out.metric, 0.5) @ (parts.ls2(one)[:, None] * parts.fc2.weight).double()
-    loss, hidden_order = surgeon(hidden.covariance(), outer)
+    loss, hidden_order = surgeon(found["hidden"], outer)
     qk = torch.zeros(anatomy.head_dim + 1, dtype=torch.float64)
     if not anatomy.has_qk_norm:
         qk = _pair_curve(flow, slim, before)

@@ -5,7 +5,7 @@ B images, N tokens, C model width, H heads, D head width, h hidden units.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,10 +64,15 @@ class ChannelScores:
         Raises:
             VitfrontError: a score is not finite.
         """
-        for name in ("qk", "v", "hidden"):
-            if not getattr(self, name).isfinite().all():
-                raise VitfrontError(
-                    f"block {index}: the {name} scores are not finite; "
-                    "a weight of the model or what enters the block is not either"
-                )
+        check_finite(index, {"qk": self.qk, "v": self.v, "hidden": self.hidden})
         return self
+
+
+def check_finite(index: int, scores: Mapping[str, Tensor]) -> None:
+    """Raises VitfrontError where scores of block `index`, or what they are made of, are not finite."""
+    for name, values in scores.items():
+        if not values.isfinite().all():
+            raise VitfrontError(
+                f"block {index}: the {name} scores are not finite; "
+                "a weight of the model or what enters the block is not either"
+            )

@@ -26,6 +26,7 @@ SHORT = [
     "data.probe_images=40",
     "data.val_images=130",
     "space.target_ratio=[0.5, 1.0]",
+    "space.drop_budget=[3.0, 5.0]",  # one of the 40 probe images, at least
     "cascade.num_levels=3",
     "cascade.batch_size=16",
     "measure.batch_size=8",

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pruning.anatomy import Anatomy, examine
+from pruning.compensation import Flow
 from pruning.data import Images
-from pruning.plan import BlockPlan, Indices, Plan
+from pruning.plan import BlockPlan, Indices, Plan, TokenReduction
+from pruning.sensitivity import measure_sensitivity
 from pruning.training import TrainSettings, train
 
 ARGS: dict[str, Any] = {
@@ -97,6 +99,15 @@ def plan(anatomy: Anatomy, *, seed: int = 0, num_tokens: Sequence[int] | None = 
             )
         )
     return Plan(blocks=tuple(blocks))
+
+
+def flow(model: nn.Module, images: Images, index: int, token_reduction: TokenReduction = "lfe") -> Flow:
+    """The images as they enter block `index` of a model that is not pruned."""
+    sensitivity = measure_sensitivity(model, images)
+    made = Flow(model, images, sensitivity, token_reduction=token_reduction, cutoff_token=0.5, batch_size=4)
+    for block in made.blocks[:index]:
+        made.advance(block)
+    return made
 
 
 def toy_images(count: int, *, seed: int) -> Images:

@@ -38,6 +38,7 @@ def scene(family: str = "vit", index: int = 1, *, num_images: int = 6) -> Scene:
     return Scene(
         model=model, anatomy=anatomy, index=index, blocks=list(blocks_of(model)[index:]), x=x, x_low=x_low,
         targets=targets, labels=images.labels, alpha=0.1, batch_size=4, precision="float32", seed=0,
+        flow=made.flow(model, images, index),
     )  # fmt: skip
 
 
@@ -52,7 +53,9 @@ def test_scores_have_the_shape_of_the_block_and_are_finite_and_not_negative(name
     assert (scores.qk.shape, scores.v.shape, scores.hidden.shape) == ((H, D), (H, D), (HIDDEN,))
     for kind in KINDS:
         score: Tensor = getattr(scores, kind)
-        assert score.isfinite().all() and (score >= 0).all() and score.unique().numel() > 1
+        assert score.isfinite().all() and (score >= 0).all()
+        if (name, family, kind) != ("obs", "qk_norm", "qk"):  # pairs that stay whole cost nothing to count
+            assert score.unique().numel() > 1
         assert score.dtype == torch.float32 and not score.requires_grad
 
 

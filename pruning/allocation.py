@@ -89,7 +89,12 @@ def measure_profile(
     scales = []
     for token_share in (0.0, 1.0):
         share = TRIAL_SHARE[token_share > 0]
-        plan = allocate(profile, anatomy, int(share * count_macs(anatomy, keep_all_plan(anatomy))), token_share)
+        target = int(share * count_macs(anatomy, keep_all_plan(anatomy)))
+        try:
+            plan = allocate(profile, anatomy, target, token_share)
+        except SettingError:  # nearly all of the model is patch embedding and classifier
+            scales.append(1.0)
+            continue
         trial = repaired_model(model, plan, calibration, sensitivity, batch_size=batch_size, precision=precision)
         logits = predict(trial.model, probe, batch_size=batch_size, precision=precision)
         scales.append(max(1.0, divergence(dense, logits) / max(_predicted(profile, anatomy, plan), 1e-9)))

@@ -417,3 +417,9 @@ def test_a_plan_for_a_trained_model_beats_an_even_one_of_as_many_multiply_adds(s
 def evenly(anatomy: Anatomy, removed: float) -> Plan:
     counts = [max(1, round(16 - removed * (index + 1))) for index in range(anatomy.depth)]
     return Plan(blocks=tuple(keep_all_block(anatomy, count) for count in counts), token_reduction="merge")
+
+
+def test_a_model_whose_blocks_are_the_least_of_it_has_a_profile_too() -> None:
+    model, images = made.model(num_classes=20_000), made.images(8)
+    found = measure_profile(model, images, images, token_reduction="merge")
+    assert (found.channel_scale, found.token_scale) == (1.0, 1.0)

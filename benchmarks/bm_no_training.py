@@ -76,8 +76,8 @@ def vitfront(
 
 def tome(model: nn.Module, removed: int) -> tuple[nn.Module, Plan]:
     anatomy = examine(model)
-    counts = schedule("constant", anatomy.num_patches, anatomy.depth, removed)
-    plan = Plan(blocks=tuple(keep_all_block(anatomy, count) for count in counts), token_reduction="merge")
+    counts = schedule("constant", anatomy.blocks[0].num_patches, anatomy.depth, removed)
+    plan = Plan(blocks=tuple(keep_all_block(anatomy.blocks[0], count) for count in counts), token_reduction="merge")
     return apply_plan(model, plan), plan
 
 

@@ -35,7 +35,7 @@ def block(shape: list[int]) -> BlockPlan:
 
 def measure(quick: bool) -> list[dict[str, Any]]:
     model = create_model("vit_tiny_patch16_224", checkpoint=DATA / "vit_tiny_patch16_224.safetensors")
-    assert examine(model).num_heads == 3
+    assert examine(model).blocks[0].num_heads == 3
     known = [row for row in json.loads(RESULTS.read_text())["rows"] if row["method"] == "vitfront"]
     plans = [Plan(blocks=tuple(map(block, row["plan_shapes"])), token_reduction="attention-merge") for row in known]
     batch = images("val").normalized(slice(0, 16))

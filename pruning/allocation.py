@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pruning.accuracy import predict
 from pruning.anatomy import Anatomy, blocks_of, classify, embed, examine
 from pruning.compensation import Flow, repaired_model
-from pruning.cost import count_macs, reduction_macs
+from pruning.cost import channel_macs, count_macs, reduction_macs
 from pruning.curves import BlockCurves, measure_curves
 from pruning.data import Images
 from pruning.errors import SettingError
@@ -52,7 +52,7 @@ class Profile:
     token_scale: float
     """The same of a model with fewer tokens."""
     tokens: tuple[tuple[float, ...], ...]
-    """For every block, nats at the `SHARES`; none falls."""
+    """For every block, nats at the `SHARES`, none of which falls; nothing where no token goes."""
     token_reduction: TokenReduction
     cutoff_token: float
     sensitivity: list[BlockSensitivity]
@@ -80,14 +80,17 @@ def measure_profile(
     for block in blocks_of(model):
         channels.append(measure_curves(flow))
         flow.advance(block)
-    tokens = _token_costs(model, probe, token_reduction, cutoff_token, batch_size, precision)
+    reduces = token_reduction != "none"
+    tokens: tuple[tuple[float, ...], ...] = ((),) * anatomy.depth
+    if reduces:
+        tokens = _token_costs(model, probe, token_reduction, cutoff_token, batch_size, precision)
     profile = Profile(
         channels=tuple(channels), channel_scale=1.0, token_scale=1.0, tokens=tokens, token_reduction=token_reduction,
         cutoff_token=cutoff_token, sensitivity=sensitivity, forward_passes=0.0,
     )  # fmt: skip
     dense = predict(model, probe, batch_size=batch_size, precision=precision)
     scales = []
-    for token_share in (0.0, 1.0):
+    for token_share in (0.0, 1.0) if reduces else (0.0,):
         share = TRIAL_SHARE[token_share > 0]
         target = int(share * count_macs(anatomy, keep_all_plan(anatomy)))
         try:
@@ -98,13 +101,13 @@ def measure_profile(
         trial = repaired_model(model, plan, calibration, sensitivity, batch_size=batch_size, precision=precision)
         logits = predict(trial.model, probe, batch_size=batch_size, precision=precision)
         scales.append(max(1.0, divergence(dense, logits) / max(_predicted(profile, anatomy, plan), 1e-9)))
-    probe_share = len(probe) / len(calibration)
+    # Sensitivity 3, curves 1, the dense stream 1, a trial 3; probed tokens, and the answers of the models.
+    probe_share, probed = len(probe) / len(calibration), len(SHARES) * (anatomy.depth + 1) / 2 + 1 if reduces else 0
     return replace(
         profile,
         channel_scale=scales[0],
-        token_scale=scales[1],
-        # sensitivity 3, curves 1, the dense stream 1, two trials of 3; probed tokens, and the answers of three models
-        forward_passes=11 + probe_share * (4 + len(SHARES) * (anatomy.depth + 1) / 2),
+        token_scale=scales[-1],
+        forward_passes=5 + 3 * len(scales) + probe_share * (1 + len(scales) + probed),
     )
 
 
@@ -119,9 +122,9 @@ def _token_costs(
     precision: Precision,
 ) -> tuple[tuple[float, ...], ...]:  # fmt: skip
     """Divergence when one block alone removes a share of its tokens, for every block and share."""
-    anatomy, blocks = examine(model), list(blocks_of(model))
-    slim = [as_slim(block, anatomy, is_last=index == len(blocks) - 1) for index, block in enumerate(blocks)]
-    kept = [max(1, round(anatomy.num_patches * (1 - share))) for share in SHARES]
+    each, blocks = examine(model).blocks, list(blocks_of(model))
+    slim = [as_slim(block, each[index], is_last=index == len(blocks) - 1) for index, block in enumerate(blocks)]
+    kept = [max(1, round(each[0].num_patches * (1 - share))) for share in SHARES]
     costs = np.zeros((len(blocks), len(SHARES)))
     device = next(model.parameters()).device
     for batch, _ in images.batches(batch_size, device):
@@ -133,7 +136,8 @@ def _token_costs(
             for index, x in enumerate(streams):
                 for column, count in enumerate(kept):
                     y = slim_block(
-                        blocks[index], keep_all_block(anatomy, count), anatomy, num_tokens_in=anatomy.num_patches,
+                        blocks[index], keep_all_block(each[index], count), each[index],
+                        num_tokens_in=each[index].num_patches,
                         token_reduction=token_reduction, cutoff_token=cutoff, is_last=index == len(blocks) - 1,
                     )(x)  # fmt: skip
                     for block in slim[index + 1 :]:
@@ -151,7 +155,8 @@ def allocate(
 
     Args:
         token_share: in [0, 1]: 0.5 weighs channels and tokens as the profile does; the cost of channels is
-            multiplied by token_share / (1 - token_share). So 0 prunes channels alone, and 1 tokens alone.
+            multiplied by token_share / (1 - token_share). So 0 prunes channels alone, and 1 tokens alone. Without a
+            token reduction it has no effect.
         round_to: widths a head and hidden units are multiples of it.
 
     Raises:
@@ -183,15 +188,15 @@ class _Search:
     """Plans of least cost at a price."""
 
     def __init__(self, profile: Profile, anatomy: Anatomy, token_share: float, round_to: int) -> None:
-        self.profile, self.anatomy = profile, anatomy
-        patches = anatomy.num_patches
+        self.profile, self.anatomy, self.round_to = profile, anatomy, round_to
+        patches = anatomy.blocks[0].num_patches
+        self.has_tokens = profile.token_reduction != "none" and token_share > 0
         self.counts = sorted({round(1 + (patches - 1) * i / (NUM_COUNTS - 1)) for i in range(NUM_COUNTS)})
-        if token_share <= 0:
+        if not self.has_tokens:
             self.counts = [patches]
-        self.widths = [_widths(anatomy.head_dim, round_to), _widths(anatomy.num_hidden, round_to)]
-        if token_share >= 1:
-            self.widths = [[anatomy.head_dim], [anatomy.num_hidden]]
-        self.channel_scale = profile.channel_scale * (token_share / (1 - token_share) if 0 < token_share < 1 else 1.0)
+        self.has_channels = token_share < 1 or not self.has_tokens
+        is_weighed = self.has_tokens and token_share < 1
+        self.channel_scale = profile.channel_scale * (token_share / (1 - token_share) if is_weighed else 1.0)
         self.reduction = self._reduction_macs()
         self.removal = [self._removal_costs(index) for index in range(anatomy.depth)]
 
@@ -214,29 +219,38 @@ class _Search:
             blocks=tuple(blocks), cutoff_token=self.profile.cutoff_token, token_reduction=self.profile.token_reduction
         )
 
+    def _tokens(self, index: int) -> list[int]:
+        """The counts, with the prefix tokens, at a block."""
+        block = self.anatomy.blocks[index]
+        return [block.num_prefix_tokens + min(count, block.num_patches) for count in self.counts]
+
+    def _widths(self, most: int) -> np.ndarray:
+        return np.array(_widths(most, self.round_to) if self.has_channels else [most])
+
     def _attention(self, index: int, price: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(counts,) least cost, and the widths that have it, by the number of tokens that enter."""
-        anatomy, curves = self.anatomy, self.profile.channels[index]
-        tokens = np.array(self.counts) + anatomy.num_prefix_tokens
-        a_channel = anatomy.num_heads * (2 * tokens * anatomy.width + tokens**2)
+        block, curves = self.anatomy.blocks[index], self.profile.channels[index]
+        a_channel = np.array([block.num_heads * channel_macs(block, tokens) for tokens in self._tokens(index)])
         found = []
-        for curve in (curves.qk, curves.v):
-            widths = np.array([anatomy.head_dim] if anatomy.has_qk_norm and curve is curves.qk else self.widths[0])
-            cost = self.channel_scale * curve.numpy()[anatomy.head_dim - widths]
+        for curve, is_fixed in ((curves.qk, block.has_qk_norm), (curves.v, False)):
+            widths = np.array([block.head_dim]) if is_fixed else self._widths(block.head_dim)
+            cost = self.channel_scale * curve.numpy()[block.head_dim - widths]
             total = cost[None] + price * a_channel[:, None] * widths[None]
             found.append((total.min(axis=1), widths[total.argmin(axis=1)]))
         return found[0][0] + found[1][0], found[0][1], found[1][1]
 
     def _mlp(self, index: int, price: float) -> tuple[np.ndarray, np.ndarray]:
         """(counts,) least cost, and the hidden units that have it, by the number of tokens that leave attention."""
-        tokens = np.array(self.counts) + self.anatomy.num_prefix_tokens
-        widths = np.array(self.widths[1])
-        cost = self.channel_scale * self.profile.channels[index].hidden.numpy()[self.anatomy.num_hidden - widths]
-        total = cost[None] + price * (2 * tokens * self.anatomy.width)[:, None] * widths[None]
+        block, tokens = self.anatomy.blocks[index], np.array(self._tokens(index))
+        widths = self._widths(block.num_hidden)
+        cost = self.channel_scale * self.profile.channels[index].hidden.numpy()[block.num_hidden - widths]
+        total = cost[None] + price * (2 * tokens * block.width)[:, None] * widths[None]
         return total.min(axis=1), widths[total.argmin(axis=1)]
 
     def _removal_costs(self, index: int) -> np.ndarray:
         """(counts in, counts out): what the removal of tokens costs; infinite where they would grow."""
+        if not self.has_tokens:
+            return np.zeros((1, 1))
         counts = np.array(self.counts)
         shares = 1 - counts[None] / counts[:, None]
         costs = _cost_at(self.profile.tokens[index], np.clip(shares, 1e-9, None))
@@ -244,37 +258,37 @@ class _Search:
 
     def _reduction_macs(self) -> np.ndarray:
         """(counts in, counts out): multiply-adds of the reduction itself."""
-        anatomy, macs = self.anatomy, np.zeros((len(self.counts), len(self.counts)))
+        block, macs = self.anatomy.blocks[0], np.zeros((len(self.counts), len(self.counts)))
         for row, entering in enumerate(self.counts):
             for column, leaving in enumerate(self.counts[:row]):
                 shape = BlockShape(
-                    num_heads=anatomy.num_heads, qk_width=anatomy.head_dim, v_width=anatomy.head_dim,
-                    num_hidden=anatomy.num_hidden, num_tokens=leaving,
+                    num_heads=block.num_heads, qk_width=block.head_dim, v_width=block.head_dim,
+                    num_hidden=block.num_hidden, num_tokens=leaving,
                 )  # fmt: skip
-                macs[row, column] = reduction_macs(anatomy, shape, entering, self.profile.token_reduction)
+                macs[row, column] = reduction_macs(block, shape, entering, self.profile.token_reduction)
         return macs
 
     def _block(self, index: int, qk: int, v: int, hidden: int, num_tokens: int) -> BlockPlan:
-        curves, anatomy = self.profile.channels[index], self.anatomy
+        curves, block = self.profile.channels[index], self.anatomy.blocks[index]
         return BlockPlan(
-            keep_heads=tuple(range(anatomy.num_heads)),
+            keep_heads=tuple(range(block.num_heads)),
             keep_qk=_kept(curves.qk_order, qk),
             keep_v=_kept(curves.v_order, v),
-            keep_hidden=tuple(curves.hidden_order[anatomy.num_hidden - hidden :].sort().values.tolist()),
-            num_tokens=num_tokens,
+            keep_hidden=tuple(curves.hidden_order[block.num_hidden - hidden :].sort().values.tolist()),
+            num_tokens=min(num_tokens, block.num_patches),
         )
 
 
 def _predicted(profile: Profile, anatomy: Anatomy, plan: Plan) -> float:
     """The predicted cost of a plan, before scaling."""
-    total, entering = 0.0, anatomy.num_patches
-    for curves, tokens, block in zip(profile.channels, profile.tokens, plan.blocks, strict=True):
-        shape = block.shape
-        total += float(curves.qk[anatomy.head_dim - shape.qk_width] + curves.v[anatomy.head_dim - shape.v_width])
-        total += float(curves.hidden[anatomy.num_hidden - shape.num_hidden])
-        if block.num_tokens < entering:
-            total += float(_cost_at(tokens, np.array(1 - block.num_tokens / entering)))
-        entering = block.num_tokens
+    total, entering = 0.0, anatomy.blocks[0].num_patches
+    for block, curves, tokens, kept in zip(anatomy.blocks, profile.channels, profile.tokens, plan.blocks, strict=True):
+        shape = kept.shape
+        total += float(curves.qk[block.head_dim - shape.qk_width] + curves.v[block.head_dim - shape.v_width])
+        total += float(curves.hidden[block.num_hidden - shape.num_hidden])
+        if tokens and shape.num_tokens < entering:
+            total += float(_cost_at(tokens, np.array(1 - shape.num_tokens / entering)))
+        entering = shape.num_tokens
     return total
 
 

@@ -1,6 +1,6 @@
 """A pruned model on disk: plan.json (what it is) and model.safetensors (its weights). No pickle.
 
-plan.json: {"format": 1, "model": {"name", "args"}, "input": {"size", "mean", "std", ...}, "plan": {...}}.
+plan.json: {"format": 2, "model": {"name", "args"}, "input": {"size", "mean", "std", ...}, "plan": {...}}.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pruning.models import create_model, load_weights
 from pruning.plan import Plan
 from pruning.surgery import apply_plan
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)

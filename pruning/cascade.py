@@ -29,7 +29,7 @@ from pruning.scores.channel import ChannelScores, Scene
 from pruning.scores.criteria import CRITERIA
 from pruning.sensitivity import measure_sensitivity
 from pruning.spectrum import low_pass
-from pruning.surgery import as_slim, keep_all_block, slim_block
+from pruning.surgery import as_slim, keep_all_block, keep_all_from, slim_block
 from pruning.tokens import merges
 
 
@@ -94,7 +94,7 @@ def cascade(model: nn.Module, probe: Images, calibration: Images, settings: Casc
         raise SettingError(f"drop budgets {budgets} for {anatomy.depth} blocks; give one of at least 0 for each")
     if settings.criterion not in CRITERIA:
         raise SettingError(f"no channel criterion {settings.criterion!r}; there are {', '.join(CRITERIA)}")
-    dense = _plan(settings, [keep_all_block(anatomy)] * anatomy.depth)
+    dense = _plan(settings, [keep_all_block(block) for block in anatomy.blocks])
     if count_macs(anatomy, dense) <= settings.target_macs:  # small enough as it is: costs no pass at all
         return CascadeResult(
             plan=dense, model=copy.deepcopy(model), block_drops=(0.0,) * anatomy.depth, forward_passes=0.0, notes=()
@@ -113,7 +113,7 @@ def cascade(model: nn.Module, probe: Images, calibration: Images, settings: Casc
     for index in range(len(built), anatomy.depth):
         built.append(
             slim_block(
-                blocks_of(model)[index], plans[index], anatomy, num_tokens_in=plans[index].num_tokens,
+                blocks_of(model)[index], plans[index], anatomy.blocks[index], num_tokens_in=plans[index].num_tokens,
                 token_reduction=settings.token_reduction, cutoff_token=settings.cutoff_token,
                 is_last=index == anatomy.depth - 1,
             )
@@ -133,15 +133,14 @@ def _plan(settings: CascadeSettings, blocks: Sequence[BlockPlan]) -> Plan:
 
 def _prune_block(work: _Work, plans: list[BlockPlan], index: int, budget: float) -> tuple[list[BlockPlan], Repaired]:
     """The plans with block `index` pruned as far as its budget and the target allow, and that block, built."""
-    anatomy, settings = work.anatomy, work.settings
+    anatomy, settings, block = work.anatomy, work.settings, work.anatomy.blocks[index]
     before = work.correct
     allowed = budget / 100 * work.num_probe
     num_tokens = plans[index].num_tokens
     best = Repaired(block=work.flow.slim(plans[index]))
 
     def with_block(plan: BlockPlan) -> list[BlockPlan]:
-        later = [keep_all_block(anatomy, plan.num_tokens)] * (anatomy.depth - index - 1)
-        return [*plans[:index], plan, *later]
+        return [*plans[:index], plan, *keep_all_from(anatomy, index + 1, plan.num_tokens)]
 
     def reaches_target(plan: BlockPlan) -> bool:
         return count_macs(anatomy, _plan(settings, with_block(plan))) <= settings.target_macs
@@ -166,15 +165,16 @@ def _prune_block(work: _Work, plans: list[BlockPlan], index: int, budget: float)
         return make(levels[found])
 
     def fewer_tokens(removed: int) -> BlockPlan:
-        return keep_all_block(anatomy, num_tokens - removed)
+        return keep_all_block(block, num_tokens - removed)
 
     plan = plans[index]
-    plan = search("tokens", num_tokens - 1, fewer_tokens, before - _whole(settings.token_share * allowed)) or plan
+    if settings.token_reduction != "none":
+        plan = search("tokens", num_tokens - 1, fewer_tokens, before - _whole(settings.token_share * allowed)) or plan
     if not reaches_target(plan):
         tokens_left = plan.num_tokens
         ranking = Ranking(
-            work.score(work.flow.slim(plan)), anatomy, num_tokens + anatomy.num_prefix_tokens,
-            tokens_left + anatomy.num_prefix_tokens, settings.round_to,
+            work.score(work.flow.slim(plan)), block, num_tokens + block.num_prefix_tokens,
+            tokens_left + block.num_prefix_tokens, settings.round_to,
         )  # fmt: skip
 
         def fewer_channels(removed: int) -> BlockPlan:
@@ -213,8 +213,9 @@ class _Work:
         self.dense, *self.later = blocks_of(self.model)[index:]
         if merges(self.settings.token_reduction):
             last = len(self.later) - 1
-            self.later = [as_slim(each, self.anatomy, is_last=n == last) for n, each in enumerate(self.later)]
-            self.dense = as_slim(self.dense, self.anatomy, is_last=not self.later)
+            anatomies = self.anatomy.blocks[index:]
+            self.later = [as_slim(each, anatomies[1 + n], is_last=n == last) for n, each in enumerate(self.later)]
+            self.dense = as_slim(self.dense, anatomies[0], is_last=not self.later)
 
     @torch.no_grad()
     def _embed(self) -> None:
@@ -235,7 +236,7 @@ class _Work:
         x = self.flow.x
         for index, block in enumerate(blocks_of(self.model)):
             x = self._run(block, x)
-            self.summaries[index] = summary_token(self.anatomy, x)
+            self.summaries[index] = summary_token(self.anatomy.blocks[index], x)
 
     @torch.no_grad()
     def repair(self, plan: BlockPlan) -> Repaired:
@@ -259,8 +260,8 @@ class _Work:
         elif settings.criterion != "random":
             self.block_images += len(self.calibration)
         scene = Scene(
-            model=self.model, anatomy=self.anatomy, index=self.index, blocks=[block, *self.later], x=self.flow.x,
-            x_low=self.x_low, targets=self.summaries[self.index], labels=self.calibration_labels, alpha=settings.alpha,
+            model=self.model, anatomy=self.anatomy.blocks[self.index], index=self.index,
+            blocks=[block, *self.later], x=self.flow.x, x_low=self.x_low, targets=self.summaries[self.index], labels=self.calibration_labels, alpha=settings.alpha,
             batch_size=settings.batch_size, precision=settings.precision, seed=settings.seed, flow=self.flow,
         )  # fmt: skip
         return CRITERIA[settings.criterion](scene)

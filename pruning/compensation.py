@@ -21,14 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruning.anatomy import blocks_of, embed, examine, parts_of, with_blocks
+from pruning.anatomy import BlockAnatomy, blocks_of, embed, examine, parts_of, with_blocks
 from pruning.data import Images
-from pruning.layers import SlimBlock, unpack
+from pruning.layers import SlimBlock
 from pruning.moments import Moments
 from pruning.plan import BlockPlan, Plan, TokenReduction
 from pruning.precision import Precision, autocast
@@ -73,14 +72,14 @@ class Flow:
         precision: Precision = "float32",
     ) -> None:
         """model: dense, in eval mode, on the device to work on."""
-        self.anatomy, self.sensitivity = examine(model), sensitivity
+        self.anatomies, self.sensitivity = examine(model).blocks, sensitivity
         self.token_reduction, self.cutoff_token = token_reduction, cutoff_token
         self.batch_size, self.precision = batch_size, precision
         self.blocks = list(blocks_of(model))
         device = next(model.parameters()).device
         with torch.no_grad(), autocast(device, precision):
             self.x = torch.cat([embed(model, batch).float() for batch, _ in images.batches(batch_size, device)])
-        """(B, N', C), or (B, N', C + 1) with sizes: what enters the current block of the pruned model."""
+        """(B, N', C), or (B, N', C + 1) with sizes: what the pruned model's block before the current one passes on."""
         self.share: Tensor | None = None
         """(B, N', N): what each token is made of; None while it is the same tokens."""
         self.is_held = torch.arange(len(self.x), device=device) % HELD_EVERY == HELD_EVERY - 1
@@ -89,21 +88,26 @@ class Flow:
     @torch.no_grad()
     def _enter(self, index: int, dense: Tensor) -> None:
         self.index = index
-        self._factors: tuple[Tensor, Tensor, Tensor] | None = None
-        mids, outs = [], []
-        block: Any = self.blocks[index]
-        parts = parts_of(block)
+        self._factors: tuple[Tensor, Tensor] | None = None
+        block = as_slim(self.blocks[index], self.anatomy, is_last=False)
         with autocast(dense.device, self.precision):
-            for x in dense.split(self.batch_size):
-                mid = x + parts.ls1(block.attn(parts.norm1(x)))
-                mids.append(mid.float())
-                outs.append((mid + parts.ls2(block.mlp(parts.norm2(mid)))).float())
-        self.dense_mid, self.dense_out = torch.cat(mids), torch.cat(outs)
+            mids, outs = zip(*(block.halves(x) for x in dense.split(self.batch_size)), strict=True)
+        self.dense_mid, self.dense_out = torch.cat(mids).float(), torch.cat(outs).float()
+
+    @property
+    def anatomy(self) -> BlockAnatomy:
+        """Of the current block."""
+        return self.anatomies[self.index]
 
     @property
     def num_tokens(self) -> int:
-        """Patches that enter the current block."""
-        return self.x.shape[1] - self.anatomy.num_prefix_tokens
+        """Patches that the current block's attention sees."""
+        return min(self.x.shape[1] - self.anatomy.num_prefix_tokens, self.anatomy.num_patches)
+
+    @property
+    def num_all_tokens(self) -> int:
+        """The same with the prefix tokens."""
+        return self.num_tokens + self.anatomy.num_prefix_tokens
 
     def slim(self, plan: BlockPlan) -> nn.Module:
         """The current block by a plan, not repaired."""
@@ -124,10 +128,10 @@ class Flow:
         return Repaired(block=block, notes=tuple(f"block {self.index} {note}" for note in notes))
 
     @torch.no_grad()
-    def logit_factors(self) -> tuple[Tensor, Tensor, Tensor]:
+    def logit_factors(self) -> tuple[Tensor, Tensor]:
         """Best combinations of query and of key channels, (H, D, D) each, the one that counts most first.
 
-        Also (H, D): the share of the squared logits that goes with each, largest first. The same for every plan.
+        The same for every plan.
         """
         if self._factors is None:
             self._factors = _logit_factors(self)
@@ -159,7 +163,7 @@ class Stage:
 
     def __init__(self, flow: Flow, block: SlimBlock, batch: slice) -> None:
         self.flow, self.block, self.batch = flow, block, batch
-        self.x, size = unpack(flow.x[batch], flow.anatomy.width)
+        self.x, size = block.enter(flow.x[batch])
         self.mixed, self.clues = block.attend(self.x, size)
         """(B, N, H*V): what the attention's projection takes."""
         self.share = None if flow.share is None else flow.share[batch]
@@ -202,7 +206,7 @@ def _repair_attention(flow: Flow, slim: SlimBlock, plan: BlockPlan) -> list[str]
     if not isinstance(wide, SlimBlock):
         wide = as_slim(wide, anatomy, is_last=slim.is_last)
     if plan.shape.qk_width < anatomy.head_dim:
-        for part, factor in enumerate(flow.logit_factors()[:2]):
+        for part, factor in enumerate(flow.logit_factors()):
             rows = _recombined(dense.qkv, part, factor[heads, : plan.shape.qk_width], heads)
             for block in (wide, slim):
                 _write_rows(block.attn.qkv, part * rows[0].shape[0], *rows)
@@ -211,7 +215,7 @@ def _repair_attention(flow: Flow, slim: SlimBlock, plan: BlockPlan) -> list[str]
     columns = (heads[:, None] * anatomy.head_dim + torch.arange(anatomy.head_dim, device=heads.device)).flatten()
     projection = dense.proj.weight[:, columns]
     gain = dense.ls1(torch.ones(anatomy.width, device=heads.device))
-    moments, weights = Moments(), place.token_weights(flow.x.shape[1], anatomy.num_prefix_tokens)
+    moments, weights = Moments(), place.token_weights(flow.num_all_tokens, anatomy.num_prefix_tokens)
     with autocast(flow.x.device, flow.precision):
         for stage, dense_stage in zip(flow.stages(wide), flow.stages(whole), strict=True):
             kept, given = stage.mixed.float(), dense.proj(dense_stage.mixed).float()
@@ -226,27 +230,26 @@ def _repair_attention(flow: Flow, slim: SlimBlock, plan: BlockPlan) -> list[str]
     return _refit(slim.attn.proj, dense.proj, projection, torch.block_diag(*values), moments, place, gain, "projection")
 
 
-def _logit_factors(flow: Flow) -> tuple[Tensor, Tensor, Tensor]:
+def _logit_factors(flow: Flow) -> tuple[Tensor, Tensor]:
     anatomy, block = flow.anatomy, as_slim(flow.blocks[flow.index], flow.anatomy, is_last=False)
-    weights = flow.sensitivity[flow.index].mid.token_weights(flow.x.shape[1], anatomy.num_prefix_tokens)
-    of_queries: Tensor | float = 0.0
-    of_keys: Tensor | float = 0.0
+    weights = flow.sensitivity[flow.index].mid.token_weights(flow.num_all_tokens, anatomy.num_prefix_tokens)
+    zero = torch.zeros(anatomy.num_heads, anatomy.head_dim, anatomy.head_dim, dtype=torch.float64, device=flow.x.device)
+    of_queries, of_keys = zero, zero
     with autocast(flow.x.device, flow.precision):
         for stage in flow.stages(block):
             q, k = stage.clues.q.float(), stage.clues.k.float()
             k = k - k.mean(dim=2, keepdim=True)
-            of_queries = of_queries + ((q * weights[:, None]).transpose(-2, -1) @ q).double().sum(dim=0)
+            # Tokens of one window are all patches, which weigh the same.
+            of_each = weights[:, None] if len(weights) == q.shape[2] else 1 / q.shape[2]
+            of_queries = of_queries + ((q * of_each).transpose(-2, -1) @ q).double().sum(dim=0)
             of_keys = of_keys + (k.transpose(-2, -1) @ k).double().sum(dim=0) / k.shape[2]
-    assert isinstance(of_queries, Tensor) and isinstance(of_keys, Tensor)
-    factors: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    factors: tuple[list[Tensor], list[Tensor]] = ([], [])
     for queries, keys in zip(of_queries / len(flow.x), of_keys / len(flow.x), strict=True):
         left, strength, right = torch.linalg.svd(power(queries, 0.5) @ power(keys, 0.5))
         root = strength.sqrt()[:, None]
         factors[0].append(root * left.T @ power(queries, -0.5))
         factors[1].append(root * right @ power(keys, -0.5))
-        factors[2].append(strength**2)
-    query, key, squares = (torch.stack(each) for each in factors)
-    return query, key, squares
+    return torch.stack(factors[0]), torch.stack(factors[1])
 
 
 def _repair_mlp(flow: Flow, slim: SlimBlock, plan: BlockPlan) -> list[str]:

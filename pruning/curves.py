@@ -69,7 +69,7 @@ def measure_curves(flow: Flow, block: nn.Module | None = None) -> BlockCurves:
     parts, place = parts_of(slim), flow.sensitivity[flow.index]
     values, hidden = Moments(), Moments()
     energy = torch.zeros(anatomy.num_heads, anatomy.head_dim, dtype=torch.float64, device=flow.x.device)
-    before = place.mid.token_weights(flow.x.shape[1], anatomy.num_prefix_tokens)
+    before = place.mid.token_weights(flow.num_all_tokens, anatomy.num_prefix_tokens)
     with autocast(flow.x.device, flow.precision):
         for stage in flow.stages(slim):
             q, k = stage.clues.q.float(), stage.clues.k.float()
@@ -148,7 +148,7 @@ def _value_curve(covariance: Tensor, outer: Tensor, num_heads: int) -> tuple[Ten
 def _pair_curve(flow: Flow, slim: SlimBlock, weights: Tensor) -> Tensor:
     """The error of a few widths, on one batch; between them the loss is interpolated geometrically."""
     head_dim, place = flow.anatomy.head_dim, flow.sensitivity[flow.index].mid
-    query, key, _ = flow.logit_factors()
+    query, key = flow.logit_factors()
     tried = sorted({math.ceil(head_dim * step / NUM_WIDTHS) for step in range(NUM_WIDTHS)}, reverse=True)
     removed, losses = [0], [0.0]
     stage = next(flow.stages(slim))
@@ -161,19 +161,12 @@ def _pair_curve(flow: Flow, slim: SlimBlock, weights: Tensor) -> Tensor:
         else:
             narrow_q = torch.einsum("bhnd,hkd->bhnk", q, query[:, :width].to(q.dtype))
             narrow_k = torch.einsum("bhnd,hkd->bhnk", k, key[:, :width].to(k.dtype))
-        error = stage.mixed - _mixed(narrow_q, narrow_k, v, slim.attn.scale, stage.clues.size)
+        error = stage.mixed - slim.attn.mix(narrow_q, narrow_k, v, stage.clues.size)
         error = (error.float() @ projection.T) * gain
         moment = ((error * weights[:, None]).flatten(0, 1).T @ error.flatten(0, 1)).double() / len(x)
         removed.append(head_dim - width)
         losses.append(max(losses[-1], float((place.metric * moment).sum()) / 2))
     return interpolated(removed, losses)
-
-
-def _mixed(q: Tensor, k: Tensor, v: Tensor, scale: float, size: Tensor | None) -> Tensor:
-    logits = (q @ k.transpose(-2, -1)) * scale
-    if size is not None:
-        logits = logits + size.log().transpose(1, 2)[:, None]
-    return (logits.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
 def interpolated(places: list[int], losses: list[float]) -> Tensor:

@@ -1,8 +1,8 @@
 """Depth exits: the model answers after an earlier block, through a classifier of its own (WDPruning).
 
-An exit's classifier is a copy of the model's tail (final norm and head, both heads of a distilled DeiT)
-fitted to the features after its block. The blocks stay frozen, so one pass over the images gives the features
-of every exit.
+An exit's classifier is a copy of the model's tail (final norm and head, both heads of a distilled DeiT; a new one where
+the stream has another width there, as after an earlier stage of a Swin) fitted to the features after its block. The
+blocks stay frozen, so one pass over the images gives the features of every exit.
 
 B images, T tokens that the tail reads, C width, K classes.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.anatomy import TAIL_PREFIXES, blocks_of, classify, embed, tail_tokens, with_blocks
+from pruning.anatomy import TAIL_PREFIXES, Anatomy, blocks_of, classify, embed, examine, tail_tokens, with_blocks
 from pruning.data import Images
 from pruning.errors import PlanError
 from pruning.precision import Precision, autocast
@@ -35,9 +35,9 @@ def truncate(model: nn.Module, exit_block: int, head: Mapping[str, Tensor] | Non
     """A copy of the model that answers after `exit_block` blocks, with that exit's classifier (default: its own).
 
     Raises:
-        PlanError: exit_block outside 1 to the depth.
+        PlanError: the model cannot answer after so many blocks.
     """
-    _check_exit(exit_block, len(blocks_of(model)))
+    _check_exit(exit_block, examine(model))
     shorter = with_blocks(model, [copy.deepcopy(block) for block in blocks_of(model)[:exit_block]])
     if head is not None:
         missing, unknown = shorter.load_state_dict(dict(head), strict=False)
@@ -45,9 +45,14 @@ def truncate(model: nn.Module, exit_block: int, head: Mapping[str, Tensor] | Non
     return shorter
 
 
-def _check_exit(exit_block: int, depth: int) -> None:
-    if not 1 <= exit_block <= depth:
-        raise PlanError(f"exit after block {exit_block} of a model with {depth} blocks; give 1 to {depth}")
+def _check_exit(exit_block: int, anatomy: Anatomy) -> None:
+    if not 1 <= exit_block <= anatomy.depth:
+        raise PlanError(
+            f"exit after block {exit_block} of a model with {anatomy.depth} blocks; give 1 to {anatomy.depth}"
+        )
+    if exit_block not in anatomy.exits:
+        ends = ", ".join(map(str, anatomy.exits))
+        raise PlanError(f"exit after block {exit_block} is within a stage; give the end of one: {ends}")
 
 
 def fit_exits(
@@ -74,18 +79,19 @@ def fit_exits(
         exit block -> its tail.
 
     Raises:
-        PlanError: an exit block outside 1 to the depth.
+        PlanError: the model cannot answer after so many blocks.
     """
-    depth = len(blocks_of(model))
+    anatomy = examine(model)
+    depth = anatomy.depth
     for exit_block in exit_blocks:
-        _check_exit(exit_block, depth)
+        _check_exit(exit_block, anatomy)
     earlier = sorted(set(exit_blocks) - {depth})
     heads: dict[int, ExitHead] = {}
     if earlier:
         features, logits = _features(model, images, earlier, batch_size, precision)
         for exit_block in earlier:
             heads[exit_block] = _fit(
-                model, features[exit_block], images.labels.to(logits.device), logits,
+                truncate(model, exit_block), features[exit_block], images.labels.to(logits.device), logits,
                 epochs=epochs, learning_rate=learning_rate, distillation=distillation, seed=seed,
             )  # fmt: skip
     return heads | ({depth: tail_of(model)} if depth in exit_blocks else {})
@@ -111,7 +117,7 @@ def _features(
 
 
 def _fit(
-    model: nn.Module,
+    tail: nn.Module,
     features: Tensor,
     labels: Tensor,
     dense_logits: Tensor,
@@ -121,7 +127,6 @@ def _fit(
     distillation: float,
     seed: int,
 ) -> ExitHead:
-    tail = with_blocks(model, [])
     parameters = [value for name, value in tail.named_parameters() if name.startswith(TAIL_PREFIXES)]
     for parameter in parameters:
         parameter.requires_grad_(True)

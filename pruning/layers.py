@@ -5,11 +5,14 @@ B images, N tokens, P prefix tokens, H heads, K query/key width a head, V value 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.tokens import Clues, Reduced, Reducer
+from pruning.windows import Downsample, Windows
 
 
 class SlimAttention(nn.Module):
@@ -50,13 +53,16 @@ class SlimAttention(nn.Module):
 
         size: (B, N, 1) patches that a token stands for: it counts as often (ToMe's proportional attention).
         """
+        return self._mix(q, k, v, log_size(size, q.dtype))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         # The fused CPU kernel wants equal widths; zeros change neither the logits nor the kept outputs,
         # and cost less than the unfused product in bf16 (3.4 against 8.8 ms at 16 x 3 x 197 x 64).
-        if self.qk_width != self.v_width and not v.is_cuda:
-            gap = self.qk_width - self.v_width
+        v_width = v.shape[-1]
+        if (gap := q.shape[-1] - v_width) and not v.is_cuda:
             q, k, v = (q, k, F.pad(v, (0, gap))) if gap > 0 else (F.pad(q, (0, -gap)), F.pad(k, (0, -gap)), v)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=log_size(size, q.dtype), scale=self.scale)
-        return mixed[..., : self.v_width].transpose(1, 2).flatten(2)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return mixed[..., :v_width].transpose(1, 2).flatten(2)
 
     def mix_with_map(self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The same (B, N, H*V), and the attention (B, H, N, N), for the blocks that need all of it."""
@@ -64,6 +70,23 @@ class SlimAttention(nn.Module):
         bias = log_size(size, logits.dtype)
         attention = (logits if bias is None else logits + bias).softmax(dim=-1)
         return (attention.to(v.dtype) @ v).transpose(1, 2).flatten(2), attention
+
+
+class WindowedAttention(SlimAttention):
+    """The same within windows (Swin): queries, keys and values are (B * windows, H, tokens of a window, width)."""
+
+    def __init__(self, qkv: nn.Linear, proj: nn.Linear, *, windows: Windows, **widths: Any) -> None:
+        """widths: as `SlimAttention` takes them."""
+        super().__init__(qkv, proj, **widths)
+        self.windows = windows
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().project(self.windows.partition(x))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None) -> Tensor:
+        """(B, N, H*V); tokens of windows have no sizes."""
+        assert size is None
+        return self.windows.reverse(self._mix(q, k, v, self.windows.logit_bias(len(q)).to(q.dtype)))
 
 
 def log_size(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -92,6 +115,7 @@ class SlimBlock(nn.Module):
     def __init__(
         self,
         *,
+        downsample: Downsample | None,
         norm1: nn.Module,
         attn: SlimAttention,
         ls1: nn.Module,
@@ -102,6 +126,7 @@ class SlimBlock(nn.Module):
         is_last: bool,
     ) -> None:
         super().__init__()
+        self.downsample = downsample
         self.norm1, self.attn, self.ls1 = norm1, attn, ls1
         self.reducer = reducer
         self.norm2, self.mlp, self.ls2 = norm2, mlp, ls2
@@ -109,10 +134,20 @@ class SlimBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) or (B, N, C + 1) with sizes -> the same for N', the tokens that the reduction leaves."""
-        x, size = unpack(x, self.width)
+        x, size = self.enter(x)
         mixed, clues = self.attend(x, size)
         x, size, _ = self.reduce(x + self.ls1(self.attn.proj(mixed)), clues)
         return self.pack(x + self.ls2(self.mlp(self.norm2(x))), size)
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The block's tokens (B, N, C), and their sizes (B, N, 1) if they have any."""
+        return (self.downsample(x), None) if self.downsample is not None else unpack(x, self.width)
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is in the stream after attention, and after the MLP, of a block that reduces no tokens."""
+        x, size = self.enter(x)
+        mid = x + self.ls1(self.attn.proj(self.attend(x, size)[0]))
+        return mid, mid + self.ls2(self.mlp(self.norm2(mid)))
 
     def attend(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Clues]:
         """The input of the attention's projection (B, N, H*V), and what the reduction may look at."""

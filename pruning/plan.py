@@ -13,12 +13,13 @@ from pruning.errors import PlanError
 
 Indices = tuple[int, ...]
 
-TokenReduction = Literal["lfe", "attention", "merge", "lfe-merge", "attention-merge"]
-"""lfe: drop by low-frequency energy (VTC-LFC). attention: drop by class attention, the dropped become one token (EViT).
-merge: average the most similar pairs (ToMe). lfe-merge, attention-merge: the same, and what carries little
-low-frequency energy, or gets little class attention, goes first."""
+TokenReduction = Literal["none", "lfe", "attention", "merge", "lfe-merge", "attention-merge"]
+"""none: all tokens stay. lfe: drop by low-frequency energy (VTC-LFC). attention: drop by class attention, the
+dropped become one token (EViT). merge: average the most similar pairs (ToMe). lfe-merge, attention-merge: the same, and
+what carries little low-frequency energy, or gets little class attention, goes first."""
 
-TOKEN_REDUCTIONS: tuple[TokenReduction, ...] = get_args(TokenReduction)
+TOKEN_REDUCTIONS: tuple[TokenReduction, ...] = get_args(TokenReduction)[1:]
+"""All that take tokens away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +95,8 @@ class Plan:
     """What becomes of the tokens that do not leave a block."""
 
     def __post_init__(self) -> None:
-        if self.token_reduction not in TOKEN_REDUCTIONS:
-            known = ", ".join(TOKEN_REDUCTIONS)
+        if self.token_reduction not in get_args(TokenReduction):
+            known = ", ".join(get_args(TokenReduction))
             raise PlanError(f"no token reduction {self.token_reduction!r}; there are {known}")
         if not self.blocks:
             raise PlanError("the plan keeps no block; keep 1 at least")

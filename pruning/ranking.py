@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pruning.anatomy import Anatomy
+from pruning.anatomy import BlockAnatomy
+from pruning.cost import channel_macs
 from pruning.plan import BlockPlan, Indices
 from pruning.scores.channel import ChannelScores
 
@@ -16,12 +17,11 @@ from pruning.scores.channel import ChannelScores
 class Ranking:
     """The units of one block, ranked together by score per multiply-add: query/key pairs, value channels, hidden units.
 
-    With N tokens in and N' out, a pair or a value channel saves 2*N*C + N^2 multiply-adds, a hidden unit 2*N'*C
-    (`pruning.cost`).
+    With N' tokens out, a pair or a value channel saves `pruning.cost.channel_macs`, a hidden unit 2*N'*C multiply-adds.
     """
 
     def __init__(
-        self, scores: ChannelScores, anatomy: Anatomy, num_tokens_in: int, num_tokens_out: int, round_to: int = 1
+        self, scores: ChannelScores, anatomy: BlockAnatomy, num_tokens_in: int, num_tokens_out: int, round_to: int = 1
     ) -> None:
         """Token counts are with the prefix tokens; widths a head and hidden units are rounded up to `round_to`."""
         self.scores = ChannelScores(qk=scores.qk.cpu(), v=scores.v.cpu(), hidden=scores.hidden.cpu())
@@ -29,7 +29,7 @@ class Ranking:
         # With qk-norm the pairs stay whole: they are ranked above everything.
         qk = torch.full_like(self.scores.qk, float("inf")) if anatomy.has_qk_norm else self.scores.qk
         self._num_qk, self._num_v = qk.numel(), self.scores.v.numel()
-        self._channel_macs = 2 * num_tokens_in * anatomy.width + num_tokens_in**2
+        self._channel_macs = channel_macs(anatomy, num_tokens_in)
         hidden_macs = 2 * num_tokens_out * anatomy.width
         channels = torch.cat([qk.flatten(), self.scores.v.flatten()])
         self._worth = torch.cat([channels / self._channel_macs, self.scores.hidden / hidden_macs])

@@ -10,15 +10,15 @@ B images, N tokens, P prefix tokens, C model width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.anatomy import Anatomy, blocks_of, examine, parts_of
+from pruning.anatomy import BlockAnatomy, blocks_of, classify, embed, examine
 from pruning.data import Images
 from pruning.precision import Precision, autocast
+from pruning.surgery import as_slim
 
 PATCH_FLOOR = 0.05
 """Share of the weight that is spread evenly over all tokens: with less, a few hundred class tokens are all that a
@@ -64,37 +64,32 @@ def measure_sensitivity(
     """
     anatomy = examine(model)
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    sums = [[_Sum(anatomy), _Sum(anatomy)] for _ in range(anatomy.depth)]
-    places: list[Tensor] = []
-
-    def want_gradient(_: nn.Module, args: Any) -> tuple[Tensor]:
-        return (args[0].detach().requires_grad_(True),)
-
-    blocks = blocks_of(model)
-    hooks = [blocks[0].register_forward_pre_hook(want_gradient)]
-    for block in blocks:
-        hooks.append(parts_of(block).norm2.register_forward_pre_hook(lambda _, args: places.append(args[0])))
-        hooks.append(block.register_forward_hook(lambda _, __, output: places.append(output)))
-    try:
-        for batch, _ in images.batches(batch_size, device):
-            places.clear()
-            with autocast(device, precision):
-                logits = model(batch).float()
-            drawn = torch.multinomial(logits.detach().softmax(dim=1).cpu(), 1, generator=generator)[:, 0].to(device)
-            gradients = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), places)
-            for index, gradient in enumerate(gradients):  # mid, out, mid, out, ...
-                sums[index // 2][index % 2].add(gradient)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    luck = torch.rand(len(images), generator=torch.Generator().manual_seed(seed))  # one an image, whatever the batches
+    blocks = [as_slim(block, each, is_last=False) for block, each in zip(blocks_of(model), anatomy.blocks, strict=True)]
+    sums = [(_Sum(each), _Sum(each)) for each in anatomy.blocks]
+    start = 0
+    for batch, _ in images.batches(batch_size, device):
+        places: list[Tensor] = []
+        with autocast(device, precision):
+            x = embed(model, batch).detach().requires_grad_(True)
+            for block in blocks:
+                mid, x = block.halves(x)
+                places += [mid, x]
+            logits = classify(model, x).float()
+        shares = logits.detach().softmax(dim=1).cpu().cumsum(dim=1)
+        drawn = torch.searchsorted(shares, luck[start : start + len(batch), None] * shares[:, -1:])[:, 0].to(device)
+        start += len(batch)
+        gradients = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), places)
+        for (of_mid, of_out), mid, out in zip(sums, gradients[::2], gradients[1::2], strict=True):
+            of_mid.add(mid)
+            of_out.add(out)
     return [BlockSensitivity(mid=mid.done(len(images)), out=out.done(len(images))) for mid, out in sums]
 
 
 class _Sum:
     """Sums over images of g g^T, and of the gradients' energy on prefix tokens and patches."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: BlockAnatomy) -> None:
         self._prefix = anatomy.num_prefix_tokens
         self._metric: Tensor | float = 0.0
         self._energy = [0.0, 0.0]

@@ -6,18 +6,22 @@ H heads, D dense head width, K and V kept widths, C model width. Rows of qkv: qu
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruning.anatomy import Anatomy, BlockParts, blocks_of, examine, parts_of, with_blocks
+from pruning.anatomy import Anatomy, BlockAnatomy, BlockParts, blocks_of, examine, parts_of, with_blocks
 from pruning.errors import PlanError
-from pruning.layers import SlimAttention, SlimBlock, SlimMlp
+from pruning.layers import SlimAttention, SlimBlock, SlimMlp, WindowedAttention
 from pruning.plan import BlockPlan, Plan, TokenReduction
 from pruning.tokens import REDUCERS, Reducer, merges
+from pruning.windows import Windows
+
+WINDOWS_NEED_ALL = "attention in windows needs every token of the grid"
 
 
-def keep_all_block(anatomy: Anatomy, num_tokens: int | None = None) -> BlockPlan:
+def keep_all_block(anatomy: BlockAnatomy, num_tokens: int | None = None) -> BlockPlan:
     """The plan of a whole block, which `num_tokens` patch tokens (default: all) leave."""
     channels = tuple(range(anatomy.head_dim))
     return BlockPlan(
@@ -31,7 +35,12 @@ def keep_all_block(anatomy: Anatomy, num_tokens: int | None = None) -> BlockPlan
 
 def keep_all_plan(anatomy: Anatomy) -> Plan:
     """The plan of the dense model."""
-    return Plan(blocks=(keep_all_block(anatomy),) * anatomy.depth)
+    return Plan(blocks=tuple(map(keep_all_block, anatomy.blocks)))
+
+
+def keep_all_from(anatomy: Anatomy, index: int, num_tokens: int) -> list[BlockPlan]:
+    """The plans of whole blocks from `index` on, behind one that `num_tokens` patch tokens leave."""
+    return [keep_all_block(block, min(num_tokens, block.num_patches)) for block in anatomy.blocks[index:]]
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -46,12 +55,13 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     anatomy = examine(model)
     check_plan(plan, anatomy)
     built: list[nn.Module] = []
-    num_tokens = anatomy.num_patches
-    for block, block_plan in zip(blocks_of(model), plan.blocks, strict=True):
+    num_tokens = anatomy.blocks[0].num_patches
+    for block, of_block, block_plan in zip(blocks_of(model), anatomy.blocks, plan.blocks, strict=True):
         built.append(
             slim_block(
-                block, block_plan, anatomy, num_tokens_in=num_tokens, token_reduction=plan.token_reduction,
-                cutoff_token=plan.cutoff_token, is_last=len(built) == anatomy.depth - 1,
+                block, block_plan, of_block, num_tokens_in=min(num_tokens, of_block.num_patches),
+                token_reduction=plan.token_reduction, cutoff_token=plan.cutoff_token,
+                is_last=len(built) == anatomy.depth - 1,
             )
         )  # fmt: skip
         num_tokens = block_plan.num_tokens
@@ -62,25 +72,28 @@ def check_plan(plan: Plan, anatomy: Anatomy) -> None:
     """Raises PlanError where the plan does not fit the model."""
     if plan.exit_block != anatomy.depth:
         raise PlanError(f"the plan has {plan.exit_block} blocks, the model {anatomy.depth}; truncate the model first")
-    for index, block in enumerate(plan.blocks):
+    for index, (block, dense) in enumerate(zip(plan.blocks, anatomy.blocks, strict=True)):
         most = {
-            "head": (block.keep_heads[-1], anatomy.num_heads),
-            "qk channel": (max(kept[-1] for kept in block.keep_qk), anatomy.head_dim),
-            "v channel": (max(kept[-1] for kept in block.keep_v), anatomy.head_dim),
-            "hidden unit": (block.keep_hidden[-1], anatomy.num_hidden),
-            "patch token": (block.num_tokens - 1, anatomy.num_patches),
+            "head": (block.keep_heads[-1], dense.num_heads),
+            "qk channel": (max(kept[-1] for kept in block.keep_qk), dense.head_dim),
+            "v channel": (max(kept[-1] for kept in block.keep_v), dense.head_dim),
+            "hidden unit": (block.keep_hidden[-1], dense.num_hidden),
+            "patch token": (block.num_tokens - 1, dense.num_patches),
         }
         for name, (last, count) in most.items():
             if last >= count:
                 raise PlanError(f"block {index} keeps {name} {last}, but the model has {count} (counted from 0)")
-        if anatomy.has_qk_norm and block.shape.qk_width != anatomy.head_dim:
+        if dense.has_qk_norm and block.shape.qk_width != dense.head_dim:
             raise PlanError(f"block {index} drops qk channels, which a model with qk-norm needs; keep all")
+        if block.num_tokens != dense.num_patches and (dense.window_area is not None or plan.token_reduction == "none"):
+            why = "the plan's token reduction is none" if dense.window_area is None else WINDOWS_NEED_ALL
+            raise PlanError(f"block {index} keeps {block.num_tokens} of {dense.num_patches} tokens, but {why}")
 
 
 def slim_block(
     block: nn.Module,
     plan: BlockPlan,
-    anatomy: Anatomy,
+    anatomy: BlockAnatomy,
     *,
     num_tokens_in: int,
     token_reduction: TokenReduction,
@@ -112,6 +125,7 @@ def slim_block(
             cutoff=cutoff_token,
         ).to(parts.qkv.weight.device)
     slim = SlimBlock(
+        downsample=copy.deepcopy(parts.downsample),
         norm1=copy.deepcopy(parts.norm1),
         attn=_slim_attention(parts, plan, anatomy),
         ls1=copy.deepcopy(parts.ls1),
@@ -128,15 +142,15 @@ def slim_block(
     return slim.train(block.training)
 
 
-def as_slim(block: nn.Module, anatomy: Anatomy, *, is_last: bool) -> SlimBlock:
+def as_slim(block: nn.Module, anatomy: BlockAnatomy, *, is_last: bool) -> SlimBlock:
     """A dense block that takes merged tokens with their sizes. It shares the block's memory."""
     parts = parts_of(block)
-    attention = SlimAttention(
-        parts.qkv, parts.proj, num_heads=anatomy.num_heads, qk_width=anatomy.head_dim, v_width=anatomy.head_dim,
-        scale=anatomy.head_dim**-0.5, q_norm=parts.q_norm, k_norm=parts.k_norm,
+    attention = _attention(
+        parts.qkv, parts.proj, parts.windows, num_heads=anatomy.num_heads, qk_width=anatomy.head_dim,
+        v_width=anatomy.head_dim, scale=anatomy.head_dim**-0.5, q_norm=parts.q_norm, k_norm=parts.k_norm,
     )  # fmt: skip
     slim = SlimBlock(
-        norm1=parts.norm1, attn=attention, ls1=parts.ls1, reducer=None, norm2=parts.norm2,
+        downsample=parts.downsample, norm1=parts.norm1, attn=attention, ls1=parts.ls1, reducer=None, norm2=parts.norm2,
         mlp=SlimMlp(parts.fc1, parts.act, parts.fc2), ls2=parts.ls2, is_last=is_last,
     )  # fmt: skip
     for container in (slim, slim.attn, slim.mlp):  # of these alone: the parts keep their modes
@@ -144,18 +158,19 @@ def as_slim(block: nn.Module, anatomy: Anatomy, *, is_last: bool) -> SlimBlock:
     return slim
 
 
-def value_channels(plan: BlockPlan, anatomy: Anatomy) -> Tensor:
+def value_channels(plan: BlockPlan, anatomy: BlockAnatomy) -> Tensor:
     """The kept inputs of the attention's output projection, as indices into H*D; ascending, (H' * V,)."""
     return _head_channels(plan.keep_heads, plan.keep_v, anatomy.head_dim)
 
 
-def _slim_attention(parts: BlockParts, plan: BlockPlan, anatomy: Anatomy) -> SlimAttention:
+def _slim_attention(parts: BlockParts, plan: BlockPlan, anatomy: BlockAnatomy) -> SlimAttention:
     qk = _head_channels(plan.keep_heads, plan.keep_qk, anatomy.head_dim)
     v = value_channels(plan, anatomy)
     inner = anatomy.num_heads * anatomy.head_dim
-    return SlimAttention(
+    return _attention(
         _linear(parts.qkv, rows=torch.cat([qk, inner + qk, 2 * inner + v])),
         _linear(parts.proj, columns=v),
+        None if parts.windows is None else parts.windows.of_heads(_index(plan.keep_heads)),
         num_heads=plan.shape.num_heads,
         qk_width=plan.shape.qk_width,
         v_width=plan.shape.v_width,
@@ -163,6 +178,12 @@ def _slim_attention(parts: BlockParts, plan: BlockPlan, anatomy: Anatomy) -> Sli
         q_norm=copy.deepcopy(parts.q_norm),
         k_norm=copy.deepcopy(parts.k_norm),
     )
+
+
+def _attention(qkv: nn.Linear, proj: nn.Linear, windows: Windows | None, **others: Any) -> SlimAttention:
+    if windows is None:
+        return SlimAttention(qkv, proj, **others)
+    return WindowedAttention(qkv, proj, windows=windows, **others)
 
 
 def _head_channels(heads: tuple[int, ...], channels: tuple[tuple[int, ...], ...], head_dim: int) -> Tensor:

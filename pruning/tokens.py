@@ -208,7 +208,7 @@ REDUCERS: dict[TokenReduction, type[TokenDrop | TokenFuse | TokenMerge]] = {
 
 def merges(kind: TokenReduction) -> bool:
     """Tokens come to stand for several patches, which later attention has to know."""
-    return issubclass(REDUCERS[kind], TokenMerge)
+    return kind in REDUCERS and issubclass(REDUCERS[kind], TokenMerge)
 
 
 def class_attention(clues: Clues, num_prefix_tokens: int, has_class_token: bool) -> Tensor:

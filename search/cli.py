@@ -105,8 +105,8 @@ def prune(
     method: Annotated[str, typer.Option(help="global: one price of a multiply-add; cascade: VTC-LFC.")] = "global",
     criterion: Annotated[str, typer.Option(help="Of the cascade's channels: lfs, taylor, obs, ...")] = "obs",
     token_reduction: Annotated[
-        str, typer.Option(help="lfe, attention, merge, lfe-merge, attention-merge.")
-    ] = "attention-merge",
+        str, typer.Option(help="none, lfe, attention, merge, lfe-merge, attention-merge; auto: the best there is.")
+    ] = "auto",
     round_to: Annotated[int, typer.Option(help="Widths are multiples of it.")] = 8,
     to: Annotated[Path | None, typer.Option(help="Folder to make for the model.")] = None,
     sets: Sets = [],  # noqa: B006

@@ -156,8 +156,11 @@ class SpaceConfig(_Section):
     """Who decides what goes: `cascade`, block by block, or `global`, all blocks at once, without budgets."""
     criterion: Annotated[Criterion | tuple[Criterion, ...], AfterValidator(_each_once)] = "lfs"
     """Score of the channels in the cascade, a key of `pruning.scores.criteria.CRITERIA`."""
-    token_reduction: Annotated[TokenReduction | tuple[TokenReduction, ...], AfterValidator(_each_once)] = "lfe"
-    """What becomes of the tokens that do not leave a block. See `pruning.plan.TokenReduction`."""
+    token_reduction: Annotated[
+        TokenReduction | Literal["auto"] | tuple[TokenReduction, ...], AfterValidator(_each_once)
+    ] = "auto"
+    """What becomes of the tokens that do not leave a block (`pruning.plan.TokenReduction`). auto: attention-merge, or
+    none for a Swin, whose windows need every token."""
     round_to: Annotated[Multiple | tuple[Multiple, ...], AfterValidator(_each_once)] = 1
     """Widths a head and hidden units are multiples of it; [1, 8] tries these two, not what lies between."""
 

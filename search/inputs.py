@@ -47,7 +47,7 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
         pretrained=config.model.pretrained,
     )
     anatomy = examine(model)
-    space = Space(config.space, anatomy.depth)
+    space = Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows)
     spec = input_spec(config, default_input(model), anatomy.image_size)
     channels = anatomy.in_channels
     if len(spec.mean) != channels or len(spec.std) != channels:

@@ -66,10 +66,11 @@ class Candidate:
             "method": self.method,
             "token_reduction": self.token_reduction,
             "round_to": self.round_to,
-            "token_share": self.token_share,
             "target_ratio": self.target_ratio,
             "exit_block": self.exit_block,
         }
+        if self.token_reduction != "none":
+            params["token_share"] = self.token_share
         if self.token_reduction in FILTERED:
             params["cutoff_token"] = self.cutoff_token
         if self.method == "cascade":

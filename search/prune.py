@@ -54,6 +54,8 @@ def prune_once(
     space = config.model_dump(mode="json")["space"] | choices | {"exit_block": exit_block}
     config = Config.from_dict(config.model_dump(mode="json") | {"space": space})  # checks the choices
     inputs = load_inputs(config, runs)
+    if inputs.space.token_reduction[0] == "none" and token_share == 1:
+        raise ConfigError("token share 1 prunes tokens alone, but the token reduction is none; give less")
     torch.set_num_threads(config.resources.cpus_per_trial)  # as in a sweep: more are slower where cores are busy
     device = "cuda" if torch.cuda.is_available() else "cpu"
     exits = list(inputs.space.exit_blocks)
@@ -84,19 +86,19 @@ def prune_once(
 def block_rows(outcome: Outcome, anatomy: Anatomy) -> list[dict[str, Any]]:
     """What each block keeps, of what there was; what that cost in accuracy, where it was measured; its MACs."""
     assert outcome.plan is not None
-    rows, entering = [], anatomy.num_patches
+    rows, entering = [], anatomy.blocks[0].num_patches
     drops = [f"{drop:+.2f}" for drop in outcome.block_drops] or ["-"] * outcome.plan.exit_block
-    for index, block in enumerate(outcome.plan.blocks):
-        dense_macs = block_macs(anatomy, keep_all_block(anatomy).shape, anatomy.num_patches).total
-        macs = block_macs(anatomy, block.shape, entering, outcome.plan.token_reduction).total
+    for index, (dense, block) in enumerate(zip(anatomy.blocks, outcome.plan.blocks, strict=False)):
+        dense_macs = block_macs(dense, keep_all_block(dense).shape, dense.num_patches).total
+        macs = block_macs(dense, block.shape, min(entering, dense.num_patches), outcome.plan.token_reduction).total
         shape, entering = block.shape, block.num_tokens
         rows.append({
             "block": index,
-            "heads": f"{shape.num_heads}/{anatomy.num_heads}",
-            "qk": f"{shape.qk_width}/{anatomy.head_dim}",
-            "v": f"{shape.v_width}/{anatomy.head_dim}",
-            "hidden": f"{shape.num_hidden}/{anatomy.num_hidden}",
-            "tokens": f"{shape.num_tokens}/{anatomy.num_patches}",
+            "heads": f"{shape.num_heads}/{dense.num_heads}",
+            "qk": f"{shape.qk_width}/{dense.head_dim}",
+            "v": f"{shape.v_width}/{dense.head_dim}",
+            "hidden": f"{shape.num_hidden}/{dense.num_hidden}",
+            "tokens": f"{shape.num_tokens}/{dense.num_patches}",
             "drop": drops[index],
             "MACs": f"{macs / dense_macs:.0%}",
         })  # fmt: skip

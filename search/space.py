@@ -34,29 +34,38 @@ class Space:
     same are equal: VTC-LFC's cut-offs and the score `lfs`, or what the space has nearest to them, and budgets of 0.
     """
 
-    def __init__(self, config: SpaceConfig, depth: int) -> None:
-        """Raises ConfigError where the exits do not fit the model's depth."""
+    def __init__(
+        self, config: SpaceConfig, depth: int, exits: Sequence[int] | None = None, *, has_windows: bool = False
+    ) -> None:
+        """
+        Args:
+            exits: blocks after which the model may answer; by default each.
+            has_windows: attention is within windows, so tokens cannot be reduced.
+
+        Raises:
+            ConfigError: exits or token reductions do not fit the model.
+        """
         self.depth = depth
         self.cutoff_channel = _bounds(config.cutoff_channel)
         self.cutoff_token = _bounds(config.cutoff_token)
         self.drop_budget = _bounds(config.drop_budget)
         self.token_share = _bounds(config.token_share)
         self.target_ratio = _bounds(config.target_ratio)
-        exits = config.exit_block if config.exit_block is not None else depth
-        self.exit_block = exits if isinstance(exits, tuple) else (exits, exits)
+        asked = config.exit_block if config.exit_block is not None else depth
+        low, high = asked if isinstance(asked, tuple) else (asked, asked)
         self.method: tuple[Method, ...] = _choices(config.method)
         self.criterion: tuple[str, ...] = _choices(config.criterion)
-        self.token_reduction: tuple[TokenReduction, ...] = _choices(config.token_reduction)
+        self.token_reduction: tuple[TokenReduction, ...] = _token_reductions(config, has_windows)
         self.round_to: tuple[int, ...] = _choices(config.round_to)
-        low, high = self.exit_block
         if low < 1 or high > depth:
             wrong = low if low < 1 else high
             raise ConfigError(f"space.exit_block: {wrong} is no exit of a model with {depth} blocks; give 1 to {depth}")
 
-    @property
-    def exit_blocks(self) -> range:
-        """All exits that a candidate may have."""
-        return range(self.exit_block[0], self.exit_block[1] + 1)
+        self.exit_blocks: list[int] = [block for block in exits or range(1, depth + 1) if low <= block <= high]
+        """All exits that a candidate may have, ascending."""
+        if not self.exit_blocks:
+            ends = ", ".join(map(str, exits or ()))
+            raise ConfigError(f"space.exit_block: {asked} has no exit; the model may answer after blocks {ends}")
 
     def choose(self, chooser: Chooser) -> Candidate:
         """A candidate; what is fixed or has no effect is not asked for."""
@@ -73,8 +82,7 @@ class Space:
         is_cascade = method == "cascade"
         criterion = choice("criterion", self.criterion) if is_cascade else _allowed("lfs", self.criterion)
         token_reduction = choice("token_reduction", self.token_reduction)
-        low, high = self.exit_block
-        exit_block = low if low == high else chooser.suggest_int("exit_block", low, high)
+        exit_block = self._choose_exit(chooser)
         budgets = [number(f"drop_budget.{block}", self.drop_budget) for block in range(exit_block if is_cascade else 0)]
         cutoff_channel = _clipped(PAPER_CUTOFF_CHANNEL, self.cutoff_channel)
         if is_cascade and criterion == "lfs":
@@ -90,10 +98,18 @@ class Space:
             exit_block=exit_block,
             cutoff_channel=cutoff_channel,
             cutoff_token=cutoff_token,
-            token_share=number("token_share", self.token_share),
+            token_share=self.token_share[0] if token_reduction == "none" else number("token_share", self.token_share),
             target_ratio=number("target_ratio", self.target_ratio),
             drop_budget=(*budgets, *[0.0] * (self.depth - len(budgets))),
         )
+
+    def _choose_exit(self, chooser: Chooser) -> int:
+        exits = self.exit_blocks
+        if len(exits) == 1:
+            return exits[0]
+        if exits == list(range(exits[0], exits[-1] + 1)):
+            return chooser.suggest_int("exit_block", exits[0], exits[-1])
+        return int(chooser.suggest_categorical("exit_block", exits))
 
     def clip(self, candidate: Candidate) -> Candidate:
         """The nearest candidate within the space; a choice that is not allowed becomes the first that is."""
@@ -128,7 +144,7 @@ class Space:
         if "cascade" in self.method:
             dense = at(1.0, 0.0, self.depth, "cascade", 0.56)
             papers = [at(target, points, self.depth, "cascade", 0.56) for target in targets]
-            exits = (round(self.depth * 10 / 12), self.exit_block[0])
+            exits = (round(self.depth * 10 / 12), self.exit_blocks[0])
             depth_only = [at(1.0, 0.0, exit_block, "cascade", 0.56) for exit_block in exits]
             first += [dense, papers[0], *depth_only, *papers[1:]]
         if "global" in self.method:
@@ -151,7 +167,22 @@ class _Nearest:
         return int(_clipped(self._wanted[name], (low, high)))
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return _allowed(self._wanted[name], choices)
+        wanted = self._wanted[name]
+        if name == "exit_block":  # of those after a Swin's stages
+            return min(choices, key=lambda block: abs(block - wanted))
+        return _allowed(wanted, choices)
+
+
+def _token_reductions(config: SpaceConfig, has_windows: bool) -> tuple[TokenReduction, ...]:
+    if config.token_reduction == "auto":
+        return ("none",) if has_windows else ("attention-merge",)
+    asked: tuple[TokenReduction, ...] = _choices(config.token_reduction)
+    if has_windows and asked != ("none",):
+        raise ConfigError(
+            f"space.token_reduction: {', '.join(asked)} cannot be done to this model: its attention is in windows, "
+            "which need every token of the grid; give none or auto"
+        )
+    return asked
 
 
 def _bounds(value: Any) -> tuple[float, float]:

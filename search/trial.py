@@ -236,7 +236,7 @@ def _measurement(bench: Bench, model: nn.Module, plan: Plan, timing: Timing) -> 
         speedup_low=timing.speedup_low,
         speedup_high=timing.speedup_high,
         latency_ms_p50=timing.latency_ms_p50,
-        macs=count_macs(replace(examine(bench.model), depth=plan.exit_block), plan),
+        macs=count_macs(examine(bench.model), plan),
         params=count_params(model),
     )
 

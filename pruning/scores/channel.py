@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from pruning.anatomy import Anatomy
+from pruning.anatomy import BlockAnatomy
 from pruning.errors import VitfrontError
 from pruning.precision import Precision
 
@@ -25,7 +25,8 @@ class Scene:
 
     model: nn.Module
     """Gives the tail after the last block."""
-    anatomy: Anatomy
+    anatomy: BlockAnatomy
+    """Of the block that is scored."""
     index: int
     """Of the block that is scored, in the model; counted from 0."""
     blocks: Sequence[nn.Module]

@@ -86,16 +86,16 @@ def plan(anatomy: Anatomy, *, seed: int = 0, num_tokens: Sequence[int] | None = 
 
     blocks = []
     for index in range(anatomy.depth):
-        heads = some(anatomy.num_heads, drawn(1, anatomy.num_heads))
-        qk, v = drawn(1, anatomy.head_dim - 1), drawn(1, anatomy.head_dim - 1)
-        qk = anatomy.head_dim if anatomy.has_qk_norm else qk
+        heads = some(anatomy.blocks[0].num_heads, drawn(1, anatomy.blocks[0].num_heads))
+        qk, v = drawn(1, anatomy.blocks[0].head_dim - 1), drawn(1, anatomy.blocks[0].head_dim - 1)
+        qk = anatomy.blocks[0].head_dim if anatomy.blocks[0].has_qk_norm else qk
         blocks.append(
             BlockPlan(
                 keep_heads=heads,
-                keep_qk=tuple(some(anatomy.head_dim, qk) for _ in heads),
-                keep_v=tuple(some(anatomy.head_dim, v) for _ in heads),
-                keep_hidden=some(anatomy.num_hidden, drawn(1, anatomy.num_hidden - 1)),
-                num_tokens=anatomy.num_patches if num_tokens is None else num_tokens[index],
+                keep_qk=tuple(some(anatomy.blocks[0].head_dim, qk) for _ in heads),
+                keep_v=tuple(some(anatomy.blocks[0].head_dim, v) for _ in heads),
+                keep_hidden=some(anatomy.blocks[0].num_hidden, drawn(1, anatomy.blocks[0].num_hidden - 1)),
+                num_tokens=anatomy.blocks[0].num_patches if num_tokens is None else num_tokens[index],
             )
         )
     return Plan(blocks=tuple(blocks))

@@ -48,12 +48,12 @@ def invented(anatomy: Anatomy, *, seed: int = 0, kind: TokenReduction = "lfe") -
         worth = float(10 ** (-1 - torch.rand((), generator=generator)))
         channels.append(
             BlockCurves(
-                qk=rising(anatomy.head_dim, generator, worth / 2),
-                v=rising(anatomy.head_dim, generator, worth),
-                hidden=rising(anatomy.num_hidden, generator, worth / 3),
-                qk_order=order(anatomy.num_heads, anatomy.head_dim),
-                v_order=order(anatomy.num_heads, anatomy.head_dim),
-                hidden_order=order(anatomy.num_hidden),
+                qk=rising(anatomy.blocks[0].head_dim, generator, worth / 2),
+                v=rising(anatomy.blocks[0].head_dim, generator, worth),
+                hidden=rising(anatomy.blocks[0].num_hidden, generator, worth / 3),
+                qk_order=order(anatomy.blocks[0].num_heads, anatomy.blocks[0].head_dim),
+                v_order=order(anatomy.blocks[0].num_heads, anatomy.blocks[0].head_dim),
+                hidden_order=order(anatomy.blocks[0].num_hidden),
             )
         )
         power, jitter = (
@@ -61,7 +61,7 @@ def invented(anatomy: Anatomy, *, seed: int = 0, kind: TokenReduction = "lfe") -
             1 + 0.2 * torch.rand(len(SHARES), generator=generator),
         )
         tokens.append(tuple((4 * worth * torch.tensor(SHARES) ** power * jitter).cummax(0).values.tolist()))
-    place = StreamSensitivity(metric=torch.eye(anatomy.width, dtype=torch.float64), prefix_share=0.5)
+    place = StreamSensitivity(metric=torch.eye(anatomy.blocks[0].width, dtype=torch.float64), prefix_share=0.5)
     return Profile(
         channels=tuple(channels), channel_scale=1.7, token_scale=1.3, tokens=tuple(tokens), token_reduction=kind,
         cutoff_token=0.6, sensitivity=[BlockSensitivity(mid=place, out=place)] * anatomy.depth, forward_passes=0.0,
@@ -80,11 +80,14 @@ def slow_token_cost(costs: tuple[float, ...], share: float) -> float:
 def slow_cost(profile: Profile, anatomy: Anatomy, plan: Plan, token_share: float) -> float:
     """What `allocate` makes small, unit by unit."""
     odds = token_share / (1 - token_share) if 0 < token_share < 1 else 1.0
-    total, entering = 0.0, anatomy.num_patches
+    total, entering = 0.0, anatomy.blocks[0].num_patches
     for curves, tokens, block in zip(profile.channels, profile.tokens, plan.blocks, strict=True):
         shape = block.shape
-        channels = curves.qk[anatomy.head_dim - shape.qk_width] + curves.v[anatomy.head_dim - shape.v_width]
-        channels += curves.hidden[anatomy.num_hidden - shape.num_hidden]
+        channels = (
+            curves.qk[anatomy.blocks[0].head_dim - shape.qk_width]
+            + curves.v[anatomy.blocks[0].head_dim - shape.v_width]
+        )
+        channels += curves.hidden[anatomy.blocks[0].num_hidden - shape.num_hidden]
         total += profile.channel_scale * odds * float(channels)
         if shape.num_tokens < entering:
             total += profile.token_scale * slow_token_cost(tokens, 1 - shape.num_tokens / entering)
@@ -95,14 +98,14 @@ def slow_cost(profile: Profile, anatomy: Anatomy, plan: Plan, token_share: float
 def every_plan(anatomy: Anatomy, profile: Profile, widths: tuple[int, ...], hidden: tuple[int, ...]) -> list[Plan]:
     def block(qk: int, v: int, units: int, tokens: int) -> BlockPlan:
         return BlockPlan(
-            keep_heads=tuple(range(anatomy.num_heads)),
-            keep_qk=(tuple(range(qk)),) * anatomy.num_heads,
-            keep_v=(tuple(range(v)),) * anatomy.num_heads,
+            keep_heads=tuple(range(anatomy.blocks[0].num_heads)),
+            keep_qk=(tuple(range(qk)),) * anatomy.blocks[0].num_heads,
+            keep_v=(tuple(range(v)),) * anatomy.blocks[0].num_heads,
             keep_hidden=tuple(range(units)),
             num_tokens=tokens,
         )
 
-    blocks = [block(*each) for each in product(widths, widths, hidden, range(1, anatomy.num_patches + 1))]
+    blocks = [block(*each) for each in product(widths, widths, hidden, range(1, anatomy.blocks[0].num_patches + 1))]
     return [
         Plan(blocks=pair, token_reduction=profile.token_reduction, cutoff_token=profile.cutoff_token)
         for pair in product(blocks, repeat=2)
@@ -200,16 +203,16 @@ def drawn(search: _Search, generator: torch.Generator) -> Plan:
     def some(grid: list[int]) -> int:
         return grid[int(torch.randint(len(grid), (), generator=generator))]
 
-    anatomy, blocks, entering = search.anatomy, [], search.anatomy.num_patches
+    anatomy, blocks, entering = search.anatomy, [], search.anatomy.blocks[0].num_patches
     widths, hidden = search.widths
     for _ in range(anatomy.depth):
         stays = float(torch.rand((), generator=generator)) < 0.4
         entering = entering if stays else some([count for count in search.counts if count <= entering])
         blocks.append(
             replace(
-                keep_all_block(anatomy, entering),
-                keep_qk=(tuple(range(some(widths))),) * anatomy.num_heads,
-                keep_v=(tuple(range(some(widths))),) * anatomy.num_heads,
+                keep_all_block(anatomy.blocks[0], entering),
+                keep_qk=(tuple(range(some(widths))),) * anatomy.blocks[0].num_heads,
+                keep_v=(tuple(range(some(widths))),) * anatomy.blocks[0].num_heads,
                 keep_hidden=tuple(range(some(hidden))),
             )
         )
@@ -363,7 +366,7 @@ def test_what_removing_tokens_costs_is_the_divergence_of_a_model_that_does_so_in
         assert all(a <= b for a, b in pairwise(costs))
         highest = 0.0
         for share, cost in zip(SHARES, costs, strict=True):
-            fewer = keep_all_block(examine(model), max(1, round(16 * (1 - share))))
+            fewer = keep_all_block(examine(model).blocks[0], max(1, round(16 * (1 - share))))
             # Sizes go on with their tokens, though no later block removes any.
             later = [replace(block, num_tokens=fewer.num_tokens) for block in blocks[index + 1 :]]
             plan = Plan(blocks=(*blocks[:index], fewer, *later), token_reduction=kind)
@@ -416,7 +419,7 @@ def test_a_plan_for_a_trained_model_beats_an_even_one_of_as_many_multiply_adds(s
 
 def evenly(anatomy: Anatomy, removed: float) -> Plan:
     counts = [max(1, round(16 - removed * (index + 1))) for index in range(anatomy.depth)]
-    return Plan(blocks=tuple(keep_all_block(anatomy, count) for count in counts), token_reduction="merge")
+    return Plan(blocks=tuple(keep_all_block(anatomy.blocks[0], count) for count in counts), token_reduction="merge")
 
 
 def test_a_model_whose_blocks_are_the_least_of_it_has_a_profile_too() -> None:

@@ -28,15 +28,20 @@ from tests.pruning_tests import made
 )
 def test_the_anatomy_of_every_family(family: str, prefix: int, has_class_token: bool, heads: int) -> None:
     anatomy = made.anatomy(family)
-    assert (anatomy.num_prefix_tokens, anatomy.has_class_token, anatomy.num_head_inputs) == (
+    assert (anatomy.blocks[0].num_prefix_tokens, anatomy.blocks[0].has_class_token, anatomy.num_head_inputs) == (
         prefix,
         has_class_token,
         heads,
     )
-    assert (anatomy.depth, anatomy.width, anatomy.num_heads, anatomy.head_dim) == (3, 24, 3, 8)
-    assert (anatomy.num_hidden, anatomy.num_patches, anatomy.num_classes) == (96, 16, 7)
+    assert (anatomy.depth, anatomy.blocks[0].width, anatomy.blocks[0].num_heads, anatomy.blocks[0].head_dim) == (
+        3,
+        24,
+        3,
+        8,
+    )
+    assert (anatomy.blocks[0].num_hidden, anatomy.blocks[0].num_patches, anatomy.num_classes) == (96, 16, 7)
     assert (anatomy.patch_inputs, anatomy.image_size, anatomy.in_channels) == (3 * 8 * 8, (32, 32), 3)
-    assert not anatomy.has_qk_norm
+    assert not anatomy.blocks[0].has_qk_norm
 
 
 def test_qk_norm_and_one_channel_are_seen() -> None:

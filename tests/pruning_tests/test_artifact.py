@@ -65,7 +65,7 @@ def test_a_model_of_every_token_reduction_comes_back(
     model, anatomy = made.model(family), made.anatomy(family)
     plan = made.plan(anatomy, num_tokens=(12, 5, 5))
     if is_whole:
-        plan = replace(plan, blocks=tuple(keep_all_block(anatomy, count) for count in (12, 5, 5)))
+        plan = replace(plan, blocks=tuple(keep_all_block(anatomy.blocks[0], count) for count in (12, 5, 5)))
     plan = replace(plan, token_reduction=kind, cutoff_token=0.4)
     reduced = apply_plan(model, plan)
     save(reduced, description(family, plan=plan), tmp_path / "point")

@@ -137,8 +137,12 @@ def test_tokens_alone_stop_at_the_first_count_that_meets_the_target(share: float
     anatomy = examine(model)
     target = int(share * count_macs(anatomy, keep_all_plan(anatomy)))
     result = cascade(model, PROBE, CALIBRATION, settings(100, 100, 100, target_macs=target, token_share=1.0))
-    fits = [n for n in range(1, 17) if count_macs(anatomy, Plan(blocks=(keep_all_block(anatomy, n),) * 3)) <= target]
-    assert result.plan.blocks == (keep_all_block(anatomy, max(fits)),) * 3
+    fits = [
+        n
+        for n in range(1, 17)
+        if count_macs(anatomy, Plan(blocks=(keep_all_block(anatomy.blocks[0], n),) * 3)) <= target
+    ]
+    assert result.plan.blocks == (keep_all_block(anatomy.blocks[0], max(fits)),) * 3
     assert count_macs(anatomy, result.plan) <= target
 
 
@@ -152,7 +156,7 @@ def test_channels_meet_a_target_and_hardly_go_beyond_it(share: float) -> None:
     result = cascade(model, PROBE, CALIBRATION, settings(100, 100, 100, target_macs=target))
     assert share - 0.03 < (count_macs(anatomy, result.plan) - fixed) / blocks <= share
     # Blocks after the one that met the target are whole.
-    pruned_blocks = [block != keep_all_block(anatomy) for block in result.plan.blocks]
+    pruned_blocks = [block != keep_all_block(anatomy.blocks[0]) for block in result.plan.blocks]
     assert pruned_blocks == sorted(pruned_blocks, reverse=True)
 
 
@@ -166,7 +170,7 @@ def test_a_target_out_of_reach_is_missed_without_an_error() -> None:
 @pytest.mark.parametrize("token_share", [0.0, 0.4, 1.0])
 def test_tokens_spend_at_most_their_share_of_the_budget(token_share: float) -> None:
     model, result = made.toy_model(), pruned("vit", (10.0, 0.0, 0.0), token_share)
-    first = keep_all_block(examine(model), result.plan.blocks[0].num_tokens)
+    first = keep_all_block(examine(model).blocks[0], result.plan.blocks[0].num_tokens)
     plan = Plan(blocks=(first,) * 3, cutoff_token=0.5)
     tokens_only = repaired_model(model, plan, CALIBRATION, batch_size=32).model
     assert num_correct(model) - num_correct(tokens_only) <= math.floor(token_share * 0.1 * len(PROBE) + 1e-9)

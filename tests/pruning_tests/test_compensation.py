@@ -156,7 +156,7 @@ def test_pruned_copies_of_hidden_units_are_taken_over(family: str) -> None:
             tensor[copied + 20] = tensor[copied]
     kept = (*range(20), *range(40, HIDDEN))
     # Not exact: the least ridge is a thousandth of the mean variance.
-    check_redundant(model, edited(model, replace(keep_all_block(examine(model)), keep_hidden=kept)), 0.05)
+    check_redundant(model, edited(model, replace(keep_all_block(examine(model).blocks[0]), keep_hidden=kept)), 0.05)
 
 
 def test_pruned_hidden_units_that_never_vary_go_into_the_bias() -> None:
@@ -166,7 +166,7 @@ def test_pruned_hidden_units_that_never_vary_go_into_the_bias() -> None:
         block.mlp.fc1.weight[:8] = 0
         block.mlp.fc1.bias[:8] = torch.linspace(-1, 3, 8)
     kept = tuple(range(8, HIDDEN))
-    check_redundant(model, edited(model, replace(keep_all_block(examine(model)), keep_hidden=kept)), 1e-4)
+    check_redundant(model, edited(model, replace(keep_all_block(examine(model).blocks[0]), keep_hidden=kept)), 1e-4)
 
 
 @pytest.mark.parametrize("family", ["vit", "no_qkv_bias", "layer_scale", "qk_norm"])
@@ -180,13 +180,13 @@ def test_pruned_value_channels_that_depend_on_others_cost_nothing(family: str) -
                 tensor[48 + channel] = 2 * tensor[48 + one] - tensor[48 + other]
             if qkv.bias is not None:
                 qkv.bias[48 + channel] += 0.5
-    plan = replace(keep_all_block(examine(model)), keep_v=(without(3), without(0), without(7)))
+    plan = replace(keep_all_block(examine(model).blocks[0]), keep_v=(without(3), without(0), without(7)))
     check_redundant(model, edited(model, plan), 1e-3)
 
 
 def test_which_value_channels_a_plan_names_does_not_matter_for_their_number_decides() -> None:
     model, images = made.model(), made.images(16)
-    whole = keep_all_block(examine(model))
+    whole = keep_all_block(examine(model).blocks[0])
     logits = [
         predict(repaired_model(model, edited(model, replace(whole, keep_v=(kept,) * 3)), images).model, images)
         for kept in ((0, 1, 2, 3), (2, 4, 6, 7))
@@ -207,7 +207,7 @@ def test_queries_or_keys_of_low_rank_need_no_more_channels_than_their_rank(famil
             basis = torch.linalg.qr(torch.randn(8, 3, generator=generator)).Q
             for tensor in [qkv.weight] + ([] if qkv.bias is None else [qkv.bias]):
                 tensor[rows] = 2 * basis @ (basis.T @ tensor[rows])
-    plan = replace(keep_all_block(examine(model)), keep_qk=((0, 1, 2), (1, 2, 3), (2, 5, 7)))
+    plan = replace(keep_all_block(examine(model).blocks[0]), keep_qk=((0, 1, 2), (1, 2, 3), (2, 5, 7)))
     check_redundant(model, edited(model, plan), 2e-3)
 
 
@@ -220,7 +220,7 @@ def test_what_is_added_to_all_keys_takes_no_channel() -> None:
             rows = slice(24 + 8 * head, 32 + 8 * head)
             qkv.weight[rows] *= torch.tensor([2.0, 2, 0, 0, 0, 0, 0, 0])[:, None]
             qkv.bias[rows] = torch.tensor([0.0, 0, 5, 0, 0, 0, 0, 0])
-    plan = replace(keep_all_block(examine(model)), keep_qk=((4, 5), (0, 1), (6, 7)))
+    plan = replace(keep_all_block(examine(model).blocks[0]), keep_qk=((4, 5), (0, 1), (6, 7)))
     check_redundant(model, edited(model, plan), 2e-3)
 
 
@@ -257,7 +257,7 @@ def test_logits_of_any_rank_are_the_best_for_one_image(family: str) -> None:
     query, key, strength = flow.logit_factors()
     q, k = queries_and_keys(model, 1, images)
     num_tokens = q.shape[2]
-    weights = flow.sensitivity[1].mid.token_weights(num_tokens, anatomy.num_prefix_tokens).double()
+    weights = flow.sensitivity[1].mid.token_weights(num_tokens, anatomy.blocks[0].num_prefix_tokens).double()
 
     def error(narrow: Tensor, head: int) -> float:
         gap = narrow - q[0, head] @ k[0, head].T
@@ -443,7 +443,7 @@ def test_the_second_mlp_layer_regresses_what_it_loses_and_what_the_stream_has_lo
     entering, parts = embed(model, images.normalized(slice(None))), parts_of(blocks_of(model)[1])
     dense_out = blocks_of(model)[1](blocks_of(model)[0](entering))
     gain, cut, place = parts.ls2(torch.ones(24)), parts.fc2.weight[:, kept], sensitivity[1].out
-    weight = place.token_weights(entering.shape[1], anatomy.num_prefix_tokens).repeat(200)
+    weight = place.token_weights(entering.shape[1], anatomy.blocks[0].num_prefix_tokens).repeat(200)
     is_held = (torch.arange(200) % 4 == 3).repeat_interleave(entering.shape[1])
     metric = gain.double()[:, None] * place.metric * gain.double()
     for seed in range(4):
@@ -492,13 +492,19 @@ def test_every_family_is_repaired_under_every_token_reduction(family: str, kind:
         assert isinstance(repaired.block, SlimBlock)
         is_last = repaired.block.is_last
         flow.advance(repaired.block)
-        x, size = unpack(flow.x, anatomy.width)
-        assert x.shape == (8, anatomy.num_prefix_tokens + count, anatomy.width) and x.isfinite().all()
+        x, size = unpack(flow.x, anatomy.blocks[0].width)
+        assert (
+            x.shape == (8, anatomy.blocks[0].num_prefix_tokens + count, anatomy.blocks[0].width) and x.isfinite().all()
+        )
         assert (size is not None) == (merges(kind) and not is_last)
         if size is not None:
-            assert (size[:, anatomy.num_prefix_tokens :].sum(dim=1) == 16).all()
+            assert (size[:, anatomy.blocks[0].num_prefix_tokens :].sum(dim=1) == 16).all()
         assert flow.share is not None
-        assert flow.share.shape == (8, anatomy.num_prefix_tokens + count, anatomy.num_prefix_tokens + 16)
+        assert flow.share.shape == (
+            8,
+            anatomy.blocks[0].num_prefix_tokens + count,
+            anatomy.blocks[0].num_prefix_tokens + 16,
+        )
         torch.testing.assert_close(flow.share.sum(dim=2), torch.ones(flow.share.shape[:2]))
         if size is not None:
             torch.testing.assert_close(flow.share.square().sum(dim=2), 1 / size[..., 0])
@@ -542,7 +548,7 @@ def test_with_too_few_images_to_hold_some_out_only_the_biases_are_repaired(count
     model, images = made.toy_model(), made.toy_images(count, seed=2)
     anatomy = examine(model)
     plan = made.plan(anatomy, seed=1)
-    plan = replace(plan, blocks=(plan.blocks[0], keep_all_block(anatomy), plan.blocks[2]))
+    plan = replace(plan, blocks=(plan.blocks[0], keep_all_block(anatomy.blocks[0]), plan.blocks[2]))
     repaired = repaired_model(model, plan, images)
     assert predict(repaired.model, made.toy_images(32, seed=3)).isfinite().all()
     assert repaired.notes == tuple(
@@ -572,7 +578,7 @@ def test_a_bias_that_alone_is_repaired_makes_the_mean_that_of_the_dense_stream()
 
 def test_a_layer_that_loses_nothing_is_not_noted() -> None:
     model = made.toy_model()
-    whole = keep_all_block(examine(model))
+    whole = keep_all_block(examine(model).blocks[0])
     for plan, layers in (
         (replace(whole, keep_hidden=tuple(range(40))), {"second MLP layer"}),
         (replace(whole, keep_v=((0, 1, 2),) * 3), {"projection"}),

@@ -45,11 +45,11 @@ def test_different_widths_and_a_token_drop_count_as_by_hand() -> None:
         + 24 * 7  # classifier
     )  # fmt: skip
     assert count_macs(anatomy, Plan(blocks=(first, second))) == expected
-    macs = block_macs(anatomy, first.shape, 16)
+    macs = block_macs(anatomy.blocks[0], first.shape, 16)
     assert macs.attention == 17 * 24 * 22 + 2 * 17 * 17 * 8 + 17 * 10 * 24
     assert (macs.reduction, macs.mlp) == (16 * 16 * 24, 2 * 11 * 24 * 40)
     assert macs.total == macs.attention + macs.reduction + macs.mlp
-    assert block_macs(anatomy, second.shape, 10).reduction == 0
+    assert block_macs(anatomy.blocks[0], second.shape, 10).reduction == 0
 
 
 FILTER = 16 * 16 * 24
@@ -80,8 +80,8 @@ def test_every_reduction_counts_as_by_hand(kind: TokenReduction, reduction: int)
     )  # fmt: skip
     plan = Plan(blocks=(first, first), token_reduction=kind)
     assert count_macs(anatomy, plan) == expected
-    assert block_macs(anatomy, first.shape, 16, kind).reduction == reduction
-    assert block_macs(anatomy, first.shape, 3, kind).reduction == 0
+    assert block_macs(anatomy.blocks[0], first.shape, 16, kind).reduction == reduction
+    assert block_macs(anatomy.blocks[0], first.shape, 3, kind).reduction == 0
 
 
 @pytest.mark.parametrize(("patches", "left", "pairs"), [(15, 8, 7 * 8), (15, 7, 7 * 8 + 4 * 4), (2, 1, 1), (3, 1, 3)])
@@ -160,7 +160,7 @@ def test_an_earlier_exit_costs_its_blocks_less() -> None:
     earlier = replace(full, blocks=full.blocks[:1])
     assert (
         count_macs(anatomy, full) - count_macs(anatomy, earlier)
-        == 2 * block_macs(anatomy, full.blocks[0].shape, 16).total
+        == 2 * block_macs(anatomy.blocks[0], full.blocks[0].shape, 16).total
     )
 
 

@@ -34,8 +34,8 @@ class Case:
             self.targets = self.summary(blocks_of(model)[index](self.clean))
 
     def summary(self, after: Tensor) -> Tensor:
-        has_class_token = self.anatomy.has_class_token
-        return after[:, 0] if has_class_token else after[:, self.anatomy.num_prefix_tokens :].mean(dim=1)
+        has_class_token = self.anatomy.blocks[0].has_class_token
+        return after[:, 0] if has_class_token else after[:, self.anatomy.blocks[0].num_prefix_tokens :].mean(dim=1)
 
     def score(self, *, alpha: float = ALPHA, batch_size: int = 32) -> ChannelScores:
         scene = Scene(

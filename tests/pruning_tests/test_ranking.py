@@ -139,7 +139,7 @@ def test_in_a_single_head_one_unit_of_each_kind_is_left() -> None:
     anatomy = made.anatomy(num_heads=1)
     scores = ChannelScores(qk=torch.rand(1, 24), v=torch.rand(1, 24), hidden=torch.rand(HIDDEN))
     scores.qk[0, 3], scores.v[0, 6], scores.hidden[40] = 5.0, 5.0, 5.0
-    ranking = Ranking(scores, anatomy, TOKENS, TOKENS)
+    ranking = Ranking(scores, anatomy.blocks[0], TOKENS, TOKENS)
     assert ranking.plan(ranking.max_removed, 1) == BlockPlan(
         keep_heads=(0,), keep_qk=((3,),), keep_v=((6,),), keep_hidden=(40,), num_tokens=1
     )

@@ -19,7 +19,9 @@ def slow(model: nn.Module, images: Images, *, batch_size: int, seed: int) -> lis
     """(metric, prefix share) of mid and out of every block, by the definition."""
     anatomy, generator = examine(model), torch.Generator().manual_seed(seed)
     places = 2 * anatomy.depth
-    metrics = [torch.zeros(anatomy.width, anatomy.width, dtype=torch.float64) for _ in range(places)]
+    metrics = [
+        torch.zeros(anatomy.blocks[0].width, anatomy.blocks[0].width, dtype=torch.float64) for _ in range(places)
+    ]
     energy = torch.zeros(places, 2, dtype=torch.float64)
     for pixels, _ in images.batches(batch_size):
         with torch.no_grad():
@@ -37,7 +39,7 @@ def slow(model: nn.Module, images: Images, *, batch_size: int, seed: int) -> lis
             for place, gradient in enumerate(torch.autograd.grad(loss, stream)):
                 for token, g in enumerate(gradient[0].double()):
                     metrics[place] += torch.outer(g, g)
-                    energy[place, int(token >= anatomy.num_prefix_tokens)] += g @ g
+                    energy[place, int(token >= anatomy.blocks[0].num_prefix_tokens)] += g @ g
     shares = energy[:, 0] / energy.sum(dim=1)
     return [(metric / len(images), float(share)) for metric, share in zip(metrics, shares, strict=True)]
 

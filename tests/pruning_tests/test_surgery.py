@@ -31,13 +31,13 @@ def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
     """The dense model with every unit that the plan drops set to zero where it is made (weight row and bias)."""
     anatomy = examine(model)
     copied = copy.deepcopy(model)
-    width, inner = anatomy.head_dim, anatomy.num_heads * anatomy.head_dim
+    width, inner = anatomy.blocks[0].head_dim, anatomy.blocks[0].num_heads * anatomy.blocks[0].head_dim
     for block, kept in zip(blocks_of(copied), plan.blocks, strict=True):
         stays = torch.zeros(3, inner, dtype=torch.bool)
         for head, qk, v in zip(kept.keep_heads, kept.keep_qk, kept.keep_v, strict=True):
             stays[:2, [head * width + channel for channel in qk]] = True
             stays[2, [head * width + channel for channel in v]] = True
-        hidden = torch.zeros(anatomy.num_hidden, dtype=torch.bool)
+        hidden = torch.zeros(anatomy.blocks[0].num_hidden, dtype=torch.bool)
         hidden[list(kept.keep_hidden)] = True
         parts: Any = block
         for layer, rows in ((parts.attn.qkv, stays.flatten()), (parts.mlp.fc1, hidden)):
@@ -62,7 +62,7 @@ def only(kind: str, full: BlockPlan, block: BlockPlan) -> BlockPlan:
 
 
 def drop_only(kind: str, anatomy: Anatomy, seed: int = 0) -> Plan:
-    full = keep_all_block(anatomy)
+    full = keep_all_block(anatomy.blocks[0])
     return Plan(blocks=tuple(only(kind, full, block) for block in made.plan(anatomy, seed=seed).blocks))
 
 
@@ -100,7 +100,7 @@ def test_a_plan_that_drops_units_and_tokens_equals_the_slow_definition(family: s
 @pytest.mark.parametrize("family", ["vit", "distilled", "average_pooling"])
 def test_dropped_tokens_alone_equal_the_slow_definition(family: str) -> None:
     model, x = double(family), made.batch(3).double()
-    full = keep_all_block(examine(model))
+    full = keep_all_block(examine(model).blocks[0])
     plan = Plan(blocks=tuple(replace(full, num_tokens=count) for count in (10, 10, 1)), cutoff_token=0.85)
     pruned = apply_plan(model, plan)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_dropped_tokens_alone_equal_the_slow_definition(family: str) -> None:
 
 def test_a_whole_block_is_rebuilt_only_where_tokens_come_with_sizes() -> None:
     model = made.model(depth=4)
-    full = keep_all_block(examine(model))
+    full = keep_all_block(examine(model).blocks[0])
     plan = Plan(blocks=tuple(replace(full, num_tokens=count) for count in (16, 9, 9, 9)), token_reduction="merge")
     assert [type(block) for block in blocks_of(apply_plan(model, plan))] == [Block, SlimBlock, SlimBlock, SlimBlock]
 
@@ -137,7 +137,7 @@ def test_a_pruned_model_has_the_parameters_of_its_widths_and_no_more() -> None:
 
 def merging(anatomy: Anatomy) -> Plan:
     """Whole blocks, of which the last takes tokens with sizes."""
-    return Plan(blocks=tuple(keep_all_block(anatomy, count) for count in (16, 9, 9)), token_reduction="merge")
+    return Plan(blocks=tuple(keep_all_block(anatomy.blocks[0], count) for count in (16, 9, 9)), token_reduction="merge")
 
 
 @pytest.mark.parametrize("make", [keep_all_plan, made.plan, merging])
@@ -160,7 +160,7 @@ def test_a_pruned_model_trains_or_not_as_its_model_does(
 ) -> None:
     model = made.model().train(flag).requires_grad_(flag)
     anatomy = examine(model)
-    whole = Plan(blocks=tuple(keep_all_block(anatomy, count) for count in (16, 9, 9)))
+    whole = Plan(blocks=tuple(keep_all_block(anatomy.blocks[0], count) for count in (16, 9, 9)))
     plan = whole if is_whole else made.plan(anatomy, num_tokens=(16, 9, 9))
     pruned = apply_plan(model, replace(plan, token_reduction=token_reduction))
     assert all(module.training == flag for module in pruned.modules())
@@ -198,10 +198,10 @@ def test_more_tokens_than_the_model_has_are_refused() -> None:
     model = made.model()
     anatomy = examine(model)
     with pytest.raises(PlanError, match="patch token 16, but the model has 16"):
-        apply_plan(model, Plan(blocks=(keep_all_block(anatomy, 17),) * 3))
+        apply_plan(model, Plan(blocks=(keep_all_block(anatomy.blocks[0], 17),) * 3))
     with pytest.raises(PlanError, match="9 patch tokens leave a block that 8 enter"):
         slim_block(
-            blocks_of(model)[0], keep_all_block(anatomy, 9), anatomy,
+            blocks_of(model)[0], keep_all_block(anatomy.blocks[0], 9), anatomy,
             num_tokens_in=8, token_reduction="lfe", cutoff_token=0.5, is_last=False,
         )  # fmt: skip
 

@@ -167,10 +167,10 @@ def test_a_reduction_equals_the_loop_over_its_definition(
     kind: TokenReduction, tokens: str, count: int, keep: int
 ) -> None:
     anatomy = ANATOMIES[tokens]
-    prefix = anatomy.num_prefix_tokens
+    prefix = anatomy.blocks[0].num_prefix_tokens
     x, size = stream(prefix + count), sizes(prefix + count, prefix=prefix) if merges(kind) else None
     told = clues(prefix + count, size=size)
-    reduced = reducer(kind, count, keep, prefix, has_class_token=anatomy.has_class_token).choose(x, told)
+    reduced = reducer(kind, count, keep, prefix, has_class_token=anatomy.blocks[0].has_class_token).choose(x, told)
     weights = matrix(reduced, prefix + count)
     for image in range(3):
         assert told.attention is not None
@@ -289,9 +289,9 @@ def test_sizes_travel_with_the_tokens_to_the_last_block_and_add_up(
     counts = (16, 12, 12, 3, 3)  # the third block and the last are whole, where units stay
     plan = made.plan(anatomy, num_tokens=counts)
     if is_whole:
-        plan = replace(plan, blocks=tuple(keep_all_block(anatomy, count) for count in counts))
+        plan = replace(plan, blocks=tuple(keep_all_block(anatomy.blocks[0], count) for count in counts))
     seen = streams(apply_plan(model, replace(plan, token_reduction=kind)), made.batch())
-    prefix = anatomy.num_prefix_tokens
+    prefix = anatomy.blocks[0].num_prefix_tokens
     assert [out.shape[1:] for out in seen] == [
         (prefix + 16, 24), (prefix + 12, 25), (prefix + 12, 25), (prefix + 3, 25), (prefix + 3, 24)
     ]  # fmt: skip
@@ -392,7 +392,7 @@ def test_a_model_that_loses_units_and_tokens_equals_the_slow_definition(kind: To
 @pytest.mark.parametrize("family", ["vit", "distilled", "average_pooling"])
 def test_whole_blocks_that_lose_tokens_equal_the_slow_definition(kind: TokenReduction, family: str) -> None:
     model, x = made.model(family, depth=4).double(), made.batch(3).double()
-    blocks = tuple(keep_all_block(examine(model), count) for count in (16, 9, 9, 9))
+    blocks = tuple(keep_all_block(examine(model).blocks[0], count) for count in (16, 9, 9, 9))
     plan = Plan(blocks=blocks, token_reduction=kind)
     with torch.no_grad():
         torch.testing.assert_close(apply_plan(model, plan)(x), slow.logits(model, plan, x), atol=1e-6, rtol=1e-6)

@@ -26,6 +26,7 @@ from pruning.cost import channel_macs, count_macs, reduction_macs
 from pruning.curves import BlockCurves, measure_curves
 from pruning.data import Images
 from pruning.errors import SettingError
+from pruning.pace import Pace, multiples
 from pruning.plan import BlockPlan, BlockShape, Plan, TokenReduction
 from pruning.precision import Precision, autocast
 from pruning.sensitivity import BlockSensitivity, measure_sensitivity
@@ -147,7 +148,11 @@ def _token_costs(
 
 
 def allocate(
-    profile: Profile, anatomy: Anatomy, target_macs: int, token_share: float = 0.5, *, round_to: int = 8
+    profile: Profile,
+    anatomy: Anatomy,
+    target_macs: int,
+    token_share: float = 0.5,
+    paces: Sequence[Pace] | None = None,
 ) -> Plan:
     """A plan with at most so many multiply-adds that no plan of as many or fewer undercuts in predicted cost.
 
@@ -157,12 +162,13 @@ def allocate(
         token_share: in [0, 1]: 0.5 weighs channels and tokens as the profile does; the cost of channels is
             multiplied by token_share / (1 - token_share). So 0 prunes channels alone, and 1 tokens alone. Without a
             token reduction it has no effect.
-        round_to: widths a head and hidden units are multiples of it.
+        paces: of each block, the widths that it may be given, and what the time of a token reduction is counted as;
+            by default any width.
 
     Raises:
         SettingError: no plan is that small.
     """
-    search = _Search(profile, anatomy, token_share, round_to)
+    search = _Search(profile, anatomy, token_share, paces or [multiples(block, 1) for block in anatomy.blocks])
     low, high = 1e-16, 1e3  # nats a multiply-add; at the highest, also a tiny model's least plan is the cheapest
     smallest = search.plan(high)
     if count_macs(anatomy, smallest) > target_macs:
@@ -187,32 +193,37 @@ def allocate(
 class _Search:
     """Plans of least cost at a price."""
 
-    def __init__(self, profile: Profile, anatomy: Anatomy, token_share: float, round_to: int) -> None:
-        self.profile, self.anatomy, self.round_to = profile, anatomy, round_to
+    def __init__(self, profile: Profile, anatomy: Anatomy, token_share: float, paces: Sequence[Pace]) -> None:
+        self.profile, self.anatomy = profile, anatomy
         patches = anatomy.blocks[0].num_patches
         self.has_tokens = profile.token_reduction != "none" and token_share > 0
         self.counts = sorted({round(1 + (patches - 1) * i / (NUM_COUNTS - 1)) for i in range(NUM_COUNTS)})
         if not self.has_tokens:
             self.counts = [patches]
-        self.has_channels = token_share < 1 or not self.has_tokens
+        if self.has_tokens and token_share >= 1:
+            whole = [multiples(block, max(block.head_dim, block.num_hidden)) for block in anatomy.blocks]
+            paces = [replace(one, reduction=pace.reduction) for one, pace in zip(whole, paces, strict=True)]
+        self.paces = paces
         is_weighed = self.has_tokens and token_share < 1
         self.channel_scale = profile.channel_scale * (token_share / (1 - token_share) if is_weighed else 1.0)
         self.reduction = self._reduction_macs()
+        self.reduces = np.array(self.counts)[None] < np.array(self.counts)[:, None]
+        """(counts in, counts out)"""
         self.removal = [self._removal_costs(index) for index in range(anatomy.depth)]
 
     def plan(self, price: float) -> Plan:
         """The plan that no other undercuts by cost + price * multiply-adds."""
-        value, choices = np.zeros(len(self.counts)), []
+        value, choices, widths = np.zeros(len(self.counts)), [], []
         for index in reversed(range(self.anatomy.depth)):
-            total = self._attention(index, price)[0][:, None] + self._mlp(index, price)[0][None] + value[None]
-            total = total + self.removal[index] + price * self.reduction
+            attention, mlp = self._attention(index, price), self._mlp(index, price)
+            widths.append((attention[1:], mlp[1]))
+            total = attention[0][:, None] + mlp[0][None] + value[None]
+            total = total + self.removal[index] + price * (self.reduction + self.paces[index].reduction * self.reduces)
             choices.append(total.argmin(axis=1))
             value = total.min(axis=1)
         blocks, here = [], len(self.counts) - 1
-        for index, choice in enumerate(reversed(choices)):
+        for index, (choice, ((qk, v), hidden)) in enumerate(zip(reversed(choices), reversed(widths), strict=True)):
             after = int(choice[here])
-            _, qk, v = self._attention(index, price)
-            _, hidden = self._mlp(index, price)
             blocks.append(self._block(index, int(qk[here]), int(v[here]), int(hidden[after]), self.counts[after]))
             here = after
         return Plan(
@@ -224,25 +235,20 @@ class _Search:
         block = self.anatomy.blocks[index]
         return [block.num_prefix_tokens + min(count, block.num_patches) for count in self.counts]
 
-    def _widths(self, most: int) -> np.ndarray:
-        return np.array(_widths(most, self.round_to) if self.has_channels else [most])
-
     def _attention(self, index: int, price: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(counts,) least cost, and the widths that have it, by the number of tokens that enter."""
         block, curves = self.anatomy.blocks[index], self.profile.channels[index]
         a_channel = np.array([block.num_heads * channel_macs(block, tokens) for tokens in self._tokens(index)])
-        found = []
-        for curve, is_fixed in ((curves.qk, block.has_qk_norm), (curves.v, False)):
-            widths = np.array([block.head_dim]) if is_fixed else self._widths(block.head_dim)
-            cost = self.channel_scale * curve.numpy()[block.head_dim - widths]
-            total = cost[None] + price * a_channel[:, None] * widths[None]
-            found.append((total.min(axis=1), widths[total.argmin(axis=1)]))
-        return found[0][0] + found[1][0], found[0][1], found[1][1]
+        qk, v = np.array(self.paces[index].attention).T
+        cost = self.channel_scale * (curves.qk.numpy()[block.head_dim - qk] + curves.v.numpy()[block.head_dim - v])
+        total = cost[None] + price * a_channel[:, None] * (qk + v)[None]
+        best = total.argmin(axis=1)
+        return total.min(axis=1), qk[best], v[best]
 
     def _mlp(self, index: int, price: float) -> tuple[np.ndarray, np.ndarray]:
         """(counts,) least cost, and the hidden units that have it, by the number of tokens that leave attention."""
         block, tokens = self.anatomy.blocks[index], np.array(self._tokens(index))
-        widths = self._widths(block.num_hidden)
+        widths = np.array(self.paces[index].hidden)
         cost = self.channel_scale * self.profile.channels[index].hidden.numpy()[block.num_hidden - widths]
         total = cost[None] + price * (2 * tokens * block.width)[:, None] * widths[None]
         return total.min(axis=1), widths[total.argmin(axis=1)]
@@ -290,10 +296,6 @@ def _predicted(profile: Profile, anatomy: Anatomy, plan: Plan) -> float:
             total += float(_cost_at(tokens, np.array(1 - shape.num_tokens / entering)))
         entering = shape.num_tokens
     return total
-
-
-def _widths(most: int, round_to: int) -> list[int]:
-    return sorted({*range(round_to, most, round_to), most})
 
 
 def _kept(order: Tensor, count: int) -> tuple[tuple[int, ...], ...]:

@@ -274,7 +274,7 @@ def embed(model: Any, images: Tensor) -> Tensor:
     x: Tensor = model.patch_embed(images)
     if isinstance(model, SwinTransformer):
         return x.flatten(1, 2)
-    return model.norm_pre(model.patch_drop(model._pos_embed(x)))  # type: ignore[no-any-return]
+    return model.norm_pre(model.patch_drop(model._pos_embed(x)))
 
 
 def classify(model: Any, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from pruning.compensation import Flow, Repaired
 from pruning.cost import count_macs
 from pruning.data import Images
 from pruning.errors import SettingError
+from pruning.pace import Pace, multiples
 from pruning.plan import BlockPlan, Plan, TokenReduction
 from pruning.precision import Precision, autocast
 from pruning.ranking import Ranking
@@ -48,8 +49,8 @@ class CascadeSettings:
     criterion: str = "lfs"
     """Of the channels: a key of `pruning.scores.criteria.CRITERIA`."""
     token_reduction: TokenReduction = "lfe"
-    round_to: int = 1
-    """Widths a head and hidden units are multiples of it."""
+    paces: tuple[Pace, ...] | None = None
+    """The widths that each block may be given; None for any."""
     token_share: float = 0.56
     """Share of a block's budget that tokens may spend, in [0, 1]; channels get what they leave."""
     alpha: float = 0.1
@@ -174,7 +175,7 @@ def _prune_block(work: _Work, plans: list[BlockPlan], index: int, budget: float)
         tokens_left = plan.num_tokens
         ranking = Ranking(
             work.score(work.flow.slim(plan)), block, num_tokens + block.num_prefix_tokens,
-            tokens_left + block.num_prefix_tokens, settings.round_to,
+            tokens_left + block.num_prefix_tokens, work.paces[index],
         )  # fmt: skip
 
         def fewer_channels(removed: int) -> BlockPlan:
@@ -191,6 +192,7 @@ class _Work:
         self, model: nn.Module, anatomy: Anatomy, probe: Images, calibration: Images, settings: CascadeSettings
     ) -> None:
         self.model, self.anatomy, self.settings = model, anatomy, settings
+        self.paces = settings.paces or [multiples(block, 1) for block in anatomy.blocks]
         self.probe, self.calibration = probe, calibration
         self.num_probe = len(probe)
         self.block_images = 3.0 * anatomy.depth * len(calibration)  # the sensitivity: one forward, one backward pass
@@ -261,8 +263,9 @@ class _Work:
             self.block_images += len(self.calibration)
         scene = Scene(
             model=self.model, anatomy=self.anatomy.blocks[self.index], index=self.index,
-            blocks=[block, *self.later], x=self.flow.x, x_low=self.x_low, targets=self.summaries[self.index], labels=self.calibration_labels, alpha=settings.alpha,
-            batch_size=settings.batch_size, precision=settings.precision, seed=settings.seed, flow=self.flow,
+            blocks=[block, *self.later], x=self.flow.x, x_low=self.x_low, targets=self.summaries[self.index],
+            labels=self.calibration_labels, alpha=settings.alpha, batch_size=settings.batch_size,
+            precision=settings.precision, seed=settings.seed, flow=self.flow,
         )  # fmt: skip
         return CRITERIA[settings.criterion](scene)
 

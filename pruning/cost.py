@@ -1,8 +1,8 @@
 """Multiply-adds and parameters, counted from the widths alone.
 
-Counted: patch embedding, patch merging, qkv, attention logits, attention times values, projection, the token filter and
-the matching of tokens where a reduction uses them, both MLP layers, the classifiers. One multiply-add counts as one. Not
-counted: norms, activations, softmax, biases, additions, the choice of tokens: a few thousandths of a ViT.
+Counted: patch embedding, patch merging, qkv, attention logits, attention times values, projection, the token filter
+and the matching of tokens where a reduction uses them, both MLP layers, the classifiers. One multiply-add counts as
+one. Not counted: norms, activations, softmax, biases, additions, the choice of tokens: a few thousandths of a ViT.
 Hooks and profilers miss fused attention; this does not.
 """
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pruning.anatomy import BlockAnatomy
 from pruning.cost import channel_macs
+from pruning.pace import Pace
 from pruning.plan import BlockPlan, Indices
 from pruning.scores.channel import ChannelScores
 
@@ -21,11 +22,11 @@ class Ranking:
     """
 
     def __init__(
-        self, scores: ChannelScores, anatomy: BlockAnatomy, num_tokens_in: int, num_tokens_out: int, round_to: int = 1
+        self, scores: ChannelScores, anatomy: BlockAnatomy, num_tokens_in: int, num_tokens_out: int, pace: Pace
     ) -> None:
-        """Token counts are with the prefix tokens; widths a head and hidden units are rounded up to `round_to`."""
+        """Token counts are with the prefix tokens; widths are rounded up to those of the pace."""
         self.scores = ChannelScores(qk=scores.qk.cpu(), v=scores.v.cpu(), hidden=scores.hidden.cpu())
-        self.round_to = round_to
+        self.pace = pace
         # With qk-norm the pairs stay whole: they are ranked above everything.
         qk = torch.full_like(self.scores.qk, float("inf")) if anatomy.has_qk_norm else self.scores.qk
         self._num_qk, self._num_v = qk.numel(), self.scores.v.numel()
@@ -54,26 +55,26 @@ class Ranking:
         # What a channel has to be worth to stay: as much as the last unit that goes.
         price = self._worth[removed[-1:]].sum().item() * self._channel_macs
         heads, qk_width, v_width = fit_heads(
-            self.scores.qk, self.scores.v, max(num_qk, self._min_qk), max(num_v, 1), self.round_to, price
+            self.scores.qk, self.scores.v, max(num_qk, self._min_qk), max(num_v, 1), self.pace, price
         )
         return BlockPlan(
             keep_heads=heads,
             keep_qk=tuple(top(self.scores.qk[head], qk_width) for head in heads),
             keep_v=tuple(top(self.scores.v[head], v_width) for head in heads),
-            keep_hidden=top(self.scores.hidden, _round_up(max(num_hidden, 1), self.round_to)),
+            keep_hidden=top(self.scores.hidden, self.pace.least_hidden(max(num_hidden, 1))),
             num_tokens=num_tokens,
         )
 
 
 def fit_heads(
-    qk: Tensor, v: Tensor, num_qk: int, num_v: int, round_to: int = 1, price: float = 0.0
+    qk: Tensor, v: Tensor, num_qk: int, num_v: int, pace: Pace, price: float = 0.0
 ) -> tuple[Indices, int, int]:
     """Heads and equal widths for so many channels: of all head counts that fit, the one that loses the least score.
 
     Args:
         qk, v: (H, D) scores.
         num_qk, num_v: channels to keep in the whole block, at least 1 each.
-        round_to: both widths are rounded up to a multiple of it, or to D.
+        pace: both widths are rounded up to a pair of it.
         price: taken off for each channel that this rounding adds. With none, the most heads always win where one
             step of rounding is a whole head, and nothing is ever pruned.
 
@@ -84,7 +85,7 @@ def fit_heads(
     best: tuple[float, Indices, int, int] | None = None
     for count in range(-(-max(num_qk, num_v) // head_dim), num_heads + 1):
         asked = -(-num_qk // count), -(-num_v // count)
-        qk_width, v_width = (min(_round_up(width, round_to), head_dim) for width in asked)
+        qk_width, v_width = pace.least_attention(*asked)
         kept = qk.topk(qk_width, dim=1).values.sum(dim=1) + v.topk(v_width, dim=1).values.sum(dim=1)
         heads = top(kept, count)
         score = kept[list(heads)].sum().item() - price * count * (qk_width + v_width - sum(asked))
@@ -92,10 +93,6 @@ def fit_heads(
             best = score, heads, qk_width, v_width
     assert best is not None
     return best[1:]
-
-
-def _round_up(count: int, step: int) -> int:
-    return -(-count // step) * step
 
 
 def top(scores: Tensor, count: int) -> Indices:

@@ -107,7 +107,9 @@ def prune(
     token_reduction: Annotated[
         str, typer.Option(help="none, lfe, attention, merge, lfe-merge, attention-merge; auto: the best there is.")
     ] = "auto",
-    round_to: Annotated[int, typer.Option(help="Widths are multiples of it.")] = 8,
+    round_to: Annotated[
+        str, typer.Option(help="Widths are multiples of it; auto: those that this device is faster with.")
+    ] = "auto",
     to: Annotated[Path | None, typer.Option(help="Folder to make for the model.")] = None,
     sets: Sets = [],  # noqa: B006
     runs: Runs = Path("runs"),
@@ -217,6 +219,8 @@ def _print_blocks(blocks: list[dict[str, Any]], outcome: dict[str, Any], dense: 
         f"with {found['macs'] / dense['macs']:.0%} of the MACs",
         highlight=False,
     )
+    for note in outcome["notes"]:
+        out.print(f"note: {note}; more data.calibration_images would help", highlight=False)
 
 
 if __name__ == "__main__":

@@ -158,11 +158,14 @@ class SpaceConfig(_Section):
     """Score of the channels in the cascade, a key of `pruning.scores.criteria.CRITERIA`."""
     token_reduction: Annotated[
         TokenReduction | Literal["auto"] | tuple[TokenReduction, ...], AfterValidator(_each_once)
-    ] = "auto"
+    ] = "lfe"
     """What becomes of the tokens that do not leave a block (`pruning.plan.TokenReduction`). auto: attention-merge, or
     none for a Swin, whose windows need every token."""
-    round_to: Annotated[Multiple | tuple[Multiple, ...], AfterValidator(_each_once)] = 1
-    """Widths a head and hidden units are multiples of it; [1, 8] tries these two, not what lies between."""
+    round_to: Annotated[
+        Multiple | Literal["auto"] | tuple[Multiple | Literal["auto"], ...], AfterValidator(_each_once)
+    ] = 1
+    """Widths a head and hidden units are multiples of it; [1, 8] tries these two, not what lies between. auto: the
+    widths that this device is faster with than with all larger ones, measured once a sweep (`pruning.pace`)."""
 
 
 class SearchConfig(_Section):

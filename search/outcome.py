@@ -12,6 +12,8 @@ Method = Literal["cascade", "global"]
 """cascade: block by block, as far as each block's budget goes (VTC-LFC). global: all blocks at once, every unit at its
 price in multiply-adds."""
 
+RoundTo = int | Literal["auto"]
+
 FILTERED: frozenset[TokenReduction] = frozenset({"lfe", "lfe-merge"})
 """The token reductions with a filter. `pruning.tokens.REDUCERS` knows too, but takes torch, which a record does not."""
 
@@ -53,8 +55,8 @@ class Candidate:
     """Score of the channels, a key of `pruning.scores.criteria.CRITERIA`; for method `cascade`."""
     token_reduction: TokenReduction = "lfe"
     """What becomes of the tokens that do not leave a block."""
-    round_to: int = 1
-    """Widths a head and hidden units are multiples of it; at least 1."""
+    round_to: RoundTo = 1
+    """Widths a head and hidden units are multiples of it, at least 1; auto: those that this device is faster with."""
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Candidate:
@@ -120,6 +122,8 @@ class Outcome:
     """Accuracy points that pruning each kept block cost on the probe images; each within its budget."""
     forward_passes: float = 0.0
     """Cost of the pruning in forward passes of the dense model over the probe images (a backward pass is two)."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of the repair: layers of which only the bias could be, for want of images."""
     seconds: float = 0.0
     """Wall-clock time of the trial."""
 
@@ -135,7 +139,7 @@ class Outcome:
             "measurement": self.measurement and asdict(self.measurement),
         }
         cost = {"block_drops": self.block_drops, "forward_passes": self.forward_passes, "seconds": self.seconds}
-        return plain | measured | cost
+        return plain | measured | cost | {"notes": self.notes}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Outcome:
@@ -147,5 +151,6 @@ class Outcome:
                 "plan": record["plan"] and Plan.from_json(record["plan"]),
                 "measurement": record["measurement"] and Measurement(**record["measurement"]),
                 "block_drops": tuple(record["block_drops"]),
+                "notes": tuple(record["notes"]),
             }
         )

@@ -33,7 +33,7 @@ def prune_once(
     method: str,
     criterion: str,
     token_reduction: str,
-    round_to: int,
+    round_to: str,
 ) -> tuple[Outcome, Measurement, list[dict[str, Any]]]:
     """The outcome of one candidate, which need not lie in the recipe's space, the dense measurement, and `block_rows`.
 
@@ -50,7 +50,12 @@ def prune_once(
     for name, share in (("target ratio", target_ratio), ("token share", token_share)):
         if not 0 <= share <= 1:
             raise ConfigError(f"{name} {share} is out of range; give 0 to 1")
-    choices = {"method": method, "criterion": criterion, "token_reduction": token_reduction, "round_to": round_to}
+    choices = {
+        "method": method,
+        "criterion": criterion,
+        "token_reduction": token_reduction,
+        "round_to": int(round_to) if round_to.isdecimal() else round_to,
+    }
     space = config.model_dump(mode="json")["space"] | choices | {"exit_block": exit_block}
     config = Config.from_dict(config.model_dump(mode="json") | {"space": space})  # checks the choices
     inputs = load_inputs(config, runs)

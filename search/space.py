@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from pruning.plan import TokenReduction
 from search.config import SpaceConfig
 from search.errors import ConfigError
-from search.outcome import FILTERED, Candidate, Method
+from search.outcome import FILTERED, Candidate, Method, RoundTo
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class Space:
         self.method: tuple[Method, ...] = _choices(config.method)
         self.criterion: tuple[str, ...] = _choices(config.criterion)
         self.token_reduction: tuple[TokenReduction, ...] = _token_reductions(config, has_windows)
-        self.round_to: tuple[int, ...] = _choices(config.round_to)
+        self.round_to: tuple[RoundTo, ...] = _choices(config.round_to)
         if low < 1 or high > depth:
             wrong = low if low < 1 else high
             raise ConfigError(f"space.exit_block: {wrong} is no exit of a model with {depth} blocks; give 1 to {depth}")

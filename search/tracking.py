@@ -229,6 +229,8 @@ class Tracker:
         }
         if outcome.reason:
             tags["vitfront.reason"] = outcome.reason[:MAX_REASON_CHARS]
+        if outcome.notes:
+            tags["vitfront.notes"] = "; ".join(outcome.notes)[:MAX_REASON_CHARS]
         started = _now_ms() - round(1000 * outcome.seconds)
         return self._client.create_run(self._experiment, started, tags, outcome.id)
 

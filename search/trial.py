@@ -19,6 +19,7 @@ from pruning.cost import count_macs, count_params
 from pruning.data import Images, Splits
 from pruning.errors import VitfrontError
 from pruning.exits import ExitHead, fit_exits, truncate
+from pruning.pace import Pace, measure_paces, multiples
 from pruning.plan import Plan, TokenReduction
 from pruning.precision import Precision, fastest_precision
 from pruning.stopwatch import Timing, device_name, race
@@ -42,6 +43,9 @@ class Bench:
     precision: Precision
     profiles: dict[TokenReduction, Profile]
     """Of the whole dense model, for `method: global`; one for each token reduction that the space allows."""
+
+    paces: dict[TokenReduction, tuple[Pace, ...]]
+    """Of every block of the dense model on this device, for `round_to: auto`; likewise."""
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +91,8 @@ def prepare(
         epochs=config.exits.epochs, learning_rate=config.exits.learning_rate,
         distillation=config.exits.distillation, precision=chosen, seed=config.data.seed,
     )  # fmt: skip
-    space = Space(config.space, examine(model).depth)
+    anatomy = examine(model)
+    space = Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows)
     profiles = {
         kind: measure_profile(
             model, splits.calibration, splits.probe, token_reduction=kind, batch_size=config.cascade.batch_size,
@@ -95,7 +100,13 @@ def prepare(
         )
         for kind in (space.token_reduction if "global" in space.method else ())
     }  # fmt: skip
-    bench = Bench(config=config, model=model, heads=heads, splits=splits, precision=chosen, profiles=profiles)
+    paces = {
+        kind: measure_paces(model, config.measure.batch_size, token_reduction=kind, precision=chosen)
+        for kind in (space.token_reduction if "auto" in space.round_to else ())
+    }
+    bench = Bench(
+        config=config, model=model, heads=heads, splits=splits, precision=chosen, profiles=profiles, paces=paces
+    )
     timing, _ = _race(bench, [])
     return bench, _measurement(bench, model, _dense_plan(bench), timing)
 
@@ -120,6 +131,7 @@ def _prune_and_measure(bench: Bench, candidate: Candidate, trial_id: str) -> Out
         plan=pruned.plan,
         measurement=measure(bench, pruned.model, pruned.plan),
         block_drops=pruned.block_drops,
+        notes=pruned.notes,
         forward_passes=pruned.forward_passes * candidate.exit_block / len(blocks_of(bench.model)),
     )
 
@@ -138,7 +150,7 @@ def _prune_by_cascade(bench: Bench, candidate: Candidate) -> CascadeResult:
             cutoff_token=candidate.cutoff_token,
             criterion=candidate.criterion,
             token_reduction=candidate.token_reduction,
-            round_to=candidate.round_to,
+            paces=_paces(bench, candidate),
             token_share=candidate.token_share,
             alpha=fixed.alpha,
             num_levels=fixed.num_levels,
@@ -154,7 +166,7 @@ def _prune_globally(bench: Bench, candidate: Candidate) -> CascadeResult:
     profile = bench.profiles[candidate.token_reduction]
     plan = allocate(
         replace(profile, cutoff_token=candidate.cutoff_token), examine(shorter),
-        int(candidate.target_ratio * bench.dense_macs), candidate.token_share, round_to=candidate.round_to,
+        int(candidate.target_ratio * bench.dense_macs), candidate.token_share, _paces(bench, candidate),
     )  # fmt: skip
     repaired = _repaired(bench, shorter, plan)
     share = len(bench.splits.calibration) / len(bench.splits.probe)
@@ -165,6 +177,14 @@ def _prune_globally(bench: Bench, candidate: Candidate) -> CascadeResult:
         forward_passes=REPAIR_PASSES * share,
         notes=repaired.notes,
     )
+
+
+def _paces(bench: Bench, candidate: Candidate) -> tuple[Pace, ...]:
+    """The widths that each block up to the exit may be given."""
+    if candidate.round_to == "auto":
+        return bench.paces[candidate.token_reduction][: candidate.exit_block]
+    anatomy = examine(bench.model)
+    return tuple(multiples(block, candidate.round_to) for block in anatomy.blocks[: candidate.exit_block])
 
 
 def measure(bench: Bench, model: nn.Module, plan: Plan) -> Measurement:

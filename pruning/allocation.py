@@ -31,6 +31,7 @@ from pruning.plan import BlockPlan, BlockShape, Plan, TokenReduction
 from pruning.precision import Precision, autocast
 from pruning.sensitivity import BlockSensitivity, measure_sensitivity
 from pruning.surgery import as_slim, keep_all_block, keep_all_plan, slim_block
+from pruning.tokens import Schedule, schedule
 
 SHARES = (1 / 24, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 11 / 12)
 """Shares of the tokens whose removal from one block is measured."""
@@ -188,6 +189,32 @@ def allocate(
         else:
             low = middle
     return best
+
+
+def scheduled(
+    anatomy: Anatomy, target_macs: int, kind: Schedule, token_reduction: TokenReduction, cutoff_token: float = 0.85
+) -> Plan:
+    """The plan that takes the fewest tokens by a schedule, and nothing else, and has at most so many multiply-adds.
+
+    Raises:
+        SettingError: no plan of the schedule is that small.
+    """
+    num_patches = anatomy.blocks[0].num_patches
+
+    def plan(removed: float) -> Plan:
+        counts = schedule(kind, num_patches, anatomy.depth, removed)
+        blocks = tuple(keep_all_block(block, count) for block, count in zip(anatomy.blocks, counts, strict=True))
+        return Plan(blocks=blocks, cutoff_token=cutoff_token, token_reduction=token_reduction)
+
+    low, high = 0.0, float(num_patches)
+    if count_macs(anatomy, plan(low)) <= target_macs:
+        return plan(low)
+    if (least := count_macs(anatomy, plan(high))) > target_macs:
+        raise SettingError(f"no {kind} schedule has {target_macs} multiply-adds or fewer; the smallest has {least}")
+    while high - low > 1e-3:  # tokens a block
+        middle = (low + high) / 2
+        low, high = (low, middle) if count_macs(anatomy, plan(middle)) <= target_macs else (middle, high)
+    return plan(high)
 
 
 class _Search:

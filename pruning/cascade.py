@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -149,20 +149,25 @@ def _prune_block(work: _Work, plans: list[BlockPlan], index: int, budget: float)
     def search(kind: str, most: int, make: Callable[[int], BlockPlan], at_least: int) -> BlockPlan | None:
         """The plan that removes most of what is within budget; None if nothing is."""
         nonlocal best
-        tried: dict[BlockPlan, Repaired] = {}
+        probes: dict[BlockPlan, _Probe] = {}
 
-        def within(removed: int) -> bool:
+        def probe_of(removed: int) -> _Probe:
             plan = make(removed)
-            if plan not in tried:  # rounding makes one plan of several counts
-                tried[plan] = work.repair(plan)
-            return work.try_block(tried[plan].block, at_least)
+            if plan not in probes:  # rounding makes one plan of several counts
+                probes[plan] = _Probe(work.repair(plan), at_least)
+            return probes[plan]
 
         levels = _levels(most, settings.num_levels, lambda n: reaches_target(make(n)))
-        found = _most_within(levels, within, sum(level <= work.guesses[kind] * most for level in levels) - 1)
+        guess = sum(level <= work.guesses[kind] * most for level in levels) - 1
+        found = _most_within(levels, lambda n: work.is_within(probe_of(n), surely=False), guess)
+        if found >= 0 and not work.is_within(probe_of(levels[found]), surely=True):  # decided too early
+            found = _most_within(levels[:found], lambda n: work.is_within(probe_of(n), surely=True), found - 1)
         work.guesses[kind] = levels[found] / most if found >= 0 else 0.0
         if found < 0:
             return None
-        best = tried[make(levels[found])]
+        chosen = probe_of(levels[found])
+        work.accept(chosen)
+        best = chosen.repaired
         return make(levels[found])
 
     def fewer_tokens(removed: int) -> BlockPlan:
@@ -183,6 +188,19 @@ def _prune_block(work: _Work, plans: list[BlockPlan], index: int, budget: float)
 
         plan = search("channels", ranking.max_removed, fewer_channels, before - _whole(allowed)) or plan
     return with_block(plan), best
+
+
+@dataclass
+class _Probe:
+    """A block that is being tried: the probe images that it has run on so far, in their order."""
+
+    repaired: Repaired
+    at_least: int
+    """Images that have to come out right."""
+    is_right: list[Tensor] = field(default_factory=list)
+    margins: list[Tensor] = field(default_factory=list)
+    num_seen: int = 0
+    num_right: int = 0
 
 
 class _Work:
@@ -207,8 +225,11 @@ class _Work:
         """Share of what may go that went from the block before."""
         self._embed()
         self._turn_to(0)
-        self.correct = self._sort_by_margin()
-        """Probe images that the model classifies correctly as it is now."""
+        dense = _Probe(Repaired(block=self.dense), at_least=0)
+        self.is_right = torch.zeros(self.num_probe, dtype=torch.bool, device=self.x.device)
+        """(B,): probe images that come out right as the model is now."""
+        self.is_within(dense, surely=True)
+        self.accept(dense)
 
     def _turn_to(self, index: int) -> None:
         self.index = index
@@ -242,17 +263,54 @@ class _Work:
 
     @torch.no_grad()
     def repair(self, plan: BlockPlan) -> Repaired:
-        """The current block by a plan, repaired: attention runs twice over the calibration images, all else once."""
-        self.block_images += 2 * len(self.calibration)
+        """The current block by a plan, repaired: it runs over the calibration images once for each of its halves."""
+        self.block_images += (1 if self.flow.knows_attention(plan) else 2) * len(self.calibration)
         return self.flow.repaired(plan)
 
-    def try_block(self, block: nn.Module, at_least: int) -> bool:
-        """Whether at least so many probe images stay correct with this block; keeps the count if so."""
-        correct = self._count_correct([block, *self.later], at_least)
-        if correct is None:
-            return False
-        self.correct = correct
-        return True
+    @property
+    def correct(self) -> int:
+        """Probe images that come out right as the model is now."""
+        return int(self.is_right.sum())
+
+    def is_within(self, probe: _Probe, *, surely: bool) -> bool:
+        """Whether enough probe images come out right with this block; goes on where the probe stopped before.
+
+        The images come by their margin so far, the wrong and the nearly wrong first. So what costs too much is refused
+        after a part of the pass, and never wrongly: all that were not run yet are taken to come out right. And unless
+        it has to be sure, once a whole batch comes out as before, so do those of larger margin behind it.
+        """
+        while True:
+            left = self.num_probe - probe.num_seen
+            if probe.num_right + left < probe.at_least:
+                return False
+            if not left:
+                return True
+            before = self.is_right[probe.num_seen :][: self.settings.batch_size]
+            self._run_batch(probe)
+            likely = probe.num_right + int(self.is_right[probe.num_seen :].sum())
+            if not surely and likely >= probe.at_least and bool((probe.is_right[-1] == before).all()):
+                return True
+
+    @torch.no_grad()
+    def _run_batch(self, probe: _Probe) -> None:
+        chosen = slice(probe.num_seen, probe.num_seen + self.settings.batch_size)
+        x, labels = self.x[chosen], self.labels[chosen]
+        with autocast(x.device, self.settings.precision):
+            for block in (probe.repaired.block, *self.later):
+                x = block(x)
+            logits = classify(self.model, x).float()
+        self.block_images += (1 + len(self.later)) * len(labels)
+        others = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
+        probe.margins.append(logits.gather(1, labels[:, None])[:, 0] - others)
+        probe.is_right.append(logits.argmax(dim=1) == labels)
+        probe.num_seen += len(labels)
+        probe.num_right += int(probe.is_right[-1].sum())
+
+    def accept(self, probe: _Probe) -> None:
+        """Takes the outcome of a probe of all images as what the model does now, and orders them by their margins."""
+        order = torch.cat(probe.margins).argsort()
+        self.is_right = torch.cat(probe.is_right)[order]
+        self.x, self.labels = self.x[order], self.labels[order]
 
     def score(self, block: nn.Module) -> ChannelScores:
         """Channel scores of the current block, whose tokens may be reduced already."""
@@ -283,43 +341,6 @@ class _Work:
         self.block_images += len(x)
         with autocast(x.device, self.settings.precision):
             return _cat(block(batch) for batch in x.split(self.settings.batch_size))
-
-    @torch.no_grad()
-    def _sort_by_margin(self) -> int:
-        """Puts the probe images that are wrong, then those that are nearly so, first; gives how many are right.
-
-        A pruning step that costs too much loses the images of small margin. With these in front, and all others
-        taken to come out right, it is refused after a part of the pass, and never wrongly.
-        """
-        batches = []
-        for x in self.x.split(self.settings.batch_size):
-            with autocast(x.device, self.settings.precision):
-                for block in (self.dense, *self.later):
-                    x = block(x)
-                batches.append(classify(self.model, x).float())
-        self.block_images += (1 + len(self.later)) * self.num_probe
-        logits, labels = torch.cat(batches), self.labels[:, None]
-        margin = logits.gather(1, labels)[:, 0] - logits.scatter(1, labels, -torch.inf).amax(dim=1)
-        correct = int((logits.argmax(dim=1) == self.labels).sum())
-        order = margin.argsort()
-        self.x, self.labels = self.x[order], self.labels[order]
-        return correct
-
-    @torch.no_grad()
-    def _count_correct(self, blocks: Sequence[nn.Module], at_least: int) -> int | None:
-        """Probe images that come out right; None as soon as fewer than `at_least` is certain."""
-        correct, size = 0, self.settings.batch_size
-        for start in range(0, self.num_probe, size):
-            x, labels = self.x[start : start + size], self.labels[start : start + size]
-            with autocast(x.device, self.settings.precision):
-                for block in blocks:
-                    x = block(x)
-                logits = classify(self.model, x)
-            self.block_images += len(blocks) * len(labels)
-            correct += int((logits.argmax(dim=1) == labels).sum())
-            if correct + self.num_probe - start - len(labels) < at_least:
-                return None
-        return correct
 
 
 def _levels(most: int, count: int, reaches_target: Callable[[int], bool]) -> list[int]:

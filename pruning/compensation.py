@@ -89,6 +89,7 @@ class Flow:
     def _enter(self, index: int, dense: Tensor) -> None:
         self.index = index
         self._factors: tuple[Tensor, Tensor] | None = None
+        self._attentions: dict[tuple[object, ...], tuple[dict[str, Tensor], list[str]]] = {}
         block = as_slim(self.blocks[index], self.anatomy, is_last=False)
         with autocast(dense.device, self.precision):
             mids, outs = zip(*(block.halves(x) for x in dense.split(self.batch_size)), strict=True)
@@ -124,8 +125,25 @@ class Flow:
         if plan == keep_all_block(self.anatomy, self.num_tokens):
             return Repaired(block=block)
         assert isinstance(block, SlimBlock)
-        notes = _repair_attention(self, block, plan) + _repair_mlp(self, block, plan)
+        notes = self._repair_attention(block, plan) + _repair_mlp(self, block, plan)
         return Repaired(block=block, notes=tuple(f"block {self.index} {note}" for note in notes))
+
+    def knows_attention(self, plan: BlockPlan) -> bool:
+        """The attention that `repaired` would give this plan was fitted before, for another."""
+        return self._attention_key(plan) in self._attentions
+
+    def _attention_key(self, plan: BlockPlan) -> tuple[object, ...]:
+        shape = plan.shape  # which channels are kept does not matter: all are combined anew
+        return plan.keep_heads, shape.qk_width, shape.v_width, plan.num_tokens < self.num_tokens
+
+    def _repair_attention(self, block: SlimBlock, plan: BlockPlan) -> list[str]:
+        key = self._attention_key(plan)
+        if key not in self._attentions:
+            notes = _repair_attention(self, block, plan)
+            self._attentions[key] = {name: value.clone() for name, value in block.attn.state_dict().items()}, notes
+        weights, notes = self._attentions[key]
+        block.attn.load_state_dict(weights)
+        return list(notes)
 
     @torch.no_grad()
     def logit_factors(self) -> tuple[Tensor, Tensor]:

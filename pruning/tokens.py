@@ -18,6 +18,8 @@ from pruning.plan import TokenReduction
 from pruning.scores.lfe import low_frequency_energy, score_tokens
 from pruning.spectrum import token_filter
 
+Schedule = Literal["constant", "decreasing"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clues:
@@ -249,7 +251,7 @@ def _row_numbers(chosen: Tensor, num_tokens: int) -> Tensor:
     return (first + chosen).flatten()
 
 
-def schedule(kind: Literal["constant", "decreasing"], num_patches: int, depth: int, removed: int) -> list[int]:
+def schedule(kind: Schedule, num_patches: int, depth: int, removed: float) -> list[int]:
     """Patches that leave each block: `constant` takes `removed` from each, `decreasing` twice that from the first
     down to none from the last (ToMe's two schedules). At least one stays.
     """

@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 from pruning.plan import Plan, TokenReduction
 
-Method = Literal["cascade", "global"]
+Method = Literal["cascade", "global", "constant", "decreasing"]
 """cascade: block by block, as far as each block's budget goes (VTC-LFC). global: all blocks at once, every unit at its
-price in multiply-adds."""
+price in multiply-adds. constant, decreasing: tokens alone, as many from every block, or fewer and fewer (ToMe)."""
+
+SCHEDULES: frozenset[Method] = frozenset({"constant", "decreasing"})
+"""The methods that take tokens alone."""
 
 RoundTo = int | Literal["auto"]
 
@@ -40,11 +43,11 @@ class Candidate:
     cutoff_token: float
     """Cut-off frequency of the token filter when tokens are scored (LFE), in (0, 1]."""
     drop_budget: tuple[float, ...]
-    """Accuracy points (1 = one percent of the images) that pruning a block may cost; one entry a dense
-    block, the entries past `exit_block` have no effect. All 0 for method `global`, which has no budgets."""
+    """Accuracy points (1 = one percent of the images) that pruning a block may cost; one entry a dense block, the
+    entries past `exit_block` have no effect. All 0 but for method `cascade`, which alone has budgets."""
     token_share: float
     """In [0, 1]. Cascade: share of each block's budget that tokens may spend first. Global: 0.5 weighs channels and
-    tokens as the profile does, 0 takes channels alone, 1 tokens alone."""
+    tokens as the profile does, 0 takes channels alone, 1 tokens alone. No effect on a schedule."""
     target_ratio: float
     """Share of the dense MACs to keep, in (0, 1]: pruning stops when it is reached."""
     exit_block: int
@@ -67,12 +70,13 @@ class Candidate:
         params: dict[str, float | int | str] = {
             "method": self.method,
             "token_reduction": self.token_reduction,
-            "round_to": self.round_to,
             "target_ratio": self.target_ratio,
             "exit_block": self.exit_block,
         }
-        if self.token_reduction != "none":
-            params["token_share"] = self.token_share
+        if self.method not in SCHEDULES:
+            params["round_to"] = self.round_to
+            if self.token_reduction != "none":
+                params["token_share"] = self.token_share
         if self.token_reduction in FILTERED:
             params["cutoff_token"] = self.cutoff_token
         if self.method == "cascade":

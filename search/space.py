@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from pruning.plan import TokenReduction
 from search.config import SpaceConfig
 from search.errors import ConfigError
-from search.outcome import FILTERED, Candidate, Method, RoundTo
+from search.outcome import FILTERED, SCHEDULES, Candidate, Method, RoundTo
 
 T = TypeVar("T")
 
@@ -90,15 +90,17 @@ class Space:
         cutoff_token = _clipped(PAPER_CUTOFF_TOKEN, self.cutoff_token)
         if token_reduction in FILTERED:
             cutoff_token = number("cutoff_token", self.cutoff_token)
+        is_schedule = method in SCHEDULES
+        has_share = token_reduction != "none" and not is_schedule
         return Candidate(
             method=method,
             criterion=criterion,
             token_reduction=token_reduction,
-            round_to=choice("round_to", self.round_to),
+            round_to=self.round_to[0] if is_schedule else choice("round_to", self.round_to),
             exit_block=exit_block,
             cutoff_channel=cutoff_channel,
             cutoff_token=cutoff_token,
-            token_share=self.token_share[0] if token_reduction == "none" else number("token_share", self.token_share),
+            token_share=number("token_share", self.token_share) if has_share else self.token_share[0],
             target_ratio=number("target_ratio", self.target_ratio),
             drop_budget=(*budgets, *[0.0] * (self.depth - len(budgets))),
         )
@@ -150,6 +152,10 @@ class Space:
         if "global" in self.method:
             dense_too = [] if first else [at(1.0, 0.0, self.depth, "global", 0.5)]
             first += dense_too + [at(target, 0.0, self.depth, "global", 0.5) for target in targets]
+        for method in self.method:
+            if method in SCHEDULES:
+                wanted = [targets[0]] if first else [1.0, targets[0]]
+                first += [at(target, 0.0, self.depth, method, 0.5) for target in wanted]
         return list(dict.fromkeys(first))
 
 
@@ -174,9 +180,10 @@ class _Nearest:
 
 
 def _token_reductions(config: SpaceConfig, has_windows: bool) -> tuple[TokenReduction, ...]:
-    if config.token_reduction == "auto":
-        return ("none",) if has_windows else ("attention-merge",)
-    asked: tuple[TokenReduction, ...] = _choices(config.token_reduction)
+    best: tuple[TokenReduction, ...] = ("none",) if has_windows else ("attention-merge",)
+    asked: tuple[TokenReduction, ...] = best if config.token_reduction == "auto" else _choices(config.token_reduction)
+    if "none" in asked and SCHEDULES & set(_choices(config.method)):
+        raise ConfigError("space.token_reduction: a schedule takes tokens alone, which none does not; leave one out")
     if has_windows and asked != ("none",):
         raise ConfigError(
             f"space.token_reduction: {', '.join(asked)} cannot be done to this model: its attention is in windows, "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.accuracy import predict, top1, wilson_interval
-from pruning.allocation import Profile, allocate, measure_profile
+from pruning.allocation import Profile, allocate, measure_profile, scheduled
 from pruning.anatomy import blocks_of, examine
 from pruning.cascade import CascadeResult, CascadeSettings, cascade
 from pruning.compensation import REPAIR_PASSES, RepairedModel, repaired_model
@@ -122,8 +122,7 @@ def run_trial(bench: Bench, candidate: Candidate, trial_id: str) -> Outcome:
 
 
 def _prune_and_measure(bench: Bench, candidate: Candidate, trial_id: str) -> Outcome:
-    prune = _prune_globally if candidate.method == "global" else _prune_by_cascade
-    pruned = prune(bench, candidate)
+    pruned = _prune_by_cascade(bench, candidate) if candidate.method == "cascade" else _prune_at_once(bench, candidate)
     return Outcome(
         id=trial_id,
         state=State.MEASURED,
@@ -161,13 +160,15 @@ def _prune_by_cascade(bench: Bench, candidate: Candidate) -> CascadeResult:
     )
 
 
-def _prune_globally(bench: Bench, candidate: Candidate) -> CascadeResult:
+def _prune_at_once(bench: Bench, candidate: Candidate) -> CascadeResult:
+    """By a plan that is made before anything is pruned."""
     shorter = truncate(bench.model, candidate.exit_block, bench.heads[candidate.exit_block])
-    profile = bench.profiles[candidate.token_reduction]
-    plan = allocate(
-        replace(profile, cutoff_token=candidate.cutoff_token), examine(shorter),
-        int(candidate.target_ratio * bench.dense_macs), candidate.token_share, _paces(bench, candidate),
-    )  # fmt: skip
+    anatomy, target = examine(shorter), int(candidate.target_ratio * bench.dense_macs)
+    if candidate.method == "constant" or candidate.method == "decreasing":
+        plan = scheduled(anatomy, target, candidate.method, candidate.token_reduction, candidate.cutoff_token)
+    else:
+        profile = replace(bench.profiles[candidate.token_reduction], cutoff_token=candidate.cutoff_token)
+        plan = allocate(profile, anatomy, target, candidate.token_share, _paces(bench, candidate))
     repaired = _repaired(bench, shorter, plan)
     share = len(bench.splits.calibration) / len(bench.splits.probe)
     return CascadeResult(

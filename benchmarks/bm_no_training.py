@@ -3,8 +3,9 @@
     python benchmarks/bm_no_training.py [--quick] [--json] [--out benchmarks/results]
 
 Everything is chosen on training images: 256 to calibrate, 192 others to probe; of a few weights of tokens against
-channels the plan whose answers diverge least from the dense model's on the probe images is taken. `val` is looked at
-once a row. Speed-ups are paired with the dense model, batch 16, on this machine.
+channels the plan whose answers diverge least from the dense model's on the probe images is taken; widths are those
+that this machine is faster with (`round_to: auto`). `val` is looked at once a row. Speed-ups are paired with the dense
+model, batch 16, on this machine.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pruning.compensation import repaired_model
 from pruning.cost import count_macs
 from pruning.data import Images, InputSpec, load_split
 from pruning.models import create_model
+from pruning.pace import Pace, measure_paces
 from pruning.plan import Plan
 from pruning.precision import fastest_precision
 from pruning.stopwatch import device_name, race
@@ -58,14 +60,15 @@ def images(split: str) -> Images:
 
 
 def vitfront(
-    model: nn.Module, profile: Profile, limit: float, tokens: bool, calibration: Images, probe: Images
-) -> tuple[nn.Module, Plan, float]:
+    model: nn.Module, profile: Profile, paces: tuple[Pace, ...], limit: float, tokens: bool, calibration: Images,
+    probe: Images,
+) -> tuple[nn.Module, Plan, float]:  # fmt: skip
     """The model, its plan, and seconds to make it; of several weights the best on the probe images."""
     start, anatomy = time.monotonic(), examine(model)
     target = int(limit * count_macs(anatomy, keep_all_plan(anatomy)))
     dense, best = predict(model, probe), None
     for share in TOKEN_SHARES if tokens else (0.0,):
-        plan = allocate(profile, anatomy, target, share)
+        plan = allocate(profile, anatomy, target, share, paces)
         made = repaired_model(model, plan, calibration, profile.sensitivity).model
         lost = divergence(dense, predict(made, probe))
         if best is None or lost < best[0]:
@@ -142,12 +145,17 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     add("dense", 1.0, False, 1.0, model)
     start = time.monotonic()
     profile = measure_profile(model, calibration, probe.take(slice(0, 64)), token_reduction="attention-merge")
-    profile_s = time.monotonic() - start
+    profile_s, start = time.monotonic() - start, time.monotonic()
+    paces = measure_paces(
+        model, len(batch), token_reduction="attention-merge", precision=fastest_precision(model, batch)
+    )
+    paces_s = time.monotonic() - start
     for limit, tokens, wanted in LIMITS[1:4:2] if quick else LIMITS:
-        made, plan, seconds = vitfront(model, profile, limit, tokens, calibration, probe)
+        made, plan, seconds = vitfront(model, profile, paces, limit, tokens, calibration, probe)
         add(
             "vitfront", limit, tokens, count_macs(anatomy, plan) / dense_macs, made, wanted=wanted, seconds=seconds,
-            profile_seconds=profile_s, plan_shapes=[list(vars(block.shape).values()) for block in plan.blocks],
+            profile_seconds=profile_s, paces_seconds=paces_s,
+            plan_shapes=[list(vars(block.shape).values()) for block in plan.blocks],
         )  # fmt: skip
     for limit, removed in [(0.57, 13)] if quick else TOME.items():
         made, plan = tome(model, removed)
@@ -184,7 +192,8 @@ def write(rows: list[dict[str, Any]], folder: Path, command: str) -> None:
     made = [row for row in rows if row["method"] == "vitfront"]
     if made:
         seconds = ", ".join(f"{row['seconds']:.0f}" for row in made)
-        lines += ["", f"Profile {made[0]['profile_seconds']:.0f} s, once; then {seconds} s a row of vitfront."]
+        once = f"Profile {made[0]['profile_seconds']:.0f} s and widths {made[0]['paces_seconds']:.0f} s, once"
+        lines += ["", f"{once}; then {seconds} s a row of vitfront."]
     lines += ["", "![top-1 against share of MACs](no_training.png)"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "no_training.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -102,7 +102,12 @@ def prune(
             help="cascade: share of the budget that tokens may spend; global: 0 channels alone, 1 tokens alone."
         ),
     ] = 0.5,
-    method: Annotated[str, typer.Option(help="global: one price of a multiply-add; cascade: VTC-LFC.")] = "global",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="global: one price of a multiply-add; cascade: VTC-LFC; constant, decreasing: a schedule of tokens."
+        ),
+    ] = "global",
     criterion: Annotated[str, typer.Option(help="Of the cascade's channels: lfs, taylor, obs, ...")] = "obs",
     token_reduction: Annotated[
         str, typer.Option(help="none, lfe, attention, merge, lfe-merge, attention-merge; auto: the best there is.")

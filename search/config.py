@@ -153,7 +153,8 @@ class SpaceConfig(_Section):
     exit_block: Annotated[int | tuple[int, int] | None, AfterValidator(_ordered)] = None
     """The model answers after this many blocks; by default after all of them."""
     method: Annotated[Method | tuple[Method, ...], AfterValidator(_each_once)] = "cascade"
-    """Who decides what goes: `cascade`, block by block, or `global`, all blocks at once, without budgets."""
+    """Who decides what goes: `cascade`, block by block; `global`, all blocks at once, without budgets; `constant` or
+    `decreasing`, a schedule of tokens alone."""
     criterion: Annotated[Criterion | tuple[Criterion, ...], AfterValidator(_each_once)] = "lfs"
     """Score of the channels in the cascade, a key of `pruning.scores.criteria.CRITERIA`."""
     token_reduction: Annotated[

@@ -70,12 +70,12 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
         "",
         f"    python benchmarks/bm_passes.py --out {folder}",
         "",
-        f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {torch.get_num_threads()} threads. 128 training",
-        f"images to calibrate, 256 to probe, {BUDGET:g} point a block, at most {TARGET:g} of the multiply-adds. Passes are",
-        "forward passes over the probe images; a backward pass counts as two. The released VTC-LFC needs about 300 by",
-        "our count of its loop.",
+        f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {torch.get_num_threads()} threads.",
+        f"128 training images to calibrate, 256 to probe, {BUDGET:g} point a block, at most {TARGET:g} of the",
+        "multiply-adds. Passes are forward passes over the probe images; a backward pass counts as two. The released",
+        "VTC-LFC needs about 300 by our count of its loop.",
         "",
-        "| criterion | tokens | passes | most points spent in a block | share of MACs | top-1 of the probes | seconds |",
+        "| criterion | tokens | passes | most points a block | share of MACs | top-1 of the probes | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -169,6 +169,9 @@ def allocate(
     Raises:
         SettingError: no plan is that small.
     """
+    whole = replace(keep_all_plan(anatomy), cutoff_token=profile.cutoff_token, token_reduction=profile.token_reduction)
+    if count_macs(anatomy, whole) <= target_macs:
+        return whole
     search = _Search(profile, anatomy, token_share, paces or [multiples(block, 1) for block in anatomy.blocks])
     low, high = 1e-16, 1e3  # nats a multiply-add; at the highest, also a tiny model's least plan is the cheapest
     smallest = search.plan(high)
@@ -178,9 +181,6 @@ def allocate(
             f"the smallest that may be made has {count_macs(anatomy, smallest)}"
         )
     best = smallest
-    whole = search.plan(0.0)
-    if count_macs(anatomy, whole) <= target_macs:
-        return whole
     for _ in range(40):
         middle = math.sqrt(low * high)
         plan = search.plan(middle)

@@ -164,7 +164,6 @@ def _examine_swin(model: Any) -> Anatomy:
     if model.global_pool != "avg":
         raise ModelError(f"a Swin with global_pool={model.global_pool!r} cannot be pruned; give 'avg'")
     for index, block in enumerate(blocks):
-        assert isinstance(block, GridBlock)
         _check_grid_block(index, block)
     patch = model.patch_embed
     return Anatomy(
@@ -179,7 +178,7 @@ def _examine_swin(model: Any) -> Anatomy:
 
 
 def _check_grid_block(index: int, block: Any) -> None:
-    inner = block.block
+    inner: Any = block.block if isinstance(block, GridBlock) else block
     unknown = None
     if type(inner) is not SwinTransformerBlock:
         unknown = type(inner).__name__

@@ -86,7 +86,7 @@ class WindowedAttention(SlimAttention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None) -> Tensor:
         """(B, N, H*V); tokens of windows have no sizes."""
         assert size is None
-        return self.windows.reverse(self._mix(q, k, v, self.windows.logit_bias(len(q)).to(q.dtype)))
+        return self.windows.reverse(self._mix(q, k, v, self.windows.logit_bias(q.shape[0]).to(q.dtype)))
 
 
 def log_size(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:

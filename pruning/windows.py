@@ -60,7 +60,7 @@ class Windows(nn.Module):
         bias = self.bias_table[self.bias_index].permute(2, 0, 1)[None]
         if self.mask is None:
             return bias
-        return (bias + self.mask[:, None]).repeat(num_windows // len(self.mask), 1, 1, 1)
+        return (bias + self.mask[:, None]).repeat(num_windows // self.mask.shape[0], 1, 1, 1)
 
     def of_heads(self, heads: Tensor) -> Windows:
         """The same for some of the heads, in new memory."""

@@ -47,14 +47,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def model(family: str = "vit", *, seed: int = 0, **args: Any) -> nn.Module:
     """A random dense model in eval mode."""
     name, more = FAMILIES[family]
-    made: nn.Module = timm.create_model(name, **(ARGS | more | args))
+    return randomised(timm.create_model(name, **(ARGS | more | args)), seed)
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model itself, its parameters drawn wide, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for key, parameter in made.named_parameters():
+        for key, parameter in model.named_parameters():
             is_gain = key.endswith("gamma") or ("norm" in key and key.endswith("weight"))
             spread = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + float(is_gain))
-    return made.eval()
+    return model.eval()
 
 
 def images(
@@ -85,17 +89,17 @@ def plan(anatomy: Anatomy, *, seed: int = 0, num_tokens: Sequence[int] | None = 
         return tuple(sorted(torch.randperm(count, generator=generator)[:kept].tolist()))
 
     blocks = []
-    for index in range(anatomy.depth):
-        heads = some(anatomy.blocks[0].num_heads, drawn(1, anatomy.blocks[0].num_heads))
-        qk, v = drawn(1, anatomy.blocks[0].head_dim - 1), drawn(1, anatomy.blocks[0].head_dim - 1)
-        qk = anatomy.blocks[0].head_dim if anatomy.blocks[0].has_qk_norm else qk
+    for index, dense in enumerate(anatomy.blocks):
+        heads = some(dense.num_heads, drawn(1, dense.num_heads))
+        qk, v = drawn(1, dense.head_dim - 1), drawn(1, dense.head_dim - 1)
+        qk = dense.head_dim if dense.has_qk_norm else qk
         blocks.append(
             BlockPlan(
                 keep_heads=heads,
-                keep_qk=tuple(some(anatomy.blocks[0].head_dim, qk) for _ in heads),
-                keep_v=tuple(some(anatomy.blocks[0].head_dim, v) for _ in heads),
-                keep_hidden=some(anatomy.blocks[0].num_hidden, drawn(1, anatomy.blocks[0].num_hidden - 1)),
-                num_tokens=anatomy.blocks[0].num_patches if num_tokens is None else num_tokens[index],
+                keep_qk=tuple(some(dense.head_dim, qk) for _ in heads),
+                keep_v=tuple(some(dense.head_dim, v) for _ in heads),
+                keep_hidden=some(dense.num_hidden, drawn(1, dense.num_hidden - 1)),
+                num_tokens=dense.num_patches if num_tokens is None else num_tokens[index],
             )
         )
     return Plan(blocks=tuple(blocks))

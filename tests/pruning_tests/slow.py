@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning.anatomy import Anatomy, classify, embed, examine
+from pruning.anatomy import BlockAnatomy, classify, embed, examine
 from pruning.plan import Plan, TokenReduction
 
 
@@ -29,9 +29,9 @@ def filtered(sequence: list[list[float]], cutoff: float) -> list[list[float]]:
     return passed
 
 
-def token_scores(x: Tensor, attention: Tensor, cutoff: float, anatomy: Anatomy) -> list[float]:
+def token_scores(x: Tensor, attention: Tensor, cutoff: float, anatomy: BlockAnatomy) -> list[float]:
     """LFE times the attention part of every patch token of one image. x: (N, C), attention: (H, N, N)."""
-    prefix, num_heads = anatomy.blocks[0].num_prefix_tokens, len(attention)
+    prefix, num_heads = anatomy.num_prefix_tokens, len(attention)
     patches = x[prefix:].tolist()
     passed = filtered(patches, cutoff)
     a = attention.tolist()
@@ -42,7 +42,7 @@ def token_scores(x: Tensor, attention: Tensor, cutoff: float, anatomy: Anatomy) 
         part = 0.0
         for h in range(num_heads):
             received = sum(a[h][j][i] for j in image_tokens) / len(image_tokens)
-            if anatomy.blocks[0].has_class_token:
+            if anatomy.has_class_token:
                 to_class = sum(a[h][j][0] for j in image_tokens) / len(image_tokens)
                 part += a[h][0][i] * to_class + a[h][0][0] * received
             else:
@@ -51,11 +51,12 @@ def token_scores(x: Tensor, attention: Tensor, cutoff: float, anatomy: Anatomy) 
     return scores
 
 
-def class_attention(q: Tensor, k: Tensor, size: list[float], scale: float, anatomy: Anatomy) -> list[float]:
+def class_attention(q: Tensor, k: Tensor, size: list[float], scale: float, anatomy: BlockAnatomy) -> list[float]:
     """What the class token, or the mean of the patches, pays every patch of one image. q, k: (H, N, K)."""
-    prefix, paid = anatomy.blocks[0].num_prefix_tokens, [0.0] * (q.shape[1] - anatomy.blocks[0].num_prefix_tokens)
+    prefix = anatomy.num_prefix_tokens
+    paid = [0.0] * (q.shape[1] - prefix)
     for of_head, keys in zip(q, k, strict=True):
-        query = of_head[0] if anatomy.blocks[0].has_class_token else of_head[prefix:].mean(dim=0)
+        query = of_head[0] if anatomy.has_class_token else of_head[prefix:].mean(dim=0)
         strength = [n * math.exp(scale * float(query @ key)) for n, key in zip(size, keys, strict=True)]
         for patch in range(len(paid)):
             paid[patch] += strength[prefix + patch] / sum(strength) / len(q)
@@ -103,10 +104,10 @@ def mean(vectors: list[list[float]], weights: list[float]) -> list[float]:
 
 def reduction(
     kind: TokenReduction, x: Tensor, q: Tensor, k: Tensor, maps: Tensor, size: list[float],
-    *, keep: int, scale: float, cutoff: float, anatomy: Anatomy,
+    *, keep: int, scale: float, cutoff: float, anatomy: BlockAnatomy,
 ) -> list[dict[int, float]]:  # fmt: skip
     """For every token that leaves the block, in order: the tokens it is the mean of, and their weights there."""
-    prefix = anatomy.blocks[0].num_prefix_tokens
+    prefix = anatomy.num_prefix_tokens
     if kind == "lfe":
         scores = token_scores(x, maps, cutoff, anatomy)
         groups = [{i: 1.0} for i in sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:keep])]
@@ -127,9 +128,9 @@ def reduction(
 @torch.no_grad()
 def logits(model: Any, plan: Plan, images: Tensor) -> Tensor:
     """What the pruned model gives, from the dense one: units that go are left out of the sums."""
-    anatomy = examine(model)
-    prefix, width = anatomy.blocks[0].num_prefix_tokens, anatomy.blocks[0].head_dim
-    inner = anatomy.blocks[0].num_heads * width
+    (anatomy,) = set(examine(model).blocks)
+    prefix, width = anatomy.num_prefix_tokens, anatomy.head_dim
+    inner = anatomy.num_heads * width
     rows = []
     for image in images:
         x = embed(model, image[None])[0]
@@ -158,7 +159,7 @@ def logits(model: Any, plan: Plan, images: Tensor) -> Tensor:
                 counts = "merge" in plan.token_reduction
                 size = [sum(group.values()) if counts else 1.0 for group in groups]
             hidden = block.mlp.act(block.mlp.fc1(block.norm2(x)))
-            stays = torch.zeros(anatomy.blocks[0].num_hidden, dtype=x.dtype)
+            stays = torch.zeros(anatomy.num_hidden, dtype=x.dtype)
             stays[list(kept.keep_hidden)] = 1
             x = x + block.ls2(block.mlp.fc2(hidden * stays))
         rows.append(classify(model, x[None])[0])

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise, product
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from pruning.allocation import SHARES, Profile, _predicted, _Search, allocate, divergence, measure_profile
-from pruning.anatomy import Anatomy, blocks_of, classify, embed, examine
+from pruning.anatomy import Anatomy, BlockAnatomy, blocks_of, classify, embed, examine
 from pruning.cost import count_macs
 from pruning.curves import BlockCurves
 from pruning.data import Images
 from pruning.errors import SettingError
+from pruning.pace import Pace, multiples
 from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, Plan, TokenReduction
 from pruning.sensitivity import BlockSensitivity, StreamSensitivity
 from pruning.surgery import apply_plan, check_plan, keep_all_block, keep_all_plan
 from tests.pruning_tests import made
 
-TINY = replace(
-    made.anatomy(), depth=2, width=8, num_heads=2, head_dim=4, num_hidden=8, num_patches=4, image_size=(16, 16)
-)
+T = TypeVar("T")
+
+
+def of_widths(depth: int, **widths: Any) -> Anatomy:
+    dense = made.anatomy()
+    return replace(dense, blocks=(replace(dense.blocks[0], **widths),) * depth, exits=tuple(range(1, depth + 1)))
+
+
+TINY = of_widths(2, width=8, num_heads=2, head_dim=4, num_hidden=8, num_patches=4)
 """Two blocks of few widths: all plans can be tried."""
 
-MIDDLE = replace(made.anatomy(), depth=4, num_hidden=48, head_dim=16, num_patches=49)
+UNEVEN = Pace(attention=((1, 2), (4, 1), (3, 3), (4, 4)), hidden=(1, 5, 6, 8))
+
+MIDDLE = of_widths(4, num_hidden=48, head_dim=16, num_patches=49)
+WHOLE = keep_all_block(MIDDLE.blocks[0])
+
+
+def paces(anatomy: Anatomy, round_to: int) -> list[Pace]:
+    return [multiples(block, round_to) for block in anatomy.blocks]
 
 
 def rising(count: int, generator: torch.Generator, height: float) -> Tensor:
@@ -44,16 +60,16 @@ def invented(anatomy: Anatomy, *, seed: int = 0, kind: TokenReduction = "lfe") -
         return torch.rand(*shape, generator=generator).argsort(dim=-1)
 
     channels, tokens = [], []
-    for _ in range(anatomy.depth):
+    for block in anatomy.blocks:
         worth = float(10 ** (-1 - torch.rand((), generator=generator)))
         channels.append(
             BlockCurves(
-                qk=rising(anatomy.blocks[0].head_dim, generator, worth / 2),
-                v=rising(anatomy.blocks[0].head_dim, generator, worth),
-                hidden=rising(anatomy.blocks[0].num_hidden, generator, worth / 3),
-                qk_order=order(anatomy.blocks[0].num_heads, anatomy.blocks[0].head_dim),
-                v_order=order(anatomy.blocks[0].num_heads, anatomy.blocks[0].head_dim),
-                hidden_order=order(anatomy.blocks[0].num_hidden),
+                qk=rising(block.head_dim, generator, worth / 2),
+                v=rising(block.head_dim, generator, worth),
+                hidden=rising(block.num_hidden, generator, worth / 3),
+                qk_order=order(block.num_heads, block.head_dim),
+                v_order=order(block.num_heads, block.head_dim),
+                hidden_order=order(block.num_hidden),
             )
         )
         power, jitter = (
@@ -81,13 +97,10 @@ def slow_cost(profile: Profile, anatomy: Anatomy, plan: Plan, token_share: float
     """What `allocate` makes small, unit by unit."""
     odds = token_share / (1 - token_share) if 0 < token_share < 1 else 1.0
     total, entering = 0.0, anatomy.blocks[0].num_patches
-    for curves, tokens, block in zip(profile.channels, profile.tokens, plan.blocks, strict=True):
-        shape = block.shape
-        channels = (
-            curves.qk[anatomy.blocks[0].head_dim - shape.qk_width]
-            + curves.v[anatomy.blocks[0].head_dim - shape.v_width]
-        )
-        channels += curves.hidden[anatomy.blocks[0].num_hidden - shape.num_hidden]
+    for dense, curves, tokens, block in zip(anatomy.blocks, profile.channels, profile.tokens, plan.blocks, strict=True):
+        shape, entering = block.shape, min(entering, dense.num_patches)
+        channels = curves.qk[dense.head_dim - shape.qk_width] + curves.v[dense.head_dim - shape.v_width]
+        channels += curves.hidden[dense.num_hidden - shape.num_hidden]
         total += profile.channel_scale * odds * float(channels)
         if shape.num_tokens < entering:
             total += profile.token_scale * slow_token_cost(tokens, 1 - shape.num_tokens / entering)
@@ -95,20 +108,27 @@ def slow_cost(profile: Profile, anatomy: Anatomy, plan: Plan, token_share: float
     return total
 
 
-def every_plan(anatomy: Anatomy, profile: Profile, widths: tuple[int, ...], hidden: tuple[int, ...]) -> list[Plan]:
-    def block(qk: int, v: int, units: int, tokens: int) -> BlockPlan:
+def every_plan(anatomy: Anatomy, profile: Profile, pace: Pace) -> list[Plan]:
+    def block(dense: BlockAnatomy, pair: tuple[int, int], units: int, tokens: int) -> BlockPlan:
         return BlockPlan(
-            keep_heads=tuple(range(anatomy.blocks[0].num_heads)),
-            keep_qk=(tuple(range(qk)),) * anatomy.blocks[0].num_heads,
-            keep_v=(tuple(range(v)),) * anatomy.blocks[0].num_heads,
+            keep_heads=tuple(range(dense.num_heads)),
+            keep_qk=(tuple(range(pair[0])),) * dense.num_heads,
+            keep_v=(tuple(range(pair[1])),) * dense.num_heads,
             keep_hidden=tuple(range(units)),
             num_tokens=tokens,
         )
 
-    blocks = [block(*each) for each in product(widths, widths, hidden, range(1, anatomy.blocks[0].num_patches + 1))]
+    least = {dense: dense.num_patches if profile.token_reduction == "none" else 1 for dense in anatomy.blocks}
+    blocks = [
+        [
+            block(dense, *each)
+            for each in product(pace.attention, pace.hidden, range(least[dense], dense.num_patches + 1))
+        ]
+        for dense in anatomy.blocks
+    ]
     return [
         Plan(blocks=pair, token_reduction=profile.token_reduction, cutoff_token=profile.cutoff_token)
-        for pair in product(blocks, repeat=2)
+        for pair in product(*blocks)
         if pair[0].num_tokens >= pair[1].num_tokens
     ]
 
@@ -119,14 +139,15 @@ def every_plan(anatomy: Anatomy, profile: Profile, widths: tuple[int, ...], hidd
 @pytest.mark.parametrize("token_share", [0.3, 0.5])
 @pytest.mark.parametrize("kind", ["lfe", "attention"])
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("pace", [multiples(TINY.blocks[0], 2), UNEVEN], ids=["multiples", "uneven"])
 def test_at_a_price_no_plan_undercuts_cost_plus_price_times_macs(
-    kind: TokenReduction, token_share: float, seed: int
+    kind: TokenReduction, token_share: float, seed: int, pace: Pace
 ) -> None:
     profile = invented(TINY, seed=seed, kind=kind)
-    plans = every_plan(TINY, profile, (2, 4), (2, 4, 6, 8))
+    plans = every_plan(TINY, profile, pace)
     costs = torch.tensor([slow_cost(profile, TINY, plan, token_share) for plan in plans], dtype=torch.float64)
     macs = torch.tensor([count_macs(TINY, plan) for plan in plans], dtype=torch.float64)
-    search, shapes = _Search(profile, TINY, token_share, 2), set()
+    search, shapes = _Search(profile, TINY, token_share, [pace] * 2), set()
     for price in (0.0, 1e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 1e-2):
         plan = search.plan(price)
         total = slow_cost(profile, TINY, plan, token_share) + price * count_macs(TINY, plan)
@@ -136,7 +157,7 @@ def test_at_a_price_no_plan_undercuts_cost_plus_price_times_macs(
 
     # So nothing is as good as what `allocate` gives and smaller, and nothing of its size is better.
     for target in torch.linspace(float(macs.min()) + 1, float(macs.max()), 7).int().tolist():
-        plan = allocate(profile, TINY, target, token_share, round_to=2)
+        plan = allocate(profile, TINY, target, token_share, [pace] * 2)
         own, size = slow_cost(profile, TINY, plan, token_share), count_macs(TINY, plan)
         assert size <= target
         assert own <= float(costs[macs <= size].min()) + 1e-9
@@ -145,6 +166,47 @@ def test_at_a_price_no_plan_undercuts_cost_plus_price_times_macs(
         hull = lower_hull(macs, costs, target)
         assert hull - 1e-9 <= float(better) <= own + 1e-9
         assert any(abs(own - hull_cost) < 1e-9 for hull_cost in hull_costs(macs, costs))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_of_unlike_widths_and_windows_are_each_priced_by_their_own(seed: int) -> None:
+    first = replace(TINY.blocks[0], num_prefix_tokens=0, has_class_token=False, num_patches=16, window_area=4)
+    second = replace(first, width=16, num_heads=4, num_patches=4, entry_macs=77)
+    anatomy = replace(TINY, blocks=(first, second), exits=(1, 2))
+    profile = replace(invented(anatomy, seed=seed, kind="none"), tokens=((), ()))
+    search, shapes = _Search(profile, anatomy, 0.5, [UNEVEN] * 2), set()
+    known = [
+        (slow_cost(profile, anatomy, plan, 0.0), count_macs(anatomy, plan))
+        for plan in every_plan(anatomy, profile, UNEVEN)
+    ]
+    for price in torch.logspace(-7, -3, 17).tolist():
+        plan = search.plan(price)
+        check_plan(plan, anatomy)
+        own = slow_cost(profile, anatomy, plan, 0.0) + price * count_macs(anatomy, plan)
+        assert own == pytest.approx(min(cost + price * macs for cost, macs in known), rel=1e-9, abs=1e-12)
+        shapes.add(plan.shape_hash)
+    assert len(shapes) >= 5
+
+
+def test_the_time_that_a_reduction_takes_is_paid_for_at_the_same_price() -> None:
+    profile, plans = invented(TINY), every_plan(TINY, invented(TINY), UNEVEN)
+    searches = {
+        time: _Search(profile, TINY, 0.5, [replace(UNEVEN, reduction=time)] * 2) for time in (0.0, 100.0, 1000.0)
+    }
+    reductions = dict.fromkeys(searches, 0)
+
+    def num_reductions(plan: Plan) -> int:
+        return sum(before > after for before, after in pairwise([4, *(block.num_tokens for block in plan.blocks)]))
+
+    known = [(slow_cost(profile, TINY, plan, 0.5), count_macs(TINY, plan), num_reductions(plan)) for plan in plans]
+    for price in torch.logspace(-6, -2, 17).tolist():
+        for time, search in searches.items():
+            plan = search.plan(price)
+            own = slow_cost(profile, TINY, plan, 0.5) + price * (count_macs(TINY, plan) + num_reductions(plan) * time)
+            least = min(cost + price * (macs + count * time) for cost, macs, count in known)
+            assert own == pytest.approx(least, rel=1e-9, abs=1e-12)
+            reductions[time] += num_reductions(plan)
+    assert reductions[0.0] > reductions[100.0] > reductions[1000.0] == 0
 
 
 def hull_points(macs: Tensor, costs: Tensor) -> list[tuple[float, float]]:
@@ -175,9 +237,9 @@ def lower_hull(macs: Tensor, costs: Tensor, target: float) -> float:
 @pytest.mark.parametrize(("kind", "token_share"), [("lfe", 0.0), ("lfe-merge", 0.3), ("lfe", 0.5), ("merge", 1.0)])
 def test_no_random_plan_of_the_same_size_costs_less(kind: TokenReduction, token_share: float) -> None:
     profile, generator = invented(MIDDLE, seed=3, kind=kind), torch.Generator().manual_seed(0)
-    search = _Search(profile, MIDDLE, token_share, 8)
+    search = _Search(profile, MIDDLE, token_share, paces(MIDDLE, 8))
     found = [
-        allocate(profile, MIDDLE, int(share * whole_macs(MIDDLE)), token_share)
+        allocate(profile, MIDDLE, int(share * whole_macs(MIDDLE)), token_share, paces(MIDDLE, 8))
         for share in torch.linspace(0.35, 0.98, 25).tolist()
         if token_share > 0 or share > 0.55
     ]
@@ -200,20 +262,20 @@ def whole_macs(anatomy: Anatomy) -> int:
 def drawn(search: _Search, generator: torch.Generator) -> Plan:
     """A random plan from the grids that the search has; tokens never grow."""
 
-    def some(grid: list[int]) -> int:
+    def some(grid: Sequence[T]) -> T:
         return grid[int(torch.randint(len(grid), (), generator=generator))]
 
-    anatomy, blocks, entering = search.anatomy, [], search.anatomy.blocks[0].num_patches
-    widths, hidden = search.widths
-    for _ in range(anatomy.depth):
+    blocks, entering = [], search.anatomy.blocks[0].num_patches
+    for dense, pace in zip(search.anatomy.blocks, search.paces, strict=True):
+        qk, v = some(pace.attention)
         stays = float(torch.rand((), generator=generator)) < 0.4
         entering = entering if stays else some([count for count in search.counts if count <= entering])
         blocks.append(
             replace(
-                keep_all_block(anatomy.blocks[0], entering),
-                keep_qk=(tuple(range(some(widths))),) * anatomy.blocks[0].num_heads,
-                keep_v=(tuple(range(some(widths))),) * anatomy.blocks[0].num_heads,
-                keep_hidden=tuple(range(some(hidden))),
+                keep_all_block(dense, entering),
+                keep_qk=(tuple(range(qk)),) * dense.num_heads,
+                keep_v=(tuple(range(v)),) * dense.num_heads,
+                keep_hidden=tuple(range(some(pace.hidden))),
             )
         )
     return Plan(blocks=tuple(blocks), token_reduction=search.profile.token_reduction)
@@ -242,7 +304,7 @@ def test_targets_are_met_closely_and_more_multiply_adds_never_cost_more(
 
 @pytest.mark.parametrize("target", [1.0, 1.5])
 def test_where_all_fits_all_stays(target: float) -> None:
-    plan = allocate(invented(MIDDLE), MIDDLE, int(target * whole_macs(MIDDLE)))
+    plan = allocate(invented(MIDDLE), MIDDLE, int(target * whole_macs(MIDDLE)), 0.5, paces(MIDDLE, 8))
     assert plan.blocks == keep_all_plan(MIDDLE).blocks
 
 
@@ -254,7 +316,7 @@ def test_token_share_0_keeps_all_tokens_and_1_all_channels_and_between_tokens_go
         tokens.append(sum(block.num_tokens for block in blocks))
         hidden.append(sum(len(block.keep_hidden) for block in blocks))
         if token_share == 1:
-            assert all(replace(block, num_tokens=49) == keep_all_block(MIDDLE) for block in blocks)
+            assert all(replace(block, num_tokens=49) == WHOLE for block in blocks)
     assert tokens[0] == 4 * 49 and hidden[-1] == 4 * 48
     assert hidden[0] < 4 * 48 and tokens[-1] < 4 * 49
     assert tokens[1] > tokens[3] > tokens[5] and hidden[1] < hidden[3] < hidden[5]
@@ -264,7 +326,7 @@ def test_token_share_0_keeps_all_tokens_and_1_all_channels_and_between_tokens_go
 def test_widths_are_multiples_of_round_to_or_whole(round_to: int) -> None:
     seen = set()
     for share in (0.4, 0.5, 0.7, 0.9):
-        plan = allocate(invented(MIDDLE), MIDDLE, int(share * whole_macs(MIDDLE)), 0.4, round_to=round_to)
+        plan = allocate(invented(MIDDLE), MIDDLE, int(share * whole_macs(MIDDLE)), 0.4, paces(MIDDLE, round_to))
         for block in plan.blocks:
             shape = block.shape
             for width, most in ((shape.qk_width, 16), (shape.v_width, 16), (shape.num_hidden, 48)):
@@ -275,7 +337,7 @@ def test_widths_are_multiples_of_round_to_or_whole(round_to: int) -> None:
 
 def test_channels_that_stay_are_the_last_of_the_orders() -> None:
     profile = invented(MIDDLE)
-    plan = allocate(profile, MIDDLE, int(0.5 * whole_macs(MIDDLE)), round_to=4)
+    plan = allocate(profile, MIDDLE, int(0.5 * whole_macs(MIDDLE)), 0.5, paces(MIDDLE, 4))
     narrowed = 0
     for curves, block in zip(profile.channels, plan.blocks, strict=True):
         shape = block.shape
@@ -288,7 +350,7 @@ def test_channels_that_stay_are_the_last_of_the_orders() -> None:
 
 
 def test_a_model_with_qk_norm_keeps_its_query_key_channels() -> None:
-    anatomy = replace(MIDDLE, has_qk_norm=True)
+    anatomy = replace(MIDDLE, blocks=(replace(MIDDLE.blocks[0], has_qk_norm=True),) * 4)
     plan = allocate(invented(anatomy), anatomy, int(0.7 * whole_macs(anatomy)), 0.0)
     assert {block.shape.qk_width for block in plan.blocks} == {16}
     assert min(block.shape.v_width for block in plan.blocks) < 16
@@ -296,29 +358,30 @@ def test_a_model_with_qk_norm_keeps_its_query_key_channels() -> None:
 
 @pytest.mark.parametrize("token_share", [0.0, 0.5, 1.0])
 def test_a_target_that_no_plan_reaches_is_refused_and_the_least_one_named(token_share: float) -> None:
-    profile = invented(MIDDLE)
+    profile, by_eight = invented(MIDDLE), paces(MIDDLE, 8)
     with pytest.raises(SettingError, match="no plan has 1000 multiply-adds or fewer") as refused:
-        allocate(profile, MIDDLE, 1000, token_share)
+        allocate(profile, MIDDLE, 1000, token_share, by_eight)
     least = int(str(refused.value).split()[-1])
     widths = [(8,), (8,)] if token_share < 1 else [(16,), (48,)]
     tokens = 49 if token_share == 0 else 1
     smallest = replace(
-        keep_all_block(MIDDLE, tokens),
+        WHOLE,
+        num_tokens=tokens,
         keep_qk=(tuple(range(widths[0][0])),) * 3,
         keep_v=(tuple(range(widths[0][0])),) * 3,
         keep_hidden=tuple(range(widths[1][0])),
     )
     assert least == count_macs(MIDDLE, Plan(blocks=(smallest,) * 4))
-    assert count_macs(MIDDLE, allocate(profile, MIDDLE, least, token_share)) == least
+    assert count_macs(MIDDLE, allocate(profile, MIDDLE, least, token_share, by_eight)) == least
     with pytest.raises(SettingError):
-        allocate(profile, MIDDLE, least - 1, token_share)
+        allocate(profile, MIDDLE, least - 1, token_share, by_eight)
 
 
 def test_the_prediction_is_the_sum_over_units_and_removals() -> None:
     profile = replace(invented(MIDDLE, seed=5), channel_scale=1.0, token_scale=1.0)
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
-        plan = drawn(_Search(profile, MIDDLE, 0.5, 8), generator)
+        plan = drawn(_Search(profile, MIDDLE, 0.5, paces(MIDDLE, 8)), generator)
         expected = slow_cost(profile, MIDDLE, plan, 0.5)
         assert _predicted(profile, MIDDLE, plan) == pytest.approx(expected, rel=1e-9)
 

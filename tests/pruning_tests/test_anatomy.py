@@ -28,26 +28,19 @@ from tests.pruning_tests import made
 )
 def test_the_anatomy_of_every_family(family: str, prefix: int, has_class_token: bool, heads: int) -> None:
     anatomy = made.anatomy(family)
-    assert (anatomy.blocks[0].num_prefix_tokens, anatomy.blocks[0].has_class_token, anatomy.num_head_inputs) == (
-        prefix,
-        has_class_token,
-        heads,
-    )
-    assert (anatomy.depth, anatomy.blocks[0].width, anatomy.blocks[0].num_heads, anatomy.blocks[0].head_dim) == (
-        3,
-        24,
-        3,
-        8,
-    )
-    assert (anatomy.blocks[0].num_hidden, anatomy.blocks[0].num_patches, anatomy.num_classes) == (96, 16, 7)
+    block, *others = anatomy.blocks
+    assert others == [block, block] and (anatomy.depth, anatomy.exits) == (3, (1, 2, 3))
+    assert (block.num_prefix_tokens, block.has_class_token, anatomy.num_head_inputs) == (prefix, has_class_token, heads)
+    assert (block.width, block.num_heads, block.head_dim) == (24, 3, 8)
+    assert (block.num_hidden, block.num_patches, anatomy.num_classes) == (96, 16, 7)
     assert (anatomy.patch_inputs, anatomy.image_size, anatomy.in_channels) == (3 * 8 * 8, (32, 32), 3)
-    assert not anatomy.blocks[0].has_qk_norm
+    assert not block.has_qk_norm and not anatomy.has_windows and (block.window_area, block.entry_macs) == (None, 0)
 
 
 def test_qk_norm_and_one_channel_are_seen() -> None:
-    assert made.anatomy("qk_norm").has_qk_norm
+    assert all(block.has_qk_norm for block in made.anatomy("qk_norm").blocks)
     grey = made.anatomy(in_chans=1, img_size=(16, 24))
-    assert (grey.in_channels, grey.patch_inputs, grey.image_size, grey.num_patches) == (1, 64, (16, 24), 6)
+    assert (grey.in_channels, grey.patch_inputs, grey.image_size, grey.blocks[0].num_patches) == (1, 64, (16, 24), 6)
 
 
 @pytest.mark.parametrize("family", made.FAMILIES)
@@ -60,10 +53,10 @@ def test_embed_blocks_classify_is_the_model(family: str) -> None:
 
 def test_the_summary_is_the_class_token_or_the_mean_of_the_patches() -> None:
     x = torch.randn(2, 18, 24, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(summary_token(made.anatomy("distilled"), x), x[:, 0])
-    patches = x[:, :16]
-    torch.testing.assert_close(summary_token(made.anatomy("average_pooling"), patches), patches.mean(dim=1))
-    torch.testing.assert_close(summary_token(made.anatomy("registers_alone"), x), x[:, 2:].mean(dim=1))
+    assert torch.equal(summary_token(made.anatomy("distilled").blocks[0], x), x[:, 0])
+    patches, pooled, registers = x[:, :16], made.anatomy("average_pooling"), made.anatomy("registers_alone")
+    torch.testing.assert_close(summary_token(pooled.blocks[0], patches), patches.mean(dim=1))
+    torch.testing.assert_close(summary_token(registers.blocks[0], x), x[:, 2:].mean(dim=1))
 
 
 def test_a_model_around_other_blocks_shares_nothing_else() -> None:

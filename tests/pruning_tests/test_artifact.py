@@ -37,7 +37,12 @@ def pruned(family: str = "vit") -> tuple[nn.Module, Description]:
 
 def description(family: str = "vit", **other: Any) -> Description:
     name, more = made.FAMILIES[family]
-    given = {"name": name, "args": made.ARGS | more, "input": INPUT, "plan": keep_all_plan(made.anatomy(family))}
+    given: dict[str, Any] = {
+        "name": name,
+        "args": made.ARGS | more,
+        "input": INPUT,
+        "plan": keep_all_plan(made.anatomy(family)),
+    }
     return Description(**(given | other))
 
 
@@ -121,7 +126,7 @@ def test_saving_that_fails_leaves_nothing_half_written_and_what_was_there(tmp_pa
 
 
 def test_weights_that_cannot_be_saved_leave_nothing(tmp_path: Path) -> None:
-    model = made.model()
+    model: Any = made.model()
     model.pos_embed = nn.Parameter(model.pos_embed.detach().to_sparse())  # safetensors refuses it, after the plan
     with pytest.raises(ArtifactError, match="cannot write"):
         save(model, description(), tmp_path / "point")
@@ -171,7 +176,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an empty plan": (lambda folder: (folder / "plan.json").write_text(""), "plan.json"),
     "a plan that is no text": (lambda folder: (folder / "plan.json").write_bytes(b"\xff\xfe\x00\x80"), "plan.json"),
     "a list for a plan": (edit(lambda record: [record]), "plan.json"),
-    "another format": (edit(lambda record: record.update(format=2)), "format is 2, not 1"),
+    "another format": (edit(lambda record: record.update(format=1)), "format is 1, not 2"),
     "no format": (edit(lambda record: record.pop("format") and None), "format is None"),
     "no model": (edit(lambda record: record.pop("model") and None), "KeyError 'model'"),
     "no name": (edit(lambda record: record["model"].pop("name") and None), "KeyError 'name'"),

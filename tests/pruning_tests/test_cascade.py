@@ -17,6 +17,7 @@ from pruning.compensation import repaired_model
 from pruning.cost import count_macs
 from pruning.data import Images
 from pruning.errors import SettingError
+from pruning.pace import multiples
 from pruning.plan import TOKEN_REDUCTIONS, Plan, TokenReduction
 from pruning.scores import lfs
 from pruning.scores.channel import Scene
@@ -213,8 +214,9 @@ def test_each_block_drops_the_channels_of_least_score_on_filtered_images(alpha: 
         with torch.no_grad():
             x = dense[0](x)
         scene = Scene(
-            model=model, anatomy=examine(model), index=index, blocks=dense, x=x, x_low=low, targets=x[:, 0],
-            labels=labels, alpha=alpha, batch_size=64, precision="float32", seed=0, flow=None,  # type: ignore[arg-type]
+            model=model, anatomy=examine(model).blocks[index], index=index, blocks=dense, x=x, x_low=low,
+            targets=x[:, 0], labels=labels, alpha=alpha, batch_size=64, precision="float32", seed=0,
+            flow=None,  # type: ignore[arg-type]  # LFS does not look at it
         )  # fmt: skip
         scores = lfs.score(scene)
         for kind in (scores.qk[0], scores.v[0], scores.hidden):
@@ -244,7 +246,8 @@ def test_every_criterion_and_token_reduction_keeps_to_its_budgets(
     criterion: str, token_reduction: TokenReduction
 ) -> None:
     model, budgets = made.toy_model(), (6.0, 0.0, 12.0)
-    given = settings(*budgets, criterion=criterion, token_reduction=token_reduction, round_to=2)
+    paces = tuple(multiples(block, 2) for block in examine(model).blocks)
+    given = settings(*budgets, criterion=criterion, token_reduction=token_reduction, paces=paces)
     result = cascade(model, PROBE, CALIBRATION, given)
     assert all(drop <= budget + 1e-9 for drop, budget in zip(result.block_drops, budgets, strict=True))
     assert num_correct(model) - num_correct(result.model) == round(sum(result.block_drops) * len(PROBE) / 100)

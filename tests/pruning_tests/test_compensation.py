@@ -230,21 +230,43 @@ def test_what_is_added_to_all_keys_takes_no_channel() -> None:
 def test_logit_factors_of_full_width_give_the_same_logits() -> None:
     model = made.toy_model()
     flow = flow_at(model, 1, made.toy_images(24, seed=2), batch_size=10)
-    query, key, strength = flow.logit_factors()
+    query, key = flow.logit_factors()
     assert query.shape == key.shape == (3, 8, 8)
-    assert strength.shape == (3, 8) and (strength.diff(dim=1) <= 0).all() and (strength >= 0).all()
     q, k = queries_and_keys(model, 1, made.toy_images(8, seed=5))
     narrow_q = torch.einsum("bhnd,hkd->bhnk", q, query)
     narrow_k = torch.einsum("bhnd,hkd->bhnk", k, key)
     torch.testing.assert_close(narrow_q @ narrow_k.mT, q @ k.mT, rtol=1e-4, atol=1e-4 * float((q @ k.mT).abs().max()))
 
 
+def test_logit_factors_share_the_strength_between_queries_and_keys_the_strongest_first() -> None:
+    """The second moments of combined queries, and of combined keys around their mean, are one diagonal."""
+    model, images = made.toy_model(), made.toy_images(24, seed=2)
+    flow = flow_at(model, 1, images, batch_size=10)
+    strength = strengths(flow, *queries_and_keys(model, 1, images))
+    assert strength.shape == (3, 8) and (strength.diff(dim=1) <= 0).all() and (strength >= 0).all()
+
+
+def strengths(flow: Flow, q: Tensor, k: Tensor) -> Tensor:
+    """(H, D): how much each of the factors' combinations counts, on the flow's own queries and keys (B, H, N, D)."""
+    weights = flow.sensitivity[flow.index].mid.token_weights(q.shape[2], flow.anatomy.num_prefix_tokens).double()
+    centred = k - k.mean(dim=2, keepdim=True)
+    found = []
+    for part, factor, weight in zip((q, centred), flow.logit_factors(), (weights, 1 / q.shape[2]), strict=True):
+        combined = torch.einsum("bhnd,hkd->bhnk", part, factor)
+        moment = torch.einsum("bhnk,bhnl->hkl", combined * torch.as_tensor(weight)[..., None], combined) / len(q)
+        found.append(moment.diagonal(dim1=1, dim2=2))
+        torch.testing.assert_close(moment, torch.diag_embed(found[-1]), rtol=1e-4, atol=1e-4 * float(moment.max()))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4 * float(found[0].max()))
+    return found[0]
+
+
 @torch.no_grad()
 def queries_and_keys(model: nn.Module, index: int, images: Images) -> tuple[Tensor, Tensor]:
     x = embed(model, images.normalized(slice(None)))
+    block: Any
     for block in blocks_of(model)[:index]:
         x = block(x)
-    block: Any = blocks_of(model)[index]
+    block = blocks_of(model)[index]
     q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4).double()
     return q, k
 
@@ -253,11 +275,11 @@ def queries_and_keys(model: nn.Module, index: int, images: Images) -> tuple[Tens
 def test_logits_of_any_rank_are_the_best_for_one_image(family: str) -> None:
     """Best: the singular value decomposition of the image's own logits, less their mean over keys."""
     model, images = made.toy_model(family), made.toy_images(1, seed=2)
-    anatomy, flow = examine(model), flow_at(model, 1, images)
-    query, key, strength = flow.logit_factors()
+    flow = flow_at(model, 1, images)
+    query, key = flow.logit_factors()
     q, k = queries_and_keys(model, 1, images)
-    num_tokens = q.shape[2]
-    weights = flow.sensitivity[1].mid.token_weights(num_tokens, anatomy.blocks[0].num_prefix_tokens).double()
+    strength, num_tokens = strengths(flow, q, k), q.shape[2]
+    weights = flow.sensitivity[1].mid.token_weights(num_tokens, flow.anatomy.num_prefix_tokens).double()
 
     def error(narrow: Tensor, head: int) -> float:
         gap = narrow - q[0, head] @ k[0, head].T
@@ -268,7 +290,7 @@ def test_logits_of_any_rank_are_the_best_for_one_image(family: str) -> None:
         logits = q[0, head] @ k[0, head].T
         centred = weights.sqrt()[:, None] * (logits - logits.mean(dim=1, keepdim=True))
         singular = torch.linalg.svdvals(centred)[:8] ** 2 / num_tokens
-        torch.testing.assert_close(strength[head], singular, rtol=1e-3, atol=1e-4 * float(singular[0]))
+        torch.testing.assert_close(strength[head].square(), singular, rtol=1e-3, atol=1e-4 * float(singular[0]))
         for rank in range(1, 8):
             narrow = (q[0, head] @ query[head, :rank].T) @ (k[0, head] @ key[head, :rank].T).T
             least = float(singular[rank:].sum())
@@ -410,7 +432,7 @@ def test_a_repaired_block_errs_less_than_a_plain_one_on_images_it_has_not_seen(i
         return float(((gap @ place.metric.float() * gap).sum(dim=-1) * weights).sum(dim=1).mean())
 
     for seed in range(8):
-        plan = made.plan(flow.anatomy, seed=seed).blocks[index]
+        plan = made.plan(examine(model), seed=seed).blocks[index]
         plain, repaired = error(flow.slim(plan)), error(flow.repaired(plan).block)
         assert repaired < 0.8 * plain, seed
 
@@ -419,7 +441,8 @@ def test_a_repaired_block_errs_less_than_a_plain_one_on_images_it_has_not_seen(i
 def test_repaired_models_all_answer_better_and_are_on_average_much_nearer_to_the_dense_one(family: str) -> None:
     model, calibration, fresh = made.toy_model(family), made.toy_images(256, seed=2), made.toy_images(256, seed=3)
     sensitivity, dense = measure_sensitivity(model, calibration), predict(model, fresh)
-    with_repair, without_repair = [], []
+    with_repair: list[tuple[float, float]] = []
+    without_repair: list[tuple[float, float]] = []
     for seed in range(5):
         plan = made.plan(examine(model), seed=seed)
         repaired, cut = repaired_model(model, plan, calibration, sensitivity).model, apply_plan(model, plan)
@@ -443,10 +466,10 @@ def test_the_second_mlp_layer_regresses_what_it_loses_and_what_the_stream_has_lo
     entering, parts = embed(model, images.normalized(slice(None))), parts_of(blocks_of(model)[1])
     dense_out = blocks_of(model)[1](blocks_of(model)[0](entering))
     gain, cut, place = parts.ls2(torch.ones(24)), parts.fc2.weight[:, kept], sensitivity[1].out
-    weight = place.token_weights(entering.shape[1], anatomy.blocks[0].num_prefix_tokens).repeat(200)
+    weight = place.token_weights(entering.shape[1], anatomy.blocks[1].num_prefix_tokens).repeat(200)
     is_held = (torch.arange(200) % 4 == 3).repeat_interleave(entering.shape[1])
     metric = gain.double()[:, None] * place.metric * gain.double()
-    for seed in range(4):
+    for seed in range(6):
         plans = made.plan(anatomy, seed=seed).blocks
         flow = Flow(model, images, sensitivity, token_reduction="lfe", cutoff_token=0.85)
         first = flow.repaired(plans[0]).block
@@ -483,6 +506,7 @@ def test_every_family_is_repaired_under_every_token_reduction(family: str, kind:
     """What the flow holds at the end is what the repaired model computes, sizes included."""
     model, images = made.model(family), made.images(8)
     anatomy = examine(model)
+    prefix, width = anatomy.blocks[0].num_prefix_tokens, anatomy.blocks[0].width
     plan = replace(made.plan(anatomy, seed=1, num_tokens=(16, 9, 4)), token_reduction=kind)
     plan = replace(plan, blocks=(replace(plan.blocks[0], num_tokens=13), *plan.blocks[1:]))
     sensitivity = measure_sensitivity(model, images)
@@ -492,19 +516,13 @@ def test_every_family_is_repaired_under_every_token_reduction(family: str, kind:
         assert isinstance(repaired.block, SlimBlock)
         is_last = repaired.block.is_last
         flow.advance(repaired.block)
-        x, size = unpack(flow.x, anatomy.blocks[0].width)
-        assert (
-            x.shape == (8, anatomy.blocks[0].num_prefix_tokens + count, anatomy.blocks[0].width) and x.isfinite().all()
-        )
+        x, size = unpack(flow.x, width)
+        assert x.shape == (8, prefix + count, width) and x.isfinite().all()
         assert (size is not None) == (merges(kind) and not is_last)
         if size is not None:
-            assert (size[:, anatomy.blocks[0].num_prefix_tokens :].sum(dim=1) == 16).all()
+            assert (size[:, prefix:].sum(dim=1) == 16).all()
         assert flow.share is not None
-        assert flow.share.shape == (
-            8,
-            anatomy.blocks[0].num_prefix_tokens + count,
-            anatomy.blocks[0].num_prefix_tokens + 16,
-        )
+        assert flow.share.shape == (8, prefix + count, prefix + 16)
         torch.testing.assert_close(flow.share.sum(dim=2), torch.ones(flow.share.shape[:2]))
         if size is not None:
             torch.testing.assert_close(flow.share.square().sum(dim=2), 1 / size[..., 0])

@@ -88,7 +88,7 @@ def test_every_reduction_counts_as_by_hand(kind: TokenReduction, reduction: int)
 def test_an_odd_number_of_patches_is_matched_floor_by_ceiling(patches: int, left: int, pairs: int) -> None:
     # 15 patches: 8 even places, 7 odd; 7 pairs at most, so 8 stay. 3 patches: 2 x 1 pairs, then 1 x 1.
     shape = BlockShape(num_heads=3, qk_width=5, v_width=2, num_hidden=9, num_tokens=left)
-    assert block_macs(made.anatomy(), shape, patches, "merge").reduction == 5 * pairs
+    assert block_macs(made.anatomy().blocks[0], shape, patches, "merge").reduction == 5 * pairs
 
 
 @pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
@@ -106,7 +106,7 @@ def test_a_reduction_counts_as_by_torch(kind: TokenReduction, patches: int, left
         reducer.choose(x, told)
     row = 3 * (patches + 1) * 5 if "attention" in kind else 0  # the class token's logits again: part of the choice
     shape = BlockShape(num_heads=3, qk_width=5, v_width=2, num_hidden=9, num_tokens=left)
-    assert counter.get_total_flops() == 2 * (block_macs(made.anatomy(), shape, patches, kind).reduction + row)
+    assert counter.get_total_flops() == 2 * (block_macs(made.anatomy().blocks[0], shape, patches, kind).reduction + row)
 
 
 def test_a_dense_vit_tiny_needs_its_well_known_number() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pruning.anatomy import blocks_of, embed, examine, summary_token
 from pruning.errors import VitfrontError
+from pruning.pace import multiples
 from pruning.ranking import Ranking
 from pruning.scores.channel import ChannelScores, Scene
 from pruning.scores.criteria import CRITERIA
@@ -28,7 +29,7 @@ every_criterion_that_looks = pytest.mark.parametrize("name", LOOKING)
 def scene(family: str = "vit", index: int = 1, *, num_images: int = 6) -> Scene:
     """A tiny model, and what enters one of its blocks."""
     model, images = made.model(family), made.images(num_images)
-    anatomy = examine(model)
+    anatomy = examine(model).blocks[index]
     (pixels, _), *_ = images.batches(num_images)
     with torch.no_grad():
         x, x_low = embed(model, pixels), embed(model, low_pass(pixels, 0.1))
@@ -128,7 +129,7 @@ def test_of_units_that_all_do_nothing_the_first_stay(name: str) -> None:
         block.mlp.fc1.bias.zero_()
     scores = CRITERIA[name](one)
     assert (scores.hidden == 0).all()
-    plan = Ranking(scores, one.anatomy, TOKENS, TOKENS).plan(60, 16)
+    plan = Ranking(scores, one.anatomy, TOKENS, TOKENS, multiples(one.anatomy, 1)).plan(60, 16)
     assert plan.keep_hidden == tuple(range(HIDDEN - 60))
 
 
@@ -209,5 +210,5 @@ def test_a_unit_that_never_varies_or_that_nothing_listens_to_scores_nothing_by_a
         block.attn.proj.weight[:, D + 2] = 0
     scores = CRITERIA["activation"](one)
     assert scores.hidden[7] < 1e-6 * scores.hidden.max()
-    assert (scores.hidden[9], scores.v[1, 2]) == (0, 0)
+    assert scores.hidden[9] == scores.v[1, 2] == 0
     assert (scores.hidden > 1e-3 * scores.hidden.max()).sum() == HIDDEN - 2

@@ -72,7 +72,8 @@ def test_class_folders_unknown_to_the_map_are_named(tmp_path: Path) -> None:
 
 
 def test_of_many_unknown_class_folders_the_first_five_are_named(tmp_path: Path) -> None:
-    write(tmp_path, **{f"n{index}": 1 for index in range(7)})
+    counts: dict[str, Any] = {f"n{index}": 1 for index in range(7)}
+    write(tmp_path, **counts)
     with pytest.raises(DataError, match=r"7 of 7 .* n0, n1, n2, n3, n4, \.\.\.$"):
         folder(tmp_path, class_map={"cat": 0})
 

@@ -80,8 +80,9 @@ def slim_block(*, keep: int | None, is_last: bool) -> SlimBlock:
     if keep is not None:
         merge = REDUCERS["merge"](num_patches=8, num_keep=keep, num_prefix_tokens=1, has_class_token=True, cutoff=0.5)
     return SlimBlock(
-        norm1=nn.LayerNorm(12), attn=slim_attention(4, 3), ls1=nn.Identity(), reducer=merge, norm2=nn.LayerNorm(12),
-        mlp=SlimMlp(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12)), ls2=nn.Identity(), is_last=is_last,
+        downsample=None, norm1=nn.LayerNorm(12), attn=slim_attention(4, 3), ls1=nn.Identity(), reducer=merge,
+        norm2=nn.LayerNorm(12), mlp=SlimMlp(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12)), ls2=nn.Identity(),
+        is_last=is_last,
     )  # fmt: skip
 
 

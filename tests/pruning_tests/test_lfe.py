@@ -27,7 +27,7 @@ def attention(count: int, *, images: int = 3, heads: int = 2, seed: int = 0) -> 
 def test_scores_equal_the_slow_definition(prefix: int, has_class_token: bool, cutoff: float) -> None:
     x, maps = tokens(prefix + 9), attention(prefix + 9)
     fast = score_tokens(x, maps, token_filter(9, cutoff), num_prefix_tokens=prefix, has_class_token=has_class_token)
-    anatomy = replace(made.anatomy(), num_prefix_tokens=prefix, has_class_token=has_class_token)
+    anatomy = replace(made.anatomy().blocks[0], num_prefix_tokens=prefix, has_class_token=has_class_token)
     expected = [slow.token_scores(*pair, cutoff, anatomy) for pair in zip(x, maps, strict=True)]
     torch.testing.assert_close(fast, torch.tensor(expected))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from pruning.anatomy import blocks_of, classify, embed, examine
@@ -24,7 +24,7 @@ class Case:
     """A model, one of its blocks, filtered images on their way into it, and the dense model's summaries after it."""
 
     def __init__(self, model: nn.Module, index: int, images: Any, cutoff: float = 0.1) -> None:
-        self.model, self.index, self.anatomy = model, index, examine(model)
+        self.model, self.index, self.anatomy = model, index, examine(model).blocks[index]
         self.labels = images.labels
         (pixels, _), *_ = images.batches(len(images))
         with torch.no_grad():
@@ -34,8 +34,8 @@ class Case:
             self.targets = self.summary(blocks_of(model)[index](self.clean))
 
     def summary(self, after: Tensor) -> Tensor:
-        has_class_token = self.anatomy.blocks[0].has_class_token
-        return after[:, 0] if has_class_token else after[:, self.anatomy.blocks[0].num_prefix_tokens :].mean(dim=1)
+        of_block = self.anatomy
+        return after[:, 0] if of_block.has_class_token else after[:, of_block.num_prefix_tokens :].mean(dim=1)
 
     def score(self, *, alpha: float = ALPHA, batch_size: int = 32) -> ChannelScores:
         scene = Scene(

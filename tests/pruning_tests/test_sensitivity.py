@@ -15,17 +15,27 @@ from pruning.sensitivity import PATCH_FLOOR, StreamSensitivity, measure_sensitiv
 from tests.pruning_tests import made
 
 
-def slow(model: nn.Module, images: Images, *, batch_size: int, seed: int) -> list[tuple[Tensor, float]]:
+def drawn(shares: list[float], luck: float) -> int:
+    """A class, by how often the model expects it: the first up to which the shares come to `luck`."""
+    passed = 0.0
+    for label, share in enumerate(shares):
+        passed += share
+        if passed >= luck:
+            return label
+    return len(shares) - 1
+
+
+def slow(model: nn.Module, images: Images, *, seed: int) -> list[tuple[Tensor, float]]:
     """(metric, prefix share) of mid and out of every block, by the definition."""
     anatomy, generator = examine(model), torch.Generator().manual_seed(seed)
-    places = 2 * anatomy.depth
-    metrics = [
-        torch.zeros(anatomy.blocks[0].width, anatomy.blocks[0].width, dtype=torch.float64) for _ in range(places)
-    ]
+    (block_anatomy,) = set(anatomy.blocks)
+    places, width, prefix = 2 * anatomy.depth, block_anatomy.width, block_anatomy.num_prefix_tokens
+    metrics = [torch.zeros(width, width, dtype=torch.float64) for _ in range(places)]
     energy = torch.zeros(places, 2, dtype=torch.float64)
-    for pixels, _ in images.batches(batch_size):
+    lucks = torch.rand(len(images), generator=generator).tolist()
+    for pixels, _ in images.batches(len(images)):
         with torch.no_grad():
-            labels = torch.multinomial(model(pixels).softmax(dim=1), 1, generator=generator)[:, 0]
+            labels = [drawn(*each) for each in zip(model(pixels).softmax(dim=1).tolist(), lucks, strict=True)]
         for image, label in zip(pixels, labels, strict=True):
             x, stream = embed(model, image[None]), []
             block: Any
@@ -39,7 +49,7 @@ def slow(model: nn.Module, images: Images, *, batch_size: int, seed: int) -> lis
             for place, gradient in enumerate(torch.autograd.grad(loss, stream)):
                 for token, g in enumerate(gradient[0].double()):
                     metrics[place] += torch.outer(g, g)
-                    energy[place, int(token >= anatomy.blocks[0].num_prefix_tokens)] += g @ g
+                    energy[place, int(token >= prefix)] += g @ g
     shares = energy[:, 0] / energy.sum(dim=1)
     return [(metric / len(images), float(share)) for metric, share in zip(metrics, shares, strict=True)]
 
@@ -48,7 +58,7 @@ def slow(model: nn.Module, images: Images, *, batch_size: int, seed: int) -> lis
 def test_sensitivity_equals_a_slow_loop_over_images_and_tokens(family: str) -> None:
     model, images = made.model(family), made.images(7)
     found = measure_sensitivity(model, images, batch_size=3, seed=5)
-    expected = slow(model, images, batch_size=3, seed=5)
+    expected = slow(model, images, seed=5)
     assert len(found) == 3
     for place, (metric, share) in zip([at for block in found for at in (block.mid, block.out)], expected, strict=True):
         assert place.metric.dtype == torch.float64
@@ -64,6 +74,37 @@ def test_labels_are_drawn_by_the_seed_and_those_of_the_images_are_not_looked_at(
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, reseeded)
+
+
+@pytest.mark.parametrize("family", ["vit", "average_pooling"])
+def test_the_size_of_a_batch_changes_rounding_alone(family: str) -> None:
+    """Each image has its own luck, so the same labels are drawn."""
+    model, images = made.model(family), made.images(24)
+    whole, *others = (measure_sensitivity(model, images, batch_size=size, seed=2) for size in (24, 1, 7, 16))
+    for other in others:
+        for one, two in zip(whole, other, strict=True):
+            for place, again in ((one.mid, two.mid), (one.out, two.out)):
+                atol = 1e-6 * float(place.metric.abs().max())
+                torch.testing.assert_close(again.metric, place.metric, rtol=1e-4, atol=atol)
+                assert again.prefix_share == pytest.approx(place.prefix_share, rel=1e-5, abs=1e-9)
+
+
+def test_labels_are_drawn_as_often_as_the_model_expects_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = made.model(), made.images(1)
+    many, seen = images.take(torch.zeros(1500, dtype=torch.long)), []
+    cross_entropy = F.cross_entropy
+
+    def spy(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
+        seen.append(labels)
+        return cross_entropy(logits, labels, **others)
+
+    monkeypatch.setattr(F, "cross_entropy", spy)
+    measure_sensitivity(model, many, batch_size=500)
+    with torch.no_grad():
+        expected = model(images.normalized(slice(None))).softmax(dim=1)[0]
+    shares = torch.cat(seen).bincount(minlength=7) / 1500
+    deviation = (expected * (1 - expected) / 1500).sqrt()
+    assert ((shares - expected).abs() < 4 * deviation + 1e-6).all() and (shares > 0.02).sum() > 1
 
 
 def test_small_errors_cost_what_the_metric_says() -> None:

@@ -31,13 +31,13 @@ def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
     """The dense model with every unit that the plan drops set to zero where it is made (weight row and bias)."""
     anatomy = examine(model)
     copied = copy.deepcopy(model)
-    width, inner = anatomy.blocks[0].head_dim, anatomy.blocks[0].num_heads * anatomy.blocks[0].head_dim
-    for block, kept in zip(blocks_of(copied), plan.blocks, strict=True):
+    for block, dense, kept in zip(blocks_of(copied), anatomy.blocks, plan.blocks, strict=True):
+        width, inner = dense.head_dim, dense.num_heads * dense.head_dim
         stays = torch.zeros(3, inner, dtype=torch.bool)
         for head, qk, v in zip(kept.keep_heads, kept.keep_qk, kept.keep_v, strict=True):
             stays[:2, [head * width + channel for channel in qk]] = True
             stays[2, [head * width + channel for channel in v]] = True
-        hidden = torch.zeros(anatomy.blocks[0].num_hidden, dtype=torch.bool)
+        hidden = torch.zeros(dense.num_hidden, dtype=torch.bool)
         hidden[list(kept.keep_hidden)] = True
         parts: Any = block
         for layer, rows in ((parts.attn.qkv, stays.flatten()), (parts.mlp.fc1, hidden)):
@@ -58,7 +58,8 @@ def only(kind: str, full: BlockPlan, block: BlockPlan) -> BlockPlan:
     if kind == "everything":
         return block
     cycled = tuple(getattr(block, f"keep_{kind}")[index % len(heads)] for index in range(len(full.keep_heads)))
-    return replace(full, **{f"keep_{kind}": cycled})
+    change: dict[str, Any] = {f"keep_{kind}": cycled}
+    return replace(full, **change)
 
 
 def drop_only(kind: str, anatomy: Anatomy, seed: int = 0) -> Plan:
@@ -170,7 +171,7 @@ def test_a_pruned_model_trains_or_not_as_its_model_does(
 def test_value_channels_count_within_the_whole_block() -> None:
     anatomy = made.anatomy()
     block = BlockPlan(keep_heads=(0, 2), keep_qk=((0,), (1,)), keep_v=((1, 3), (0, 7)), keep_hidden=(0,), num_tokens=16)
-    assert value_channels(block, anatomy).tolist() == [1, 3, 16, 23]
+    assert value_channels(block, anatomy.blocks[0]).tolist() == [1, 3, 16, 23]
 
 
 def changed(**change: Any) -> Callable[[Plan], Plan]:
@@ -196,14 +197,24 @@ def test_a_plan_for_another_model_is_refused(change: Callable[[Plan], Plan], tol
 
 def test_more_tokens_than_the_model_has_are_refused() -> None:
     model = made.model()
-    anatomy = examine(model)
+    anatomy = examine(model).blocks[0]
     with pytest.raises(PlanError, match="patch token 16, but the model has 16"):
-        apply_plan(model, Plan(blocks=(keep_all_block(anatomy.blocks[0], 17),) * 3))
+        apply_plan(model, Plan(blocks=(keep_all_block(anatomy, 17),) * 3))
     with pytest.raises(PlanError, match="9 patch tokens leave a block that 8 enter"):
         slim_block(
-            blocks_of(model)[0], keep_all_block(anatomy.blocks[0], 9), anatomy,
+            blocks_of(model)[0], keep_all_block(anatomy, 9), anatomy,
             num_tokens_in=8, token_reduction="lfe", cutoff_token=0.5, is_last=False,
         )  # fmt: skip
+
+
+def test_a_plan_without_a_token_reduction_keeps_all_tokens() -> None:
+    model, x = made.model(), made.batch()
+    anatomy = examine(model)
+    plan = replace(made.plan(anatomy), token_reduction="none")
+    assert torch.equal(apply_plan(model, plan)(x), apply_plan(model, replace(plan, token_reduction="lfe"))(x))
+    fewer = replace(plan, blocks=tuple(replace(block, num_tokens=15) for block in plan.blocks))
+    with pytest.raises(PlanError, match="block 0 keeps 15 of 16 tokens, but the plan's token reduction is none"):
+        apply_plan(model, fewer)
 
 
 def test_a_normalised_query_keeps_all_its_channels() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruning.anatomy import Anatomy, blocks_of, examine
+from pruning.anatomy import Anatomy, BlockAnatomy, blocks_of, examine
 from pruning.plan import TOKEN_REDUCTIONS, Plan, TokenReduction
 from pruning.surgery import apply_plan, keep_all_block, keep_all_plan
 from pruning.tokens import REDUCERS, Clues, Reduced, Reducer, class_attention, merges, schedule
@@ -152,11 +152,12 @@ def test_only_the_reduction_that_asks_for_the_map_reads_it(kind: TokenReduction)
         assert torch.equal(reduce.choose(x, blind).apply(x), reduce.choose(x, told).apply(x))
 
 
-ANATOMIES: dict[str, Anatomy] = {
-    "class token": made.anatomy(),
-    "class token and registers": replace(made.anatomy(), num_prefix_tokens=5),
-    "no prefix": replace(made.anatomy(), num_prefix_tokens=0, has_class_token=False),
-    "registers alone": replace(made.anatomy(), num_prefix_tokens=2, has_class_token=False),
+BLOCK = made.anatomy().blocks[0]
+ANATOMIES: dict[str, BlockAnatomy] = {
+    "class token": BLOCK,
+    "class token and registers": replace(BLOCK, num_prefix_tokens=5),
+    "no prefix": replace(BLOCK, num_prefix_tokens=0, has_class_token=False),
+    "registers alone": replace(BLOCK, num_prefix_tokens=2, has_class_token=False),
 }
 
 
@@ -167,10 +168,10 @@ def test_a_reduction_equals_the_loop_over_its_definition(
     kind: TokenReduction, tokens: str, count: int, keep: int
 ) -> None:
     anatomy = ANATOMIES[tokens]
-    prefix = anatomy.blocks[0].num_prefix_tokens
+    prefix = anatomy.num_prefix_tokens
     x, size = stream(prefix + count), sizes(prefix + count, prefix=prefix) if merges(kind) else None
     told = clues(prefix + count, size=size)
-    reduced = reducer(kind, count, keep, prefix, has_class_token=anatomy.blocks[0].has_class_token).choose(x, told)
+    reduced = reducer(kind, count, keep, prefix, has_class_token=anatomy.has_class_token).choose(x, told)
     weights = matrix(reduced, prefix + count)
     for image in range(3):
         assert told.attention is not None

@@ -44,6 +44,14 @@ TRIAL_SHARE = (0.9, 0.65)
 Both lose little there: farther down, the errors are no longer small."""
 
 
+REDUCTION_WEIGHTS = (1.0, 0.5, 0.25, 0.0)
+"""What the time of a token reduction is multiplied by, one after the other, until a plan comes close to its target:
+where reductions are slow there may be none between many of them and hardly any."""
+
+CLOSE_ENOUGH = 0.05
+"""Share of the dense multiply-adds by which a plan may be smaller than asked before the next weight is tried."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Profile:
     """What removing costs, block by block."""
@@ -172,23 +180,40 @@ def allocate(
     whole = replace(keep_all_plan(anatomy), cutoff_token=profile.cutoff_token, token_reduction=profile.token_reduction)
     if count_macs(anatomy, whole) <= target_macs:
         return whole
-    search = _Search(profile, anatomy, token_share, paces or [multiples(block, 1) for block in anatomy.blocks])
-    low, high = 1e-16, 1e3  # nats a multiply-add; at the highest, also a tiny model's least plan is the cheapest
-    smallest = search.plan(high)
-    if count_macs(anatomy, smallest) > target_macs:
+    if paces is None:
+        paces = [multiples(block, 1) for block in anatomy.blocks]
+    smallest: Plan | None = None
+    best: Plan | None = None
+    for weight in REDUCTION_WEIGHTS:
+        weighed = [replace(pace, reduction=weight * pace.reduction) for pace in paces]
+        smallest, found = _within(_Search(profile, anatomy, token_share, weighed), target_macs)
+        best = found or best
+        if found is not None and count_macs(anatomy, found) >= target_macs - CLOSE_ENOUGH * count_macs(anatomy, whole):
+            break
+    if best is None:
+        assert smallest is not None
         raise SettingError(
             f"no plan has {target_macs} multiply-adds or fewer; "
             f"the smallest that may be made has {count_macs(anatomy, smallest)}"
         )
+    return best
+
+
+def _within(search: _Search, target_macs: int) -> tuple[Plan, Plan | None]:
+    """The smallest plan, and the one of the lowest price with at most so many multiply-adds, if there is any."""
+    low, high = 1e-16, 1e3  # nats a multiply-add; at the highest, also a tiny model's least plan is the cheapest
+    smallest = search.plan(high)
+    if count_macs(search.anatomy, smallest) > target_macs:
+        return smallest, None
     best = smallest
     for _ in range(40):
         middle = math.sqrt(low * high)
         plan = search.plan(middle)
-        if count_macs(anatomy, plan) <= target_macs:
+        if count_macs(search.anatomy, plan) <= target_macs:
             best, high = plan, middle
         else:
             low = middle
-    return best
+    return smallest, best
 
 
 def scheduled(

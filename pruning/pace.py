@@ -24,7 +24,7 @@ from pruning.precision import Precision, autocast, synchronize
 from pruning.surgery import as_slim, keep_all_block, slim_block
 
 MIN_GAIN = 0.01
-"""A width is offered if its half of the block takes less of the time of every larger one by this share."""
+"""A width is offered if its half of the block takes less time than with any larger one that is, by this share."""
 
 NUM_HIDDEN, NUM_HEAD_WIDTHS = 32, 8
 """Widths that are timed, at most: evenly spread multiples of `GRAIN`."""
@@ -79,11 +79,12 @@ def measure_paces(
     """
     anatomy, device = examine(model), next(model.parameters()).device
     known: dict[BlockAnatomy, Pace] = {}
-    for block, each in zip(blocks_of(model), anatomy.blocks, strict=True):
-        if each not in known:
+    kinds = [replace(each, entry_macs=0) for each in anatomy.blocks]  # the patch merging before it is not timed
+    for block, kind in zip(blocks_of(model), kinds, strict=True):
+        if kind not in known:
             with autocast(device, precision):
-                known[each] = _measure(block, each, batch_size, token_reduction, repeats)
-    return tuple(known[each] for each in anatomy.blocks)
+                known[kind] = _measure(block, kind, batch_size, token_reduction, repeats)
+    return tuple(known[kind] for kind in kinds)
 
 
 def _measure(
@@ -150,23 +151,18 @@ def _timed_widths(most: int, count: int) -> list[int]:
 
 
 def faster_than_larger(widths: Sequence[tuple[int, ...]], times: Sequence[float]) -> list[int]:
-    """Which widths take less time than all that are at least as large in every part, by `MIN_GAIN` at least.
+    """Which widths to offer: from the largest down, those that take less time than all offered ones that are at least
+    as large in every part, by `MIN_GAIN` at least. Steps too small to tell add up to one that is not.
 
-    The largest always does. Indices, ascending.
+    Returns:
+        Indices, ascending; that of the largest width is among them.
     """
-
-    def is_larger(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-        return one != other and all(a >= b for a, b in zip(one, other, strict=True))
-
-    return [
-        index
-        for index, width in enumerate(widths)
-        if all(
-            times[index] < (1 - MIN_GAIN) * time
-            for larger, time in zip(widths, times, strict=True)
-            if is_larger(larger, width)
-        )
-    ]
+    offered: list[int] = []
+    for index in sorted(range(len(widths)), key=lambda n: -sum(widths[n])):
+        larger = [n for n in offered if all(a >= b for a, b in zip(widths[n], widths[index], strict=True))]
+        if all(times[index] < (1 - MIN_GAIN) * times[n] for n in larger):
+            offered.append(index)
+    return sorted(offered)
 
 
 def _least_times(calls: Sequence[Callable[[], Tensor]], device: torch.device, repeats: int) -> list[float]:

@@ -225,7 +225,7 @@ def _print_blocks(blocks: list[dict[str, Any]], outcome: dict[str, Any], dense: 
         highlight=False,
     )
     for note in outcome["notes"]:
-        out.print(f"note: {note}; more data.calibration_images would help", highlight=False)
+        out.print(f"note: {note}; more data.calibration_images would help", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -47,13 +47,32 @@ def _known_criterion(name: str) -> str:
     return name
 
 
+def _known_reduction(name: str) -> str:
+    if name not in (known := ("auto", *get_args(TokenReduction))):
+        raise ValueError(f"no token reduction {name!r}; there are {', '.join(known)}")
+    return name
+
+
+def _auto_alone(choices: Any) -> Any:
+    if isinstance(choices, tuple) and "auto" in choices:
+        raise ValueError("auto stands for one of the others; leave it out of the list")
+    return choices
+
+
+def _multiple_or_auto(value: int | str) -> int | str:
+    if value != "auto" and (isinstance(value, str) or value < 1):
+        raise ValueError(f"{value!r} is no width to round to; give a whole number of at least 1, or auto")
+    return value
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Points = Annotated[float, Field(ge=0, le=100)]
 Range = Annotated[PositiveShare | tuple[PositiveShare, PositiveShare], AfterValidator(_ordered)]
 """A number, which fixes the parameter, or [low, high]; in (0, 1]."""
 Criterion = Annotated[str, AfterValidator(_known_criterion)]
-Multiple = Annotated[int, Field(ge=1)]
+Reduction = Annotated[str, AfterValidator(_known_reduction)]
+Multiple = Annotated[int | str, AfterValidator(_multiple_or_auto)]
 
 
 def _absolute(path: Path | None) -> Path | None:
@@ -158,13 +177,11 @@ class SpaceConfig(_Section):
     criterion: Annotated[Criterion | tuple[Criterion, ...], AfterValidator(_each_once)] = "lfs"
     """Score of the channels in the cascade, a key of `pruning.scores.criteria.CRITERIA`."""
     token_reduction: Annotated[
-        TokenReduction | Literal["auto"] | tuple[TokenReduction, ...], AfterValidator(_each_once)
+        Reduction | tuple[Reduction, ...], AfterValidator(_each_once), AfterValidator(_auto_alone)
     ] = "lfe"
     """What becomes of the tokens that do not leave a block (`pruning.plan.TokenReduction`). auto: attention-merge, or
     none for a Swin, whose windows need every token."""
-    round_to: Annotated[
-        Multiple | Literal["auto"] | tuple[Multiple | Literal["auto"], ...], AfterValidator(_each_once)
-    ] = 1
+    round_to: Annotated[Multiple | tuple[Multiple, ...], AfterValidator(_each_once)] = 1
     """Widths a head and hidden units are multiples of it; [1, 8] tries these two, not what lies between. auto: the
     widths that this device is faster with than with all larger ones, measured once a sweep (`pruning.pace`)."""
 

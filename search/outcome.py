@@ -155,6 +155,6 @@ class Outcome:
                 "plan": record["plan"] and Plan.from_json(record["plan"]),
                 "measurement": record["measurement"] and Measurement(**record["measurement"]),
                 "block_drops": tuple(record["block_drops"]),
-                "notes": tuple(record["notes"]),
+                "notes": tuple(record.get("notes", ())),
             }
         )

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from pruning.plan import TokenReduction
 from search.config import SpaceConfig
 from search.errors import ConfigError
-from search.outcome import FILTERED, SCHEDULES, Candidate, Method, RoundTo
+from search.outcome import FILTERED, SCHEDULES, Candidate, Method
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class Space:
         self.method: tuple[Method, ...] = _choices(config.method)
         self.criterion: tuple[str, ...] = _choices(config.criterion)
         self.token_reduction: tuple[TokenReduction, ...] = _token_reductions(config, has_windows)
-        self.round_to: tuple[RoundTo, ...] = _choices(config.round_to)
+        self.round_to: tuple[Any, ...] = _choices(config.round_to)
         if low < 1 or high > depth:
             wrong = low if low < 1 else high
             raise ConfigError(f"space.exit_block: {wrong} is no exit of a model with {depth} blocks; give 1 to {depth}")
@@ -180,8 +180,9 @@ class _Nearest:
 
 
 def _token_reductions(config: SpaceConfig, has_windows: bool) -> tuple[TokenReduction, ...]:
-    best: tuple[TokenReduction, ...] = ("none",) if has_windows else ("attention-merge",)
-    asked: tuple[TokenReduction, ...] = best if config.token_reduction == "auto" else _choices(config.token_reduction)
+    asked: tuple[Any, ...] = _choices(config.token_reduction)
+    if asked == ("auto",):
+        asked = ("none",) if has_windows else ("attention-merge",)
     if "none" in asked and SCHEDULES & set(_choices(config.method)):
         raise ConfigError("space.token_reduction: a schedule takes tokens alone, which none does not; leave one out")
     if has_windows and asked != ("none",):

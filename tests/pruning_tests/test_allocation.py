@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruning.allocation import SHARES, Profile, _predicted, _Search, allocate, divergence, measure_profile
+from pruning.allocation import SHARES, Profile, _predicted, _Search, allocate, divergence, measure_profile, scheduled
 from pruning.anatomy import Anatomy, BlockAnatomy, blocks_of, classify, embed, examine
 from pruning.cost import count_macs
 from pruning.curves import BlockCurves
@@ -23,6 +23,7 @@ from pruning.pace import Pace, multiples
 from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, Plan, TokenReduction
 from pruning.sensitivity import BlockSensitivity, StreamSensitivity
 from pruning.surgery import apply_plan, check_plan, keep_all_block, keep_all_plan
+from pruning.tokens import Schedule, schedule
 from tests.pruning_tests import made
 
 T = TypeVar("T")
@@ -489,3 +490,27 @@ def test_a_model_whose_blocks_are_the_least_of_it_has_a_profile_too() -> None:
     model, images = made.model(num_classes=20_000), made.images(8)
     found = measure_profile(model, images, images, token_reduction="merge")
     assert (found.channel_scale, found.token_scale) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["constant", "decreasing"])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 0.99])
+def test_a_schedule_takes_the_fewest_tokens_that_reach_the_target(kind: Schedule, share: float) -> None:
+    whole, block = whole_macs(MIDDLE), MIDDLE.blocks[0]
+    plan = scheduled(MIDDLE, int(share * whole), kind, "merge", 0.3)
+    assert (plan.token_reduction, plan.cutoff_token) == ("merge", 0.3)
+    assert all(replace(kept, num_tokens=block.num_patches) == keep_all_block(block) for kept in plan.blocks)
+    assert count_macs(MIDDLE, plan) <= share * whole
+    counts = [kept.num_tokens for kept in plan.blocks]
+    finely = [schedule(kind, block.num_patches, MIDDLE.depth, n / 500) for n in range(500 * block.num_patches)]
+    fits = [
+        each for each in finely
+        if count_macs(MIDDLE, Plan(blocks=tuple(keep_all_block(block, n) for n in each), token_reduction="merge"))
+        <= share * whole
+    ]  # fmt: skip
+    assert counts == fits[0]
+
+
+def test_a_schedule_that_cannot_reach_its_target_says_what_it_can_reach() -> None:
+    with pytest.raises(SettingError, match="no constant schedule has 1000 multiply-adds or fewer; the smallest has"):
+        scheduled(MIDDLE, 1000, "constant", "merge")
+    assert scheduled(MIDDLE, whole_macs(MIDDLE), "decreasing", "lfe").blocks == keep_all_plan(MIDDLE).blocks

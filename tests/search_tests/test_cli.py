@@ -6,7 +6,9 @@ import json
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from search.cli import main
 from search.folder import Folder
 from search.front import front_record
 from search.outcome import Outcome
+from search.trial import run_trial
 from tests.search_tests import made, tiny
 
 OUTCOMES = [made.outcome("t000", 0.9, 1.0), made.outcome("t001", 0.88, 2.0), made.outcome("t002", 0.5, 2.5)]
@@ -41,6 +44,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for split in ("train", "val"):
         tiny.write_images(tmp_path / "images" / split)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pruning.pace._least_times", tiny.steady_times)
 
 
 def files(folder: Path) -> set[str]:
@@ -281,9 +289,129 @@ def test_pruned_model_is_told_block_by_block(capsys: pytest.CaptureFixture[str],
     rows = [line.replace("│", " ").split() for line in out.splitlines() if line.startswith("│")]
     assert [row[0] for row in rows] == ["0", "1", "2"]
     assert all(len(row) == 8 and row[1] == "2/2" and row[7].endswith("%") for row in rows)
-    before_after, ratio = out.splitlines()[-2:]
+    lines = out.splitlines()
+    before_after, ratio, *notes = lines[max(n for n, line in enumerate(lines) if line.startswith("└")) + 1 :]
     assert before_after.startswith("top-1 ") and before_after.count(" -> ") == 3
     assert "x as fast" in ratio and ratio.endswith("of the MACs")
+    assert all(note.startswith("note: block ") for note in notes)
+
+
+def test_layers_that_too_few_images_repair_are_told_one_a_line(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_recipe(folder / "tiny.yaml")
+    told: list[Outcome] = []
+
+    def noted(*arguments: Any) -> Outcome:
+        told.append(replace(run_trial(*arguments), notes=("block 0 a: only the bias", "block 1 b: only the bias")))
+        return told[-1]
+
+    monkeypatch.setattr("search.prune.run_trial", noted)
+    code, out, _ = call(capsys, "prune", "tiny.yaml")
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith("note")] == [
+        "note: block 0 a: only the bias; more data.calibration_images would help",
+        "note: block 1 b: only the bias; more data.calibration_images would help",
+    ]
+    code, out, _ = call(capsys, "prune", "tiny.yaml", "--json")
+    assert (code, Outcome.from_json(json.loads(out))) == (0, told[-1])
+
+
+def test_by_default_a_model_is_pruned_globally_with_the_best_reduction_and_widths_measured_here(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    tiny.write_recipe(folder / "tiny.yaml", space__round_to=5, space__token_reduction="lfe")
+    code, out, _ = call(capsys, "prune", "tiny.yaml", "--json")
+    assert code == 0
+    outcome = Outcome.from_json(json.loads(out))
+    chosen = outcome.candidate
+    assert (chosen.method, chosen.token_reduction, chosen.round_to) == ("global", "attention-merge", "auto")
+    assert outcome.plan is not None
+    assert outcome.plan.token_reduction == "attention-merge"
+    for block in outcome.plan.blocks:
+        assert block.shape.num_hidden % 8 == block.shape.qk_width % 8 == block.shape.v_width % 8 == 0
+
+
+@pytest.mark.parametrize("round_to", [8, 12])
+def test_widths_are_multiples_of_what_is_asked(capsys: pytest.CaptureFixture[str], folder: Path, round_to: int) -> None:
+    tiny.write_recipe(folder / "tiny.yaml")
+    given = ["--round-to", str(round_to), "--token-reduction", "none", "--target-ratio", "0.75", "--json"]
+    code, out, _ = call(capsys, "prune", "tiny.yaml", *given)
+    assert code == 0
+    outcome = Outcome.from_json(json.loads(out))
+    assert (outcome.candidate.round_to, outcome.candidate.token_reduction) == (round_to, "none")
+    assert outcome.plan is not None
+    for shape in (block.shape for block in outcome.plan.blocks):
+        assert shape.num_tokens == 16
+        for width, most in ((shape.qk_width, 16), (shape.v_width, 16), (shape.num_hidden, 128)):
+            assert width % round_to == 0 or width == most
+
+
+def write_swin(folder: Path) -> None:
+    args = tiny.SWIN_ARGS | {"img_size": 8, "patch_size": 1, "in_chans": 1, "num_classes": 10}
+    data = {"dataset": "digits", "calibration_images": 60, "probe_images": 40, "val_images": 30}
+    tiny.write_recipe(
+        folder / "swin.yaml", model={"name": tiny.SWIN, "args": args}, data=data | {"mean": [0.3], "std": [0.38]}
+    )
+
+
+def test_swin_is_pruned_and_told_block_by_block(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    write_swin(folder)
+    code, out, _ = call(capsys, "prune", "swin.yaml", "--round-to", "8")
+    assert code == 0
+    rows = [line.replace("│", " ").split() for line in out.splitlines() if line.startswith("│")]
+    assert [(row[0], row[1], row[5]) for row in rows] == [
+        ("0", "2/2", "64/64"),
+        ("1", "2/2", "64/64"),
+        ("2", "4/4", "16/16"),
+        ("3", "4/4", "16/16"),
+    ]
+    assert [row[4].partition("/")[2] for row in rows] == ["64", "64", "128", "128"]
+
+
+def test_swin_pruned_up_to_a_stage_is_saved_and_loaded_again(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    write_swin(folder)
+    code, out, _ = call(
+        capsys, "prune", "swin.yaml", "--exit-block", "2", "--target-ratio", "0.3", "--to", "out", "--json"
+    )
+    assert code == 0
+    outcome = Outcome.from_json(json.loads(out))
+    assert (outcome.candidate.token_reduction, outcome.candidate.round_to) == ("none", "auto")
+    model, description = load(folder / "out")
+    assert outcome.measurement is not None
+    assert description.plan == outcome.plan
+    assert count_params(model) == outcome.measurement.params
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--token-reduction", "lfe"], ["lfe cannot be done to this model", "none or auto"]),
+        (["--exit-block", "1"], ["1 has no exit", "after blocks 2, 4"]),
+        (["--exit-block", "5"], ["5 is no exit", "4 blocks"]),
+        (["--token-share", "1"], ["token share 1 ", "none"]),
+        (["--set", "model.args.window_size=3"], ["pads its grid", "window_size"]),
+    ],
+)
+def test_what_a_swin_cannot_do_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], folder: Path, given: list[str], says: list[str]
+) -> None:
+    write_swin(folder)
+    check_refused(capsys, folder, "prune", "swin.yaml", *given, says=says)
+
+
+def test_sweep_of_a_swin_that_is_asked_to_reduce_tokens_is_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    write_swin(folder)
+    check_refused(capsys, folder, "run", "swin.yaml", says=["space.token_reduction: lfe", "none or auto"])
+
+
+def test_tokens_alone_are_not_pruned_where_none_may_go(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    tiny.write_recipe(folder / "tiny.yaml")
+    given = ["--token-share", "1", "--token-reduction", "none"]
+    check_refused(capsys, folder, "prune", "tiny.yaml", *given, says=["token share 1 ", "none", "less"])
 
 
 def test_cascade_tells_what_each_block_cost(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
@@ -298,12 +426,18 @@ def test_cascade_tells_what_each_block_cost(capsys: pytest.CaptureFixture[str], 
 
 @pytest.mark.parametrize(
     ("option", "value", "told"),
-    [("--method", "best", "method"), ("--criterion", "best", "criterion"), ("--round-to", "0", "round_to")],
+    [
+        ("--method", "best", "space.method: "),
+        ("--criterion", "best", "space.criterion: "),
+        ("--token-reduction", "best", "space.token_reduction: "),
+        ("--round-to", "0", "space.round_to: "),
+        ("--round-to", "-8", "space.round_to: "),
+        ("--round-to", "best", "space.round_to: "),
+        ("--round-to", "7.5", "space.round_to: "),
+    ],
 )
 def test_choice_that_is_not_there_is_refused(
     capsys: pytest.CaptureFixture[str], folder: Path, option: str, value: str, told: str
 ) -> None:
     tiny.write_recipe(folder / "tiny.yaml")
-    code, _, errors = call(capsys, "prune", "tiny.yaml", option, value)
-    assert code == 2
-    assert told in errors
+    check_refused(capsys, folder, "prune", "tiny.yaml", option, value, says=[told])

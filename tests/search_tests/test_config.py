@@ -105,6 +105,10 @@ def test_bounds_upside_down_are_named(key: str, bounds: list[float]) -> None:
         ("space.round_to", 0),
         ("space.round_to", [8, 0]),
         ("space.round_to", 1.5),
+        ("space.round_to", "best"),
+        ("space.round_to", ["auto", 0]),
+        ("space.round_to", ["auto", "best"]),
+        ("space.token_reduction", ["lfe", "auto"]),
         ("space.criterion", 3),
         ("search.trials", 0),
         ("search.sampler", "grid"),
@@ -146,8 +150,14 @@ def test_parameter_is_a_number_or_a_range(given: Any, read: Any) -> None:
         ("criterion", [*CRITERIA], tuple(CRITERIA)),
         ("token_reduction", "attention-merge", "attention-merge"),
         ("token_reduction", [*TOKEN_REDUCTIONS], TOKEN_REDUCTIONS),
+        ("token_reduction", "none", "none"),
+        ("token_reduction", ["none", "merge"], ("none", "merge")),
+        ("token_reduction", "auto", "auto"),
         ("round_to", 8, 8),
         ("round_to", [8, 1, 4], (8, 1, 4)),
+        ("round_to", "auto", "auto"),
+        ("round_to", ["auto"], ("auto",)),
+        ("round_to", [8, "auto", 1], (8, "auto", 1)),
     ],
 )
 def test_choice_is_one_value_or_a_list_in_the_recipes_order(key: str, given: Any, read: Any) -> None:
@@ -167,7 +177,7 @@ def test_by_default_nothing_is_left_to_choose() -> None:
     [
         ("method", "globl", ["cascade", "global"]),
         ("criterion", "lsf", list(CRITERIA)),
-        ("token_reduction", "drop", list(TOKEN_REDUCTIONS)),
+        ("token_reduction", "drop", ["none", *TOKEN_REDUCTIONS]),
     ],
 )
 def test_unknown_choice_is_one_line_with_the_key_the_value_and_those_there_are(
@@ -195,11 +205,13 @@ def test_empty_list_of_choices_is_refused(key: str) -> None:
         ("method", ["global", "global"]),
         ("criterion", ["lfs", "obs", "lfs"]),
         ("token_reduction", ["merge", "merge"]),
-        ("round_to", [1, 8, 8.0]),
+        ("token_reduction", ["none", "lfe", "none"]),
+        ("round_to", [8, 1, 8.0]),
+        ("round_to", ["auto", 8, "auto"]),
     ],
 )
 def test_choice_that_is_given_twice_is_named(key: str, choices: list[Any]) -> None:
-    twice = re.escape(repr(choices[1] if key == "round_to" else choices[0]))
+    twice = re.escape(repr(choices[0]))
     with pytest.raises(ConfigError, match=f"^space.{key}: {twice} is given twice; give each choice once$"):
         Config.from_dict(changed(f"space.{key}", choices))
 
@@ -225,6 +237,8 @@ def test_relative_paths_count_from_here(tmp_path: Path) -> None:
         ("space.target_ratio=[0.4, 0.6]", ("space", "target_ratio"), (0.4, 0.6)),
         ("space.method=global", ("space", "method"), "global"),
         ("space.criterion=[lfs, obs]", ("space", "criterion"), ("lfs", "obs")),
+        ("space.round_to=[auto, 8]", ("space", "round_to"), ("auto", 8)),
+        ("space.token_reduction=none", ("space", "token_reduction"), "none"),
         ("data.test=null", ("data", "test"), None),
         ("model.pretrained=true", ("model", "pretrained"), True),
         ("model.args={depth: 4}", ("model", "args"), {"depth": 4}),
@@ -358,6 +372,8 @@ def test_how_long_and_where_a_sweep_runs_makes_no_difference(key: str, value: An
         ("space.exit_block", [2, 3]),
         ("space.method", ["cascade", "global"]),
         ("space.round_to", 8),
+        ("space.round_to", "auto"),
+        ("space.token_reduction", "auto"),
         ("search.sampler", "random"),
         ("search.seed", 1),
         ("cascade.alpha", 0.5),

@@ -13,7 +13,7 @@ import pytest
 from pruning.plan import TOKEN_REDUCTIONS, TokenReduction
 from pruning.scores.criteria import CRITERIA
 from pruning.tokens import REDUCERS
-from search.outcome import FILTERED, Candidate, Outcome, State
+from search.outcome import FILTERED, Candidate, Outcome, RoundTo, State
 from tests.search_tests import made
 
 GLOBAL: dict[str, Any] = {"method": "global", "drop_budget": (0.0,) * 3, "token_reduction": "merge", "round_to": 8}
@@ -24,6 +24,8 @@ OUTCOMES = [
     made.failed("t003", State.INFEASIBLE),
     made.failed("t004", State.STOPPED),
     replace(made.outcome("t005", 0.9, 1.5), candidate=made.candidate(**GLOBAL)),
+    replace(made.outcome("t006", 0.9, 1.5), candidate=made.candidate(round_to="auto", token_reduction="none")),
+    replace(made.outcome("t007", 0.9, 1.5), notes=("block 0 proj: only the bias is repaired", "block 1 \N{SNOWMAN}")),
 ]
 
 
@@ -39,6 +41,15 @@ def test_outcome_is_written_in_plain_words() -> None:
     assert record["state"] == "failed"
     assert record["plan"] is None
     assert record["measurement"] is None
+
+
+def test_notes_are_written_as_they_are_and_an_outcome_may_have_none() -> None:
+    assert json.loads(json.dumps(OUTCOMES[-1].to_json()))["notes"] == [
+        "block 0 proj: only the bias is repaired",
+        "block 1 \N{SNOWMAN}",
+    ]
+    assert OUTCOMES[0].notes == ()
+    assert json.loads(json.dumps(OUTCOMES[0].to_json()))["notes"] == []
 
 
 @pytest.mark.parametrize("candidate", [made.candidate(), made.candidate(criterion="obs"), made.candidate(**GLOBAL)])
@@ -100,6 +111,20 @@ def test_cutoff_of_the_tokens_is_a_parameter_where_the_reduction_has_a_filter(
     params = made.candidate(method=method, token_reduction=reduction).to_params()
     assert params["token_reduction"] == reduction
     assert ("cutoff_token" in params) == REDUCERS[reduction].has_filter
+    assert "token_share" in params
+
+
+@pytest.mark.parametrize("method", ["cascade", "global"])
+def test_without_a_token_reduction_nothing_about_tokens_is_a_parameter(method: str) -> None:
+    some, none = (made.candidate(method=method, token_reduction=kind).to_params() for kind in ("lfe", "none"))
+    assert some.keys() - none.keys() == {"token_share", "cutoff_token"}
+    assert none.keys() <= some.keys()
+    assert none["token_reduction"] == "none"
+
+
+@pytest.mark.parametrize("round_to", [1, 8, "auto"])
+def test_rounding_is_a_parameter_as_it_was_asked_for(round_to: RoundTo) -> None:
+    assert made.candidate(round_to=round_to).to_params()["round_to"] == round_to
 
 
 def test_reductions_with_a_filter_are_those_that_build_one() -> None:

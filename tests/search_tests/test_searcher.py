@@ -25,10 +25,16 @@ BOTH = Space(
         exit_block=(2, 3),
         method=("cascade", "global"),
         criterion=("lfs", "taylor", "obs"),
-        token_reduction=("lfe", "merge", "attention"),
-        round_to=(1, 8),
+        token_reduction=("lfe", "merge", "none"),
+        round_to=(1, 8, "auto"),
     ),
     depth=3,
+)
+SWIN = Space(
+    SpaceConfig(exit_block=(1, 6), method=("cascade", "global"), token_reduction="none", round_to=("auto", 8)),
+    depth=6,
+    exits=(2, 4, 6),
+    has_windows=True,
 )
 FINISHED = {TrialState.COMPLETE, TrialState.FAIL}
 
@@ -187,6 +193,21 @@ def test_space_of_choices_is_searched_in_parameters_that_have_an_effect(sampler:
     for candidate, trial in zip(suggested, trials(source), strict=True):
         assert trial.state is TrialState.COMPLETE
         assert trial.params == searched(candidate, BOTH) == candidate.to_params()
+
+
+def test_exits_after_stages_are_a_choice_of_the_study_and_known_again_on_resume() -> None:
+    source = searcher(SWIN)
+    first = SWIN.first_candidates()
+    drawn = suggest(source, len(first) + 12)
+    assert [candidate for _, candidate in drawn][: len(first)] == first
+    assert {candidate.exit_block for _, candidate in drawn} == {2, 4, 6}
+    assert {candidate.round_to for _, candidate in drawn} == {"auto", 8}
+    assert [trial.params for trial in trials(source)] == [searched(candidate, SWIN) for _, candidate in drawn]
+    assert not any("token_share" in trial.params for trial in trials(source))
+    resumed = searcher(SWIN, known=[measured(*each) for each in drawn])
+    assert [trial.params for trial in trials(resumed)] == [trial.params for trial in trials(source)]
+    again = {candidate for _, candidate in suggest(resumed, 6)}
+    assert again.isdisjoint(candidate for _, candidate in drawn)
 
 
 def test_resume_knows_choices_as_they_were_made() -> None:

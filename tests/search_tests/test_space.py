@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,13 +34,16 @@ BOTH = SpaceConfig(
     exit_block=(9, DEPTH),
     method=("cascade", "global"),
     criterion=("lfs", "taylor", "obs"),
-    token_reduction=TOKEN_REDUCTIONS,
-    round_to=(1, 8),
+    token_reduction=(*TOKEN_REDUCTIONS, "none"),
+    round_to=(1, 8, "auto"),
 )
 GLOBAL = SpaceConfig(
     exit_block=(9, DEPTH), method="global", criterion=("obs", "taylor"), token_reduction=("merge", "lfe"), round_to=8
 )
-CONFIGS = [WIDE, NARROW, FIXED, BOTH, GLOBAL]
+WHOLE = SpaceConfig(exit_block=(9, DEPTH), token_reduction="none", round_to="auto", token_share=(0.2, 0.4))
+CONFIGS = [WIDE, NARROW, FIXED, BOTH, GLOBAL, WHOLE]
+SWIN_EXITS = (2, 4, 10, 12)
+"""Of a Swin's four stages."""
 
 
 class Chooser:
@@ -224,16 +228,16 @@ def test_every_choice_is_asked_for_with_its_values() -> None:
     Space(BOTH, DEPTH).choose(chooser)
     assert chooser.asked["method"] == ("cascade", "global")
     assert chooser.asked["criterion"] == ("lfs", "taylor", "obs")
-    assert chooser.asked["token_reduction"] == TOKEN_REDUCTIONS
-    assert chooser.asked["round_to"] == (1, 8)
+    assert chooser.asked["token_reduction"] == (*TOKEN_REDUCTIONS, "none")
+    assert chooser.asked["round_to"] == (1, 8, "auto")
 
 
 def test_every_choice_can_be_chosen() -> None:
     chosen = [Space(BOTH, DEPTH).choose(Chooser(seed=seed)) for seed in range(60)]
     assert {each.method for each in chosen} == {"cascade", "global"}
     assert {each.criterion for each in chosen} == {"lfs", "taylor", "obs"}
-    assert {each.token_reduction for each in chosen} == set(TOKEN_REDUCTIONS)
-    assert {each.round_to for each in chosen} == {1, 8}
+    assert {each.token_reduction for each in chosen} == {*TOKEN_REDUCTIONS, "none"}
+    assert {each.round_to for each in chosen} == {1, 8, "auto"}
 
 
 def test_list_of_one_choice_fixes_it() -> None:
@@ -257,6 +261,7 @@ def test_what_is_asked_for_is_what_has_an_effect(seed: int) -> None:
         ({"method": "cascade", "criterion": "lfs", "token_reduction": "lfe-merge"}, set()),
         ({"method": "cascade", "criterion": "obs", "token_reduction": "lfe"}, {"cutoff_channel"}),
         ({"method": "cascade", "criterion": "lfs", "token_reduction": "merge"}, {"cutoff_token"}),
+        ({"method": "cascade", "criterion": "lfs", "token_reduction": "none"}, {"cutoff_token", "token_share"}),
         (
             {"method": "global", "token_reduction": "lfe"},
             {"criterion", "cutoff_channel", *(f"drop_budget.{block}" for block in range(9))},
@@ -303,6 +308,111 @@ def test_clip_keeps_a_choice_that_is_allowed_and_else_takes_the_first() -> None:
     assert space.clip(replace(inside, token_reduction="attention")) == replace(
         inside, token_reduction="merge", cutoff_token=0.85
     )
+
+
+def test_clip_of_a_rounding_that_is_not_allowed_takes_the_first() -> None:
+    space = Space(BOTH.model_copy(update={"round_to": ("auto", 8)}), DEPTH)
+    inside = space.choose(Chooser(0.5, round_to=8))
+    assert space.clip(inside) == inside
+    assert space.clip(replace(inside, round_to=1)).round_to == "auto"
+    assert Space(WIDE, DEPTH).clip(replace(inside, round_to="auto")).round_to == 1
+
+
+def test_candidates_without_a_token_reduction_differ_in_nothing_about_tokens() -> None:
+    space = Space(BOTH.model_copy(update={"token_share": (0.3, 0.8)}), DEPTH)
+    one, other = (space.choose(Chooser(part, token_reduction="none", method="global")) for part in (0.0, 1.0))
+    assert (one.token_share, one.cutoff_token) == (other.token_share, other.cutoff_token) == (0.3, 0.85)
+    reduced = space.choose(Chooser(1.0, token_reduction="lfe", method="global"))
+    assert reduced.token_share == 0.8
+    assert space.clip(replace(reduced, token_reduction="none")) == replace(
+        reduced, token_reduction="none", token_share=0.3, cutoff_token=0.85
+    )
+
+
+@pytest.mark.parametrize(("has_windows", "kind"), [(False, "attention-merge"), (True, "none")])
+def test_token_reduction_auto_is_the_best_that_the_model_can_have(has_windows: bool, kind: str) -> None:
+    space = Space(SpaceConfig(token_reduction="auto"), DEPTH, has_windows=has_windows)
+    assert space.token_reduction == (kind,)
+    assert {space.choose(Chooser(seed=seed)).token_reduction for seed in range(5)} == {kind}
+    assert {each.token_reduction for each in space.first_candidates()} == {kind}
+
+
+@pytest.mark.parametrize("given", [*TOKEN_REDUCTIONS, ("none", "merge"), ("lfe",)])
+def test_token_reduction_of_a_model_with_windows_is_refused_by_its_name(given: Any) -> None:
+    names = given if isinstance(given, str) else ", ".join(given)
+    expected = f"^space.token_reduction: {names} cannot be done to this model: .*windows.*; give none or auto$"
+    with pytest.raises(ConfigError, match=expected):
+        Space(SpaceConfig(token_reduction=given), DEPTH, has_windows=True)
+    Space(SpaceConfig(token_reduction=given), DEPTH)
+
+
+@pytest.mark.parametrize("given", ["none", ("none",), "auto"])
+def test_model_with_windows_keeps_its_tokens(given: Any) -> None:
+    space = Space(SpaceConfig(token_reduction=given, method=("cascade", "global")), DEPTH, has_windows=True)
+    chooser = Chooser(0.5)
+    assert space.choose(chooser).token_reduction == "none"
+    assert {"token_reduction", "token_share", "cutoff_token"}.isdisjoint(chooser.asked)
+
+
+def swin_space(exit_block: Any, **other: Any) -> Space:
+    config = SpaceConfig(exit_block=exit_block, token_reduction="none", **other)
+    return Space(config, DEPTH, SWIN_EXITS, has_windows=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "exits"),
+    [((1, 12), [2, 4, 10, 12]), ((3, 11), [4, 10]), ((4, 10), [4, 10]), (None, [12]), (2, [2]), ((11, 12), [12])],
+)
+def test_exits_of_stages_are_those_within_the_range(given: Any, exits: list[int]) -> None:
+    space = swin_space(given)
+    assert space.exit_blocks == exits
+    assert {space.choose(Chooser(seed=seed)).exit_block for seed in range(40)} == set(exits)
+
+
+@pytest.mark.parametrize(("given", "told"), [(3, "3"), ((5, 9), "(5, 9)"), ((11, 11), "(11, 11)")])
+def test_range_without_an_exit_is_answered_with_those_there_are(given: Any, told: str) -> None:
+    expected = f"space.exit_block: {told} has no exit; the model may answer after blocks 2, 4, 10, 12"
+    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
+        swin_space(given)
+
+
+def test_exits_with_gaps_are_a_choice_and_those_without_a_range() -> None:
+    chooser = Chooser(1.0)
+    assert swin_space((1, 12)).choose(chooser).exit_block == 12
+    assert chooser.asked["exit_block"] == SWIN_EXITS
+    chooser = Chooser(1.0)
+    space = Space(SpaceConfig(exit_block=(2, 5), token_reduction="none"), DEPTH, (1, 2, 3, 4, 12), has_windows=True)
+    assert space.choose(chooser).exit_block == 4
+    assert chooser.asked["exit_block"] == (2, 4)
+    assert space.exit_blocks == [2, 3, 4]
+
+
+def test_budgets_end_at_the_exit_of_the_stage() -> None:
+    chooser = Chooser(0.5, exit_block=4)
+    candidate = swin_space((1, 12)).choose(chooser)
+    assert {name for name in chooser.asked if name.startswith("drop_budget.")} == {f"drop_budget.{b}" for b in range(4)}
+    assert candidate.drop_budget[4:] == (0.0,) * 8
+    assert chooser.asked.keys() == candidate.to_params().keys() - {"method", "criterion", "token_reduction", "round_to"}
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"), [(1, 2), (2, 2), (4, 4), (5, 4), (6, 4), (8, 10), (9, 10), (11, 10), (12, 12)]
+)
+def test_clip_of_an_exit_takes_the_nearest_that_there_is(given: int, nearest: int) -> None:
+    space = swin_space((1, 12), method="global")
+    inside = space.choose(Chooser(1.0))
+    assert space.clip(replace(inside, exit_block=given)) == replace(inside, exit_block=nearest)
+
+
+@pytest.mark.parametrize("method", ["cascade", "global", ("cascade", "global")])
+def test_first_candidates_of_a_swin_answer_after_its_stages(method: Any) -> None:
+    space = swin_space((1, 12), method=method, round_to="auto")
+    candidates = space.first_candidates()
+    assert len(set(candidates)) == len(candidates)
+    assert {each.exit_block for each in candidates} == ({12} if method == "global" else {2, 10, 12})
+    assert {(each.token_reduction, each.round_to) for each in candidates} == {("none", "auto")}
+    assert all(space.clip(each) == each for each in candidates)
+    assert candidates[0].target_ratio == 1.0
 
 
 def test_clip_of_a_cascade_into_a_space_of_global_candidates_takes_its_budgets() -> None:
@@ -355,3 +465,24 @@ def test_where_all_is_fixed_there_is_one_candidate() -> None:
 def test_space_of_one_block_has_candidates_too() -> None:
     config = SpaceConfig(exit_block=1)
     assert all(is_within(candidate, config, depth=1) for candidate in Space(config, 1).first_candidates())
+
+
+@pytest.mark.parametrize("method", ["constant", "decreasing"])
+def test_a_schedule_is_asked_for_nothing_but_target_exit_and_reduction(method: Any) -> None:
+    chooser = Chooser(seed=3, method=method, token_reduction="merge")
+    config = BOTH.model_copy(update={"method": (method, "cascade"), "token_reduction": ("merge", "lfe")})
+    candidate = Space(config, DEPTH).choose(chooser)
+    assert set(chooser.asked) == {"method", "token_reduction", "exit_block", "target_ratio"}
+    assert set(candidate.to_params()) == set(chooser.asked)
+    assert candidate.drop_budget == (0.0,) * DEPTH
+
+
+def test_a_schedule_has_first_candidates_and_needs_tokens_to_take() -> None:
+    config = SpaceConfig(method=("constant", "decreasing"), token_reduction="merge", target_ratio=(0.2, 1.0))
+    first = Space(config, DEPTH).first_candidates()
+    assert [each.method for each in first] == ["constant", "constant", "decreasing"]
+    assert [each.target_ratio for each in first] == pytest.approx([1.0, 0.6, 0.6])
+    with pytest.raises(ConfigError, match="a schedule takes tokens alone"):
+        Space(config.model_copy(update={"token_reduction": ("none", "merge")}), DEPTH)
+    with pytest.raises(ConfigError, match="a schedule takes tokens alone"):
+        Space(config.model_copy(update={"token_reduction": "auto"}), DEPTH, SWIN_EXITS, has_windows=True)

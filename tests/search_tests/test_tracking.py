@@ -183,6 +183,17 @@ def test_trial_without_a_measurement_says_why(store: Store, state: State, status
     assert store.client.list_artifacts(run.info.run_id) == []
 
 
+def test_notes_of_the_repair_are_a_tag_of_the_trials_run(store: Store) -> None:
+    tracker = store.tracker("notes")
+    tracker.log(replace(OUTCOMES[0], notes=("block 0 proj: only the bias", "block 2 fc2: only the bias")), 0.1, 1)
+    tracker.log(replace(OUTCOMES[1], notes=("x" * 9000,)), 0.1, 2)
+    tracker.log(OUTCOMES[3], 0.1, 3)
+    tags = {name: run.data.tags for name, run in store.children(tracker).items()}
+    assert tags["t000"]["vitfront.notes"] == "block 0 proj: only the bias; block 2 fc2: only the bias"
+    assert tags["t001"]["vitfront.notes"] == 5000 * "x"
+    assert "vitfront.notes" not in tags["t003"]
+
+
 def test_resume_writes_what_is_missing_and_no_second_run(store: Store) -> None:
     first = store.tracker("resumed")
     for number in (0, 1):

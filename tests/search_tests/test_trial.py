@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,13 +13,15 @@ from torch import nn
 
 from pruning.accuracy import wilson_interval
 from pruning.anatomy import blocks_of, examine
+from pruning.compensation import repaired_model
 from pruning.cost import count_macs, count_params
 from pruning.data import Images
 from pruning.errors import VitfrontError
-from pruning.surgery import keep_all_plan
-from search.outcome import Candidate, Measurement, Outcome, State
+from pruning.pace import Pace
+from pruning.surgery import keep_all_block, keep_all_plan
+from search.outcome import Candidate, Measurement, Method, Outcome, State
 from search.trial import Bench, build, confirm, measure, prepare, run_trial
-from tests.search_tests import tiny
+from tests.search_tests import made, tiny
 
 EXITS = [2, 3]
 
@@ -32,6 +36,20 @@ def prepared() -> tuple[Bench, Measurement]:
 @pytest.fixture(scope="module")
 def bench(prepared: tuple[Bench, Measurement]) -> Bench:
     return prepared[0]
+
+
+@pytest.fixture(scope="module")
+def paced(bench: Bench) -> Bench:
+    """The same model in a sweep that measures what this machine is faster with."""
+    config = tiny.config(
+        space={
+            "method": ["cascade", "global"], "token_reduction": ["attention-merge", "none"], "round_to": [8, "auto"],
+            "exit_block": [2, 3],
+        }
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pruning.pace._least_times", tiny.steady_times)
+        return prepare(config, copy.deepcopy(bench.model), bench.splits, EXITS, trained=True)[0]
 
 
 def candidate(**changes: Any) -> Candidate:
@@ -168,6 +186,106 @@ def test_same_candidate_gives_the_same_plan_and_accuracy(bench: Bench) -> None:
     assert measured(one).top1 == measured(other).top1
 
 
+def test_bench_has_a_pace_of_every_block_for_each_token_reduction_where_widths_are_to_be_measured(
+    bench: Bench, paced: Bench
+) -> None:
+    assert bench.paces == {}
+    assert paced.paces.keys() == {"attention-merge", "none"}
+    for kind, paces in paced.paces.items():
+        assert paces == (paces[0],) * tiny.DEPTH
+        assert set(paces[0].attention) == {(8, 8), (8, 16), (16, 8), (16, 16)}
+        assert paces[0].hidden == tuple(range(8, 129, 8))
+        assert (paces[0].reduction > 0) == (kind != "none")
+
+
+ODD = Pace(attention=((3, 5), (7, 2), (16, 16)), hidden=(21, 77, 128), reduction=1000.0)
+"""What no measurement would give, so that widths of it come from nowhere else."""
+
+
+@pytest.mark.parametrize("exit_block", EXITS)
+@pytest.mark.parametrize("token_reduction", ["attention-merge", "none"])
+@pytest.mark.parametrize("method", ["cascade", "global"])
+def test_widths_are_those_of_the_pace_of_the_block_also_before_an_exit(
+    paced: Bench, method: Any, token_reduction: Any, exit_block: int
+) -> None:
+    paces = tuple(replace(ODD, hidden=(10 + block, *ODD.hidden)) for block in range(tiny.DEPTH))
+    others: Any = {"attention-merge": (), "none": ()}
+    odd = replace(paced, paces=others | {token_reduction: paces})
+    asked = candidate(
+        method=method, token_reduction=token_reduction, exit_block=exit_block, round_to="auto", criterion="obs",
+        drop_budget=(100.0 if method == "cascade" else 0.0,) * tiny.DEPTH,
+        target_ratio=0.01 if method == "cascade" else 0.35,
+    )  # fmt: skip
+    outcome = run_trial(odd, asked, "t000")
+    assert measured(outcome).macs <= 0.35 * paced.dense_macs  # the cascade goes as far as it can, which is farther
+    assert outcome.plan is not None
+    assert outcome.plan.token_reduction == token_reduction
+    assert len(outcome.plan.blocks) == exit_block
+    for block, pace in zip(outcome.plan.blocks, paces, strict=False):
+        assert (block.shape.qk_width, block.shape.v_width) in pace.attention
+        assert block.shape.num_hidden in pace.hidden
+        assert token_reduction != "none" or block.num_tokens == 16
+    assert any(block.shape.num_hidden < 128 for block in outcome.plan.blocks)
+
+
+@pytest.mark.parametrize("method", ["cascade", "global"])
+def test_widths_that_were_measured_make_a_model_and_so_do_multiples(paced: Bench, method: Any) -> None:
+    asked = candidate(
+        method=method, token_reduction="attention-merge", exit_block=2, criterion="obs", target_ratio=0.45,
+        drop_budget=(100.0 if method == "cascade" else 0.0,) * tiny.DEPTH, token_share=0.0,
+    )  # fmt: skip
+    outcome = run_trial(paced, replace(asked, round_to="auto"), "t000")
+    assert measured(outcome).macs <= 0.45 * paced.dense_macs
+    assert outcome.plan is not None
+    for block, pace in zip(outcome.plan.blocks, paced.paces["attention-merge"], strict=False):
+        assert (block.shape.qk_width, block.shape.v_width) in pace.attention
+        assert block.shape.num_hidden in pace.hidden
+    by_eight = run_trial(paced, replace(asked, round_to=8), "t001")
+    assert by_eight.plan is not None
+    for block in by_eight.plan.blocks:
+        assert {block.shape.qk_width % 8, block.shape.v_width % 8, block.shape.num_hidden % 8} == {0}
+
+
+@pytest.mark.parametrize("method", ["cascade", "global"])
+def test_layers_that_too_few_images_repair_are_noted(paced: Bench, method: Any) -> None:
+    asked = candidate(
+        method=method, token_reduction="none", criterion="magnitude", target_ratio=0.5, round_to=1,
+        drop_budget=(100.0 if method == "cascade" else 0.0,) * tiny.DEPTH,
+    )  # fmt: skip
+    few = replace(paced, splits=replace(paced.splits, calibration=paced.splits.calibration.take(slice(0, 1))))
+    outcome = run_trial(few, asked, "t000")
+    measured(outcome)
+    assert outcome.plan is not None
+    assert outcome.notes
+    assert outcome.notes == repaired_model(few.model, outcome.plan, few.splits.calibration, batch_size=64).notes
+    assert all("only the bias is repaired" in note for note in outcome.notes)
+    assert run_trial(paced, candidate(), "t001").notes == ()
+
+
+@pytest.mark.parametrize("method", ["cascade", "global"])
+def test_swin_is_pruned_up_to_either_of_its_stages(method: Any) -> None:
+    space = {"method": method, "token_reduction": "auto", "round_to": "auto", "exit_block": [1, 4]}
+    bench, dense = prepare(tiny.config(space=space), tiny.swin(), tiny.splits(test=False), [2, 4], trained=True)
+    assert bench.paces.keys() == {"none"}
+    for exit_block in (2, 4):
+        asked = candidate(
+            method=method, criterion="obs", token_reduction="none", round_to="auto", exit_block=exit_block,
+            drop_budget=(100.0 if method == "cascade" else 0.0,) * 4, target_ratio=0.6,
+        )  # fmt: skip
+        bench.paces["none"] = tuple(
+            Pace(attention=((8, 8),), hidden=(10 + block, dense.num_hidden))
+            for block, dense in enumerate(examine(bench.model).blocks)
+        )
+        outcome = run_trial(bench, asked, "t000")
+        assert measured(outcome).macs <= 0.6 * dense.macs
+        assert outcome.plan is not None
+        assert [block.num_tokens for block in outcome.plan.blocks] == [64, 64, 16, 16][:exit_block]
+        widths = [block.shape.num_hidden for block in outcome.plan.blocks]
+        assert all(width in (10 + block, (64, 64, 128, 128)[block]) for block, width in enumerate(widths))
+        assert exit_block == 2 or min(widths) < 64
+        assert accuracy(build(bench, outcome.plan), bench.splits.val) == pytest.approx(measured(outcome).top1)
+
+
 def test_error_inside_a_trial_is_a_failed_outcome_that_says_what_and_where(bench: Bench) -> None:
     outcome = run_trial(breaking(bench, RuntimeError("out of memory\nmuch more of it")), candidate(), "t003")
     assert (outcome.id, outcome.state, outcome.candidate) == ("t003", State.FAILED, candidate())
@@ -243,3 +361,18 @@ def test_model_that_is_trained_already_is_not_trained_again() -> None:
     bench, _ = prepare(config, tiny.model(), tiny.splits(test=False), [tiny.DEPTH], trained=True)
     fresh = tiny.model().state_dict()
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in bench.model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["constant", "decreasing"])
+def test_a_schedule_takes_tokens_alone_and_reaches_its_target(bench: Bench, method: Method) -> None:
+    asked = made.candidate(
+        exit_block=tiny.DEPTH, method=method, token_reduction="merge", target_ratio=0.7, drop_budget=(0.0,) * tiny.DEPTH
+    )
+    outcome = run_trial(bench, asked, "t000")
+    assert outcome.state is State.MEASURED and outcome.plan is not None and outcome.measurement is not None
+    assert outcome.measurement.macs <= 0.7 * bench.dense_macs
+    block = examine(bench.model).blocks[0]
+    assert all(kept.keep_hidden == keep_all_block(block).keep_hidden for kept in outcome.plan.blocks)
+    counts = [block.num_patches, *(kept.num_tokens for kept in outcome.plan.blocks)]
+    taken = [before - after for before, after in pairwise(counts)]
+    assert max(taken) - min(taken) <= 1 if method == "constant" else taken == sorted(taken, reverse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ DEPTH = 3
 NUM_CLASSES = 4
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": DEPTH, "num_heads": 2, "num_classes": NUM_CLASSES}
+
+SWIN = "swin_tiny_patch4_window7_224"
+SWIN_ARGS = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+"""Two stages of two blocks; the grid has to be of 8 x 8 patches."""
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -52,6 +57,17 @@ def model(seed: int = 0) -> torch.nn.Module:
     """Untrained."""
     torch.manual_seed(seed)
     return create_model(NAME, args=ARGS)
+
+
+def swin(seed: int = 0) -> torch.nn.Module:
+    """Untrained, for the same images."""
+    torch.manual_seed(seed)
+    return create_model(SWIN, args=SWIN_ARGS | {"img_size": 16, "patch_size": 2, "num_classes": NUM_CLASSES})
+
+
+def steady_times(calls: Sequence[Any], device: torch.device, repeats: int) -> list[float]:
+    """For `pruning.pace._least_times`: each width is faster than all larger ones, however busy the machine is."""
+    return [1.0 + index for index in range(len(calls))]
 
 
 def images(count: int, seed: int = 0) -> Images:

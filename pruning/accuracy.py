@@ -26,7 +26,7 @@ def predict(model: nn.Module, images: Images, *, batch_size: int = 64, precision
 def top1(logits: Tensor, labels: Tensor) -> float:
     """The share of images whose largest logit is their label, in [0, 1]; one with a NaN is wrong. (B, K), (B,)."""
     right = (logits.argmax(dim=1) == labels.to(logits.device)) & ~logits.isnan().any(dim=1)
-    return right.float().mean().item()
+    return right.cpu().double().mean().item()
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:

@@ -110,7 +110,7 @@ def measure_profile(
             continue
         trial = repaired_model(model, plan, calibration, sensitivity, batch_size=batch_size, precision=precision)
         logits = predict(trial.model, probe, batch_size=batch_size, precision=precision)
-        scales.append(max(1.0, divergence(dense, logits) / max(_predicted(profile, anatomy, plan), 1e-9)))
+        scales.append(max(1.0, divergence(dense, logits) / max(sum(_predicted(profile, anatomy, plan)), 1e-9)))
     # Sensitivity 3, curves 1, the dense stream 1, a trial 3; probed tokens, and the answers of the models.
     probe_share, probed = len(probe) / len(calibration), len(SHARES) * (anatomy.depth + 1) / 2 + 1 if reduces else 0
     return replace(
@@ -163,9 +163,9 @@ def allocate(
     token_share: float = 0.5,
     paces: Sequence[Pace] | None = None,
 ) -> Plan:
-    """A plan with at most so many multiply-adds that no plan of as many or fewer undercuts in predicted cost.
+    """A plan of little predicted cost with at most so many multiply-adds.
 
-    Only plans on the lower convex hull are found: where costs are irregular, it may be smaller than asked.
+    No plan on the lower convex hull of costs and multiply-adds that is as small undercuts it; one off the hull may.
 
     Args:
         token_share: in [0, 1]: 0.5 weighs channels and tokens as the profile does; the cost of channels is
@@ -200,20 +200,30 @@ def allocate(
 
 
 def _within(search: _Search, target_macs: int) -> tuple[Plan, Plan | None]:
-    """The smallest plan, and the one of the lowest price with at most so many multiply-adds, if there is any."""
+    """The smallest plan, and the cheapest found with at most so many multiply-adds, if there is any.
+
+    Two prices next to each other give a plan within the target and one above it. Where these lie far apart, a plan
+    whose first blocks are the larger one's comes closer.
+    """
     low, high = 1e-16, 1e3  # nats a multiply-add; at the highest, also a tiny model's least plan is the cheapest
-    smallest = search.plan(high)
-    if count_macs(search.anatomy, smallest) > target_macs:
+    anatomy, smallest, above = search.anatomy, search.plan(high), search.plan(low)
+    if count_macs(anatomy, smallest) > target_macs:
         return smallest, None
     best = smallest
     for _ in range(40):
         middle = math.sqrt(low * high)
         plan = search.plan(middle)
-        if count_macs(search.anatomy, plan) <= target_macs:
+        if count_macs(anatomy, plan) <= target_macs:
             best, high = plan, middle
         else:
-            low = middle
-    return smallest, best
+            above, low = plan, middle
+    mixed = [best]
+    for index in range(1, anatomy.depth + 1):
+        blocks = above.blocks[:index] + best.blocks[index:]
+        counts = [block.num_tokens for block in blocks]
+        if counts == sorted(counts, reverse=True):
+            mixed.append(replace(best, blocks=blocks))
+    return smallest, min((plan for plan in mixed if count_macs(anatomy, plan) <= target_macs), key=search.cost)
 
 
 def scheduled(
@@ -282,6 +292,11 @@ class _Search:
             blocks=tuple(blocks), cutoff_token=self.profile.cutoff_token, token_reduction=self.profile.token_reduction
         )
 
+    def cost(self, plan: Plan) -> float:
+        """Predicted, in nats an image."""
+        of_channels, of_tokens = _predicted(self.profile, self.anatomy, plan)
+        return self.channel_scale * of_channels + self.profile.token_scale * of_tokens
+
     def _tokens(self, index: int) -> list[int]:
         """The counts, with the prefix tokens, at a block."""
         block = self.anatomy.blocks[index]
@@ -337,17 +352,17 @@ class _Search:
         )
 
 
-def _predicted(profile: Profile, anatomy: Anatomy, plan: Plan) -> float:
-    """The predicted cost of a plan, before scaling."""
-    total, entering = 0.0, anatomy.blocks[0].num_patches
+def _predicted(profile: Profile, anatomy: Anatomy, plan: Plan) -> tuple[float, float]:
+    """The predicted cost of a plan's channels, and of its tokens, before scaling."""
+    of_channels, of_tokens, entering = 0.0, 0.0, anatomy.blocks[0].num_patches
     for block, curves, tokens, kept in zip(anatomy.blocks, profile.channels, profile.tokens, plan.blocks, strict=True):
         shape = kept.shape
-        total += float(curves.qk[block.head_dim - shape.qk_width] + curves.v[block.head_dim - shape.v_width])
-        total += float(curves.hidden[block.num_hidden - shape.num_hidden])
+        of_channels += float(curves.qk[block.head_dim - shape.qk_width] + curves.v[block.head_dim - shape.v_width])
+        of_channels += float(curves.hidden[block.num_hidden - shape.num_hidden])
         if tokens and shape.num_tokens < entering:
-            total += float(_cost_at(tokens, np.array(1 - shape.num_tokens / entering)))
+            of_tokens += float(_cost_at(tokens, np.array(1 - shape.num_tokens / entering)))
         entering = shape.num_tokens
-    return total
+    return of_channels, of_tokens
 
 
 def _kept(order: Tensor, count: int) -> tuple[tuple[int, ...], ...]:

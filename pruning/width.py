@@ -1,0 +1,408 @@
+"""Learned width and depth (WDPruning, Yu et al., AAAI 2022): which units go is trained together with the weights.
+
+Every unit has a score and every layer a threshold; the layer's keep ratio is the threshold's sigmoid, and the units of
+largest score stay. Within a step the ranking hardly moves, so the gradient of a unit's gate goes to its score as it is,
+and the sum of the gradients of the gates that are open goes to the ratio (straight through). An augmented Lagrangian
+takes the whole to its size: loss + a (R - t) + b (R - t)^2 while the share R is above its target t, with a and b raised
+by gradient ascent. The classifiers of the exits are trained along, so one run gives a model for each exit.
+
+Here the thresholds get the gradient of the sigmoid for both terms (the released code passes the loss's on unscaled),
+the share is counted in multiply-adds or parameters of what is really built, and in the last part of the training the
+widths are fixed, at the target exactly.
+
+B images, N tokens, C model width, H heads, D head width, h hidden units.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pruning.anatomy import TAIL_PREFIXES, BlockAnatomy, blocks_of, classify, embed, examine, parts_of
+from pruning.cost import channel_macs, count_macs, count_params
+from pruning.data import Images
+from pruning.errors import SettingError, VitfrontError
+from pruning.exits import ExitHead, tail_of, truncate
+from pruning.gates import BlockGates, FixedGates, GatedBlock, Gates, gates_of_plan
+from pruning.pace import Pace, multiples
+from pruning.plan import BlockPlan, Plan
+from pruning.precision import Precision, autocast
+from pruning.ranking import top
+from pruning.surgery import apply_plan, as_slim, keep_all_block, keep_all_plan
+from pruning.training import jittered
+
+OPEN = 10.0
+"""What the thresholds start from: its sigmoid keeps everything (the paper's beta = 10)."""
+
+KINDS = ("heads", "qk", "v", "hidden")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthSettings:
+    """How the width is learned."""
+
+    target_ratio: float
+    """Share of the dense model to keep, in (0, 1)."""
+    count: Literal["macs", "params"] = "macs"
+    """Of what."""
+    epochs: int = 10
+    search_share: float = 0.6
+    """Share of the training after which the widths are fixed, in (0, 1)."""
+    batch_size: int = 128
+    learning_rate: float = 5e-4
+    """Of the weights; cosine schedule with a warm-up over the first twentieth."""
+    score_rate: float = 2.5e-3
+    """Of the scores."""
+    weight_decay: float = 0.05
+    distillation: float = 0.5
+    """Weight of the dense model's answers against the labels, in [0, 1]."""
+    multiplier_gain: float = 20.0
+    """What the linear multiplier has become if half of the search leaves the share at 1."""
+    max_shift: float = 1.0
+    max_turn: float = 0.0
+    """As in `pruning.training.TrainSettings`."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What came of one exit."""
+
+    plan: Plan
+    model: nn.Module
+    """The smaller model, in eval mode."""
+
+
+class TopShare(torch.autograd.Function):
+    """1 for the ceil(ratio * n) largest scores of each row, else 0; straight-through gradients for both."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, ratio: Tensor) -> Tensor:
+        """scores: (..., n); ratio: (), in (0, 1]."""
+        count = _count(float(ratio.detach()), scores.shape[-1])
+        chosen = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
+        mask = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
+        ctx.save_for_backward(mask)
+        return mask
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (mask,) = ctx.saved_tensors
+        return gradient, (gradient * mask).sum()
+
+
+class LearnedGates(Gates):
+    """The scores of one block's units, and a threshold for each kind."""
+
+    def __init__(self, block: Any, anatomy: BlockAnatomy) -> None:
+        """block: dense and slim; the scores start from the size of its weights, as multiples of their spread."""
+        super().__init__()
+        heads = anatomy.num_heads, anatomy.head_dim
+        rows = torch.linalg.vector_norm(block.attn.qkv.weight, dim=1).reshape(3, *heads)
+        v = rows[2] * torch.linalg.vector_norm(block.attn.proj.weight, dim=0).reshape(heads)
+        hidden = torch.linalg.vector_norm(block.mlp.fc1.weight, dim=1) * torch.linalg.vector_norm(
+            block.mlp.fc2.weight, dim=0
+        )
+        scores = {"heads": torch.linalg.vector_norm(v, dim=1), "qk": rows[0] * rows[1], "v": v, "hidden": hidden}
+        self.scores = nn.ParameterDict({kind: nn.Parameter(_standard(score)) for kind, score in scores.items()})
+        is_fixed = {"qk"} if anatomy.has_qk_norm else set()
+        device = v.device
+        self.thresholds = nn.ParameterDict(
+            {kind: nn.Parameter(torch.tensor(OPEN, device=device)) for kind in KINDS if kind not in is_fixed}
+        )
+
+    def ratios(self, shift: float = 0.0) -> dict[str, Tensor]:
+        """Keep ratios, in (0, 1)."""
+        one = torch.ones((), device=self.scores["v"].device)
+        return {kind: (self.thresholds[kind] + shift).sigmoid() if kind in self.thresholds else one for kind in KINDS}
+
+    def forward(self) -> BlockGates:
+        masks = {kind: TopShare.apply(self.scores[kind], ratio) for kind, ratio in self.ratios().items()}
+        return BlockGates(qk=masks["qk"], v=masks["v"] * masks["heads"][:, None], hidden=masks["hidden"])
+
+    def plan(self, anatomy: BlockAnatomy, pace: Pace, shift: float = 0.0) -> BlockPlan:
+        """What would stay if all thresholds were higher by `shift`; widths are rounded up to the pace's."""
+        ratios = {kind: float(ratio.detach()) for kind, ratio in self.ratios(shift).items()}
+        heads = top(self.scores["heads"].detach(), _count(ratios["heads"], anatomy.num_heads))
+        asked = (_count(ratios[kind], anatomy.head_dim) for kind in ("qk", "v"))
+        qk_width, v_width = pace.least_attention(*asked)
+        hidden = pace.least_hidden(_count(ratios["hidden"], anatomy.num_hidden))
+        return BlockPlan(
+            keep_heads=heads,
+            keep_qk=tuple(top(self.scores["qk"][head].detach(), qk_width) for head in heads),
+            keep_v=tuple(top(self.scores["v"][head].detach(), v_width) for head in heads),
+            keep_hidden=top(self.scores["hidden"].detach(), hidden),
+            num_tokens=anatomy.num_patches,
+        )
+
+
+class Lagrangian:
+    """The multipliers of one inequality, share <= target."""
+
+    def __init__(self, target: float, rate: float) -> None:
+        self.target, self.rate = target, rate
+        self.linear = self.square = 0.0
+
+    def penalty(self, share: Tensor) -> Tensor:
+        """What is added to the loss; the multipliers go up by it as long as the share is above its target."""
+        over = (share - self.target).clamp_min(0)
+        value = self.linear * over + self.square * over.square()
+        distance = float(over.detach())
+        self.linear += self.rate * distance
+        self.square += self.rate * distance**2
+        return value
+
+
+class WidthTraining:
+    """One run, epoch by epoch; its state can be saved and loaded in between."""
+
+    def __init__(
+        self, model: nn.Module, images: Images, settings: WidthSettings, *, heads: Mapping[int, ExitHead] | None = None,
+        paces: Sequence[Pace] | None = None, precision: Precision = "float32",
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            model: dense, in eval mode, on the device to work on; it is left as it was.
+            heads: fitted classifiers of earlier exits, which are trained along.
+            paces: of each block, the widths that it may have; by default any.
+
+        Raises:
+            SettingError: no width is as small as the target (says which is the smallest).
+        """
+        self.settings, self.images, self.precision = settings, images, precision
+        self.teacher, self.anatomy = model, examine(model)
+        self.paces = list(paces or [multiples(block, 1) for block in self.anatomy.blocks])
+        self.device = next(model.parameters()).device
+        self.trained = copy.deepcopy(model).requires_grad_(True)
+        slim = [
+            as_slim(block, each, is_last=False)
+            for block, each in zip(blocks_of(self.trained), self.anatomy.blocks, strict=True)
+        ]
+        self.gates = [LearnedGates(block, each) for block, each in zip(slim, self.anatomy.blocks, strict=True)]
+        self.blocks = nn.ModuleList(GatedBlock(*pair) for pair in zip(slim, self.gates, strict=True))
+        depth = self.anatomy.depth
+        earlier = {block: head for block, head in sorted((heads or {}).items()) if block < depth}
+        self.tails = {block: truncate(model, block, head) for block, head in earlier.items()} | {depth: self.trained}
+        self._check_target()
+        self.epoch, self.step = 0, 0
+        self.plans: list[BlockPlan] | None = None
+        """The widths, once they are fixed."""
+        self.steps_an_epoch = -(-len(images) // settings.batch_size)
+        self.total = settings.epochs * self.steps_an_epoch
+        self.search_steps = max(1, math.ceil(settings.search_share * self.total))
+        over = max(1e-6, 1 - settings.target_ratio)
+        self.lagrangian = Lagrangian(settings.target_ratio, settings.multiplier_gain / (over * self.search_steps / 2))
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        settings = self.settings
+        of_gates = {id(parameter) for gates in self.gates for parameter in gates.parameters()}
+        weights = {id(each): each for each in self.blocks.parameters() if id(each) not in of_gates}
+        weights |= {id(each): each for each in self.trained.parameters()}
+        for tail in self.tails.values():
+            for name, parameter in tail.named_parameters():
+                if name.startswith(TAIL_PREFIXES):
+                    weights[id(parameter.requires_grad_(True))] = parameter
+        thresholds = [each for gates in self.gates for each in gates.thresholds.values()]
+        scores = [each for gates in self.gates for each in gates.scores.values()]
+        decays = [each for each in weights.values() if each.ndim > 1]
+        others = [each for each in weights.values() if each.ndim <= 1]
+        return torch.optim.AdamW([
+            {"params": decays, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
+            {"params": others, "lr": settings.learning_rate, "weight_decay": 0.0},
+            {"params": scores, "lr": settings.score_rate, "weight_decay": 0.0},
+            # From all open to half closed takes half of the search, if the gradients agree.
+            {"params": thresholds, "lr": 2 * OPEN / self.search_steps, "weight_decay": 0.0},
+        ])  # fmt: skip
+
+    def _check_target(self) -> None:
+        settings, anatomy = self.settings, self.anatomy
+        self.parts = [
+            _UnitSizes.of(block, each, settings.count)
+            for block, each in zip(blocks_of(self.teacher), anatomy.blocks, strict=True)
+        ]
+        is_macs = settings.count == "macs"
+        self.whole = count_macs(anatomy, keep_all_plan(anatomy)) if is_macs else count_params(self.teacher)
+        self.rest = self.whole - sum(
+            part.of_plan(keep_all_block(each)) for part, each in zip(self.parts, anatomy.blocks, strict=True)
+        )
+        least = self._size(self._plans(-math.inf)) / self.whole
+        if not least <= settings.target_ratio < 1:
+            raise SettingError(
+                f"target {settings.target_ratio:g} of the {settings.count} cannot be reached; "
+                f"give {math.ceil(1000 * least) / 1000:g} at least, and less than 1"
+            )
+
+    def share(self) -> Tensor:
+        """What the keep ratios make of the model's size, as a share of the dense one; with a gradient."""
+        total = torch.full((), float(self.rest), device=self.device)
+        for gates, part, each in zip(self.gates, self.parts, self.anatomy.blocks, strict=True):
+            ratio = gates.ratios()
+            channels = each.head_dim * (ratio["qk"] * part.qk + ratio["v"] * part.v) + part.head
+            total = total + each.num_heads * ratio["heads"] * channels + each.num_hidden * ratio["hidden"] * part.hidden
+        return total / self.whole
+
+    def _size(self, plans: Sequence[BlockPlan]) -> int:
+        return self.rest + sum(part.of_plan(plan) for part, plan in zip(self.parts, plans, strict=True))
+
+    def _plans(self, shift: float) -> list[BlockPlan]:
+        return [
+            gates.plan(each, pace, shift)
+            for gates, each, pace in zip(self.gates, self.anatomy.blocks, self.paces, strict=True)
+        ]
+
+    def run_epoch(self) -> dict[str, float]:
+        """Trains one epoch; gives its mean loss, and the share of the dense size at its end.
+
+        Raises:
+            VitfrontError: the loss is not finite (names step and learning rate).
+        """
+        settings, loss_sum = self.settings, 0.0
+        for chosen in torch.randperm(len(self.images), generator=self.generator).split(settings.batch_size):
+            if self.step >= self.search_steps and self.plans is None:
+                self._fix(self._settled())
+            pixels = self.images.normalized(chosen, self.device)
+            pixels = jittered(pixels, settings.max_shift, settings.max_turn, self.generator)
+            for group in self.optimizer.param_groups[:2]:
+                group["lr"] = settings.learning_rate * _cosine(self.step, self.total)
+            loss = self._loss(pixels, self.images.labels[chosen].to(self.device))
+            if not math.isfinite(loss.item()):
+                raise VitfrontError(
+                    f"training diverged in step {self.step + 1}: the loss is {loss.item()}; "
+                    f"lower the learning rate ({settings.learning_rate:g})"
+                )
+            total = loss if self.plans is not None else loss + self.lagrangian.penalty(self.share())
+            self.optimizer.zero_grad()
+            total.backward()
+            self.optimizer.step()
+            self.step += 1
+            loss_sum += loss.item() * len(chosen)
+        self.epoch += 1
+        share = float(self.share().detach()) if self.plans is None else self._size(self.plans) / self.whole
+        return {"loss": loss_sum / len(self.images), "share": share}
+
+    def _loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """The sum over the exits."""
+        settings = self.settings
+        with torch.no_grad(), autocast(self.device, self.precision):
+            target = self.teacher(pixels).float().log_softmax(dim=1)
+        total = torch.zeros((), device=self.device)
+        with autocast(self.device, self.precision):
+            x = embed(self.trained, pixels)
+            for index, block in enumerate(self.blocks, start=1):
+                x = block(x)
+                if index not in self.tails:
+                    continue
+                logits = classify(self.tails[index], x).float()
+                hard = F.cross_entropy(logits, labels)
+                soft = F.kl_div(logits.log_softmax(dim=1), target, reduction="batchmean", log_target=True)
+                total = total + (1 - settings.distillation) * hard + settings.distillation * soft
+        return total
+
+    def _settled(self) -> list[BlockPlan]:
+        """The plans at the target: all thresholds are moved together, as far up as it allows."""
+        low, high = -4 * OPEN, 4 * OPEN
+        for _ in range(60):
+            middle = (low + high) / 2
+            fits = self._size(self._plans(middle)) <= self.settings.target_ratio * self.whole
+            low, high = (middle, high) if fits else (low, middle)
+        return self._plans(low)
+
+    def _fix(self, plans: list[BlockPlan]) -> None:
+        self.plans = plans
+        for gated, plan, each in zip(self.blocks, plans, self.anatomy.blocks, strict=True):
+            assert isinstance(gated, GatedBlock)
+            gated.gates = FixedGates(gates_of_plan(plan, each, self.device))
+
+    def finish(self) -> list[Learned]:
+        """The model of every exit, first to last; after the last epoch."""
+        assert self.plans is not None and self.epoch == self.settings.epochs, "the training is not at its end"
+        learned = []
+        for exit_block, tail in self.tails.items():
+            plan = Plan(blocks=tuple(self.plans[:exit_block]), token_reduction="none")
+            whole = truncate(self.trained, exit_block, tail_of(tail))
+            learned.append(Learned(plan=plan, model=apply_plan(whole, plan).requires_grad_(False).eval()))
+        return learned
+
+    def state(self) -> dict[str, Any]:
+        """All that a training in another process needs to go on."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "weights": self.trained.state_dict(),
+            "tails": {block: tail_of(tail) for block, tail in self.tails.items()},
+            "gates": [gates.state_dict() for gates in self.gates],
+            "optimizer": self.optimizer.state_dict(),
+            "multipliers": (self.lagrangian.linear, self.lagrangian.square),
+            "generator": self.generator.get_state(),
+            "plan": None if self.plans is None else Plan(blocks=tuple(self.plans)).to_json(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of a training with the same model, images and settings."""
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.trained.load_state_dict(state["weights"])
+        for block, tail in state["tails"].items():
+            self.tails[block].load_state_dict(tail, strict=False)
+        for gates, learned in zip(self.gates, state["gates"], strict=True):
+            gates.load_state_dict(learned)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lagrangian.linear, self.lagrangian.square = state["multipliers"]
+        self.generator.set_state(state["generator"].cpu())
+        if state["plan"] is not None:
+            self._fix(list(Plan.from_json(state["plan"]).blocks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _UnitSizes:
+    """What one unit of a block weighs: multiply-adds, or parameters."""
+
+    head: int
+    """A head without its channels."""
+    qk: int
+    v: int
+    hidden: int
+
+    @classmethod
+    def of(cls, block: nn.Module, anatomy: BlockAnatomy, count: Literal["macs", "params"]) -> _UnitSizes:
+        if count == "macs":
+            tokens = anatomy.num_prefix_tokens + anatomy.num_patches
+            channel = channel_macs(anatomy, tokens)
+            return cls(head=0, qk=channel, v=channel, hidden=2 * tokens * anatomy.width)
+        parts, width = parts_of(block), anatomy.width
+        row = width + (parts.qkv.bias is not None)
+        return cls(
+            head=0 if parts.windows is None else len(parts.windows.bias_table),
+            qk=2 * row,
+            v=row + width,
+            hidden=2 * width + (parts.fc1.bias is not None),
+        )
+
+    def of_plan(self, plan: BlockPlan) -> int:
+        shape = plan.shape
+        heads = shape.num_heads * (self.head + shape.qk_width * self.qk + shape.v_width * self.v)
+        return heads + shape.num_hidden * self.hidden
+
+
+def _count(ratio: float, total: int) -> int:
+    return min(total, max(1, math.ceil(ratio * total)))
+
+
+def _cosine(step: int, total: int) -> float:
+    """Of the learning rate, in (0, 1]."""
+    warmup = max(1, total // 20)
+    return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def _standard(scores: Tensor) -> Tensor:
+    """Mean 0 and spread 1."""
+    scores = scores.detach().float()
+    return (scores - scores.mean()) / scores.std().clamp_min(torch.finfo(torch.float32).eps)

@@ -355,7 +355,8 @@ class _Search:
 def _predicted(profile: Profile, anatomy: Anatomy, plan: Plan) -> tuple[float, float]:
     """The predicted cost of a plan's channels, and of its tokens, before scaling."""
     of_channels, of_tokens, entering = 0.0, 0.0, anatomy.blocks[0].num_patches
-    for block, curves, tokens, kept in zip(anatomy.blocks, profile.channels, profile.tokens, plan.blocks, strict=True):
+    # Behind an exit the profile has more blocks than the model.
+    for block, kept, curves, tokens in zip(anatomy.blocks, plan.blocks, profile.channels, profile.tokens, strict=False):
         shape = kept.shape
         of_channels += float(curves.qk[block.head_dim - shape.qk_width] + curves.v[block.head_dim - shape.v_width])
         of_channels += float(curves.hidden[block.num_hidden - shape.num_hidden])

@@ -6,8 +6,9 @@ B images, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,118 @@ class TrainSettings:
     seed: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Jitter:
+    """How images are changed a little, each in its own way, anew in every epoch."""
+
+    max_shift: float = 1.0
+    """Moved by up to so many pixels each way; 0 for not at all."""
+    max_turn: float = 0.0
+    """Turned by up to so many radians, and scaled by up to this share, each way."""
+    flip: bool = False
+    """Half of them are mirrored, left to right."""
+
+    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, channels, height, width), the same shape."""
+        pixels = jittered(pixels, self.max_shift, self.max_turn, generator)
+        if not self.flip:
+            return pixels
+        is_flipped = torch.rand(len(pixels), generator=generator) < 0.5
+        return torch.where(is_flipped.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
+
+
+class Loop:
+    """What every training here does epoch by epoch: the order of the images and how they are jittered, warm-up and
+    cosine of the learning rates, the check of the loss, and a state to go on from. The loss is the caller's."""
+
+    def __init__(
+        self, images: Images, optimizer: torch.optim.Optimizer, *, epochs: int, batch_size: int, warmup_epochs: float,
+        jitter: Jitter, seed: int, device: torch.device,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            optimizer: the rates of its groups are those at the top of the schedule; of a group with
+                `"scheduled": False` the rate stays as it is.
+        """
+        self.images, self.optimizer, self.jitter, self.device = images, optimizer, jitter, device
+        self.batch_size, self.epochs = batch_size, epochs
+        self.steps_an_epoch = -(-len(images) // batch_size)
+        self.total_steps = epochs * self.steps_an_epoch
+        self.warmup_steps = round(warmup_epochs * self.steps_an_epoch)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.epoch = self.step = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.epoch == self.epochs
+
+    def run_epoch(
+        self,
+        loss_of: Callable[[Tensor, Tensor], Tensor],
+        *,
+        penalty: Callable[[], Tensor] | None = None,
+        before_step: Callable[[int], None] | None = None,
+        after_step: Callable[[int], None] | None = None,
+    ) -> float:
+        """Trains one epoch; gives its mean loss.
+
+        Args:
+            loss_of: of normalised pixels (B, ...) and labels (B,), on the device.
+            penalty: added to what is minimised, not to what is reported.
+            before_step: called with the number of the step that comes, from 0.
+            after_step: called with the number of the step that was done, while its gradients are still there.
+
+        Raises:
+            VitfrontError: the loss is not finite (names step and learning rate).
+        """
+        loss_sum = 0.0
+        for chosen in torch.randperm(len(self.images), generator=self.generator).split(self.batch_size):
+            if before_step is not None:
+                before_step(self.step)
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                if group.get("scheduled", True):
+                    group["lr"] = rate * self._schedule()
+            pixels = self.jitter(self.images.normalized(chosen, self.device), self.generator)
+            loss = loss_of(pixels, self.images.labels[chosen].to(self.device))
+            if not math.isfinite(loss.item()):
+                raise VitfrontError(
+                    f"training diverged in step {self.step + 1}: the loss is {loss.item()}; "
+                    f"lower the learning rate ({self.rates[0]:g})"
+                )
+            self.optimizer.zero_grad()
+            (loss if penalty is None else loss + penalty()).backward()
+            self.optimizer.step()
+            if after_step is not None:
+                after_step(self.step)
+            self.step += 1
+            loss_sum += loss.item() * len(chosen)
+        self.epoch += 1
+        return loss_sum / len(self.images)
+
+    def _schedule(self) -> float:
+        """Of the learning rates, in (0, 1]."""
+        if self.step < self.warmup_steps:
+            return (self.step + 1) / self.warmup_steps
+        left = max(1, self.total_steps - self.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * (self.step - self.warmup_steps) / left))
+
+    def state(self) -> dict[str, Any]:
+        """All but the model that a loop in another process needs to go on."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from the state of a loop over the same images with the same settings."""
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+
+
 def train(
     model: nn.Module,
     images: Images,
@@ -45,48 +158,35 @@ def train(
     *,
     precision: Precision = "float32",
     on_epoch: Callable[[int, float], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> None:
     """Trains the model in place and leaves it in eval mode.
 
     Args:
         on_epoch: called with the epochs done and their mean loss.
+        after_step: as in `Loop.run_epoch`.
 
     Raises:
-        VitfrontError: the loss is not finite (names the epoch and learning rate).
+        VitfrontError: the loss is not finite (names step and learning rate).
     """
     device = next(model.parameters()).device
     model.train().requires_grad_(True)
-    optimizer = create_optimizer_v2(model, opt="muon", lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    steps_an_epoch = -(-len(images) // settings.batch_size)
-    warmup, total = settings.warmup_epochs * steps_an_epoch, settings.epochs * steps_an_epoch
+    loop = Loop(
+        images,
+        create_optimizer_v2(model, opt="muon", lr=settings.learning_rate, weight_decay=settings.weight_decay),
+        epochs=settings.epochs, batch_size=settings.batch_size, warmup_epochs=settings.warmup_epochs,
+        jitter=Jitter(max_shift=settings.max_shift, max_turn=settings.max_turn), seed=settings.seed, device=device,
+    )  # fmt: skip
 
-    def rate(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    def loss_of(pixels: Tensor, labels: Tensor) -> Tensor:
+        with autocast(device, precision):
+            logits = model(pixels)
+        return F.cross_entropy(logits.float(), labels)
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    generator = torch.Generator().manual_seed(settings.seed)
-    for epoch in range(settings.epochs):
-        loss_sum = 0.0
-        for chosen in torch.randperm(len(images), generator=generator).split(settings.batch_size):
-            pixels = jittered(images.normalized(chosen, device), settings.max_shift, settings.max_turn, generator)
-            with autocast(device, precision):
-                logits = model(pixels)
-            labels = images.labels[chosen].to(device)
-            loss = F.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            loss_sum += loss.item() * len(chosen)
-        if not math.isfinite(loss_sum):
-            raise VitfrontError(
-                f"training diverged in epoch {epoch + 1}: the loss is {loss_sum}; "
-                f"lower the learning rate ({settings.learning_rate})"
-            )
+    while not loop.is_done:
+        loss = loop.run_epoch(loss_of, after_step=after_step)
         if on_epoch is not None:
-            on_epoch(epoch + 1, loss_sum / len(images))
+            on_epoch(loop.epoch, loss)
     model.eval().requires_grad_(False)
 
 

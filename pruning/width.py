@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pruning.anatomy import TAIL_PREFIXES, BlockAnatomy, blocks_of, classify, embed, examine, parts_of
 from pruning.cost import channel_macs, count_macs, count_params
 from pruning.data import Images
-from pruning.errors import SettingError, VitfrontError
+from pruning.errors import SettingError
 from pruning.exits import ExitHead, tail_of, truncate
 from pruning.gates import BlockGates, FixedGates, GatedBlock, Gates, gates_of_plan
 from pruning.pace import Pace, multiples
@@ -36,7 +36,7 @@ from pruning.plan import BlockPlan, Plan
 from pruning.precision import Precision, autocast
 from pruning.ranking import top
 from pruning.surgery import apply_plan, as_slim, keep_all_block, keep_all_plan
-from pruning.training import jittered
+from pruning.training import Jitter, Loop
 
 OPEN = 10.0
 """What the thresholds start from: its sigmoid keeps everything (the paper's beta = 10)."""
@@ -65,9 +65,7 @@ class WidthSettings:
     """Weight of the dense model's answers against the labels, in [0, 1]."""
     multiplier_gain: float = 20.0
     """What the linear multiplier has become if half of the search leaves the share at 1."""
-    max_shift: float = 1.0
-    max_turn: float = 0.0
-    """As in `pruning.training.TrainSettings`."""
+    jitter: Jitter = field(default_factory=Jitter)
     seed: int = 0
 
 
@@ -191,16 +189,16 @@ class WidthTraining:
         earlier = {block: head for block, head in sorted((heads or {}).items()) if block < depth}
         self.tails = {block: truncate(model, block, head) for block, head in earlier.items()} | {depth: self.trained}
         self._check_target()
-        self.epoch, self.step = 0, 0
         self.plans: list[BlockPlan] | None = None
         """The widths, once they are fixed."""
-        self.steps_an_epoch = -(-len(images) // settings.batch_size)
-        self.total = settings.epochs * self.steps_an_epoch
-        self.search_steps = max(1, math.ceil(settings.search_share * self.total))
+        total_steps = settings.epochs * -(-len(images) // settings.batch_size)
+        self.search_steps = max(1, math.ceil(settings.search_share * total_steps))
         over = max(1e-6, 1 - settings.target_ratio)
         self.lagrangian = Lagrangian(settings.target_ratio, settings.multiplier_gain / (over * self.search_steps / 2))
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self.optimizer = self._optimizer()
+        self.loop = Loop(
+            images, self._optimizer(), epochs=settings.epochs, batch_size=settings.batch_size,
+            warmup_epochs=settings.epochs / 20, jitter=settings.jitter, seed=settings.seed, device=self.device,
+        )  # fmt: skip
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.settings
@@ -218,9 +216,9 @@ class WidthTraining:
         return torch.optim.AdamW([
             {"params": decays, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
             {"params": others, "lr": settings.learning_rate, "weight_decay": 0.0},
-            {"params": scores, "lr": settings.score_rate, "weight_decay": 0.0},
+            {"params": scores, "lr": settings.score_rate, "weight_decay": 0.0, "scheduled": False},
             # From all open to half closed takes half of the search, if the gradients agree.
-            {"params": thresholds, "lr": 2 * OPEN / self.search_steps, "weight_decay": 0.0},
+            {"params": thresholds, "lr": 2 * OPEN / self.search_steps, "weight_decay": 0.0, "scheduled": False},
         ])  # fmt: skip
 
     def _check_target(self) -> None:
@@ -265,29 +263,17 @@ class WidthTraining:
         Raises:
             VitfrontError: the loss is not finite (names step and learning rate).
         """
-        settings, loss_sum = self.settings, 0.0
-        for chosen in torch.randperm(len(self.images), generator=self.generator).split(settings.batch_size):
-            if self.step >= self.search_steps and self.plans is None:
-                self._fix(self._settled())
-            pixels = self.images.normalized(chosen, self.device)
-            pixels = jittered(pixels, settings.max_shift, settings.max_turn, self.generator)
-            for group in self.optimizer.param_groups[:2]:
-                group["lr"] = settings.learning_rate * _cosine(self.step, self.total)
-            loss = self._loss(pixels, self.images.labels[chosen].to(self.device))
-            if not math.isfinite(loss.item()):
-                raise VitfrontError(
-                    f"training diverged in step {self.step + 1}: the loss is {loss.item()}; "
-                    f"lower the learning rate ({settings.learning_rate:g})"
-                )
-            total = loss if self.plans is not None else loss + self.lagrangian.penalty(self.share())
-            self.optimizer.zero_grad()
-            total.backward()
-            self.optimizer.step()
-            self.step += 1
-            loss_sum += loss.item() * len(chosen)
-        self.epoch += 1
+        loss = self.loop.run_epoch(self._loss, penalty=self._penalty, before_step=self._fix_in_time)
         share = float(self.share().detach()) if self.plans is None else self._size(self.plans) / self.whole
-        return {"loss": loss_sum / len(self.images), "share": share}
+        return {"loss": loss, "share": share}
+
+    def _fix_in_time(self, step: int) -> None:
+        if step >= self.search_steps and self.plans is None:
+            self._fix(self._settled())
+
+    def _penalty(self) -> Tensor:
+        still = torch.zeros((), device=self.device)
+        return still if self.plans is not None else self.lagrangian.penalty(self.share())
 
     def _loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """The sum over the exits."""
@@ -324,7 +310,7 @@ class WidthTraining:
 
     def finish(self) -> list[Learned]:
         """The model of every exit, first to last; after the last epoch."""
-        assert self.plans is not None and self.epoch == self.settings.epochs, "the training is not at its end"
+        assert self.plans is not None and self.loop.is_done, "the training is not at its end"
         learned = []
         for exit_block, tail in self.tails.items():
             plan = Plan(blocks=tuple(self.plans[:exit_block]), token_reduction="none")
@@ -335,28 +321,23 @@ class WidthTraining:
     def state(self) -> dict[str, Any]:
         """All that a training in another process needs to go on."""
         return {
-            "epoch": self.epoch,
-            "step": self.step,
+            "loop": self.loop.state(),
             "weights": self.trained.state_dict(),
             "tails": {block: tail_of(tail) for block, tail in self.tails.items()},
             "gates": [gates.state_dict() for gates in self.gates],
-            "optimizer": self.optimizer.state_dict(),
             "multipliers": (self.lagrangian.linear, self.lagrangian.square),
-            "generator": self.generator.get_state(),
             "plan": None if self.plans is None else Plan(blocks=tuple(self.plans)).to_json(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state of a training with the same model, images and settings."""
-        self.epoch, self.step = state["epoch"], state["step"]
         self.trained.load_state_dict(state["weights"])
         for block, tail in state["tails"].items():
             self.tails[block].load_state_dict(tail, strict=False)
         for gates, learned in zip(self.gates, state["gates"], strict=True):
             gates.load_state_dict(learned)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.loop.load(state["loop"])
         self.lagrangian.linear, self.lagrangian.square = state["multipliers"]
-        self.generator.set_state(state["generator"].cpu())
         if state["plan"] is not None:
             self._fix(list(Plan.from_json(state["plan"]).blocks))
 
@@ -394,12 +375,6 @@ class _UnitSizes:
 
 def _count(ratio: float, total: int) -> int:
     return min(total, max(1, math.ceil(ratio * total)))
-
-
-def _cosine(step: int, total: int) -> float:
-    """Of the learning rate, in (0, 1]."""
-    warmup = max(1, total // 20)
-    return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 def _standard(scores: Tensor) -> Tensor:

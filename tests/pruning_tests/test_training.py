@@ -61,9 +61,9 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_images(batch_size: int) -> No
     assert losses == pytest.approx([expected] * 2, rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_names_the_epoch_and_the_learning_rate() -> None:
+def test_a_loss_that_is_not_finite_names_the_step_and_the_learning_rate() -> None:
     with pytest.raises(
-        VitfrontError, match=r"diverged in epoch \d: the loss is nan; lower the learning rate \(1e\+30\)"
+        VitfrontError, match=r"diverged in step \d+: the loss is nan; lower the learning rate \(1e\+30\)"
     ):
         trained(learning_rate=1e30, warmup_epochs=0)
 

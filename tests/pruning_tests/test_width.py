@@ -17,11 +17,12 @@ from pruning.exits import fit_exits
 from pruning.gates import BlockGates, FixedGates, GatedBlock, gates_of_plan, plan_of_gates
 from pruning.pace import multiples
 from pruning.surgery import apply_plan, as_slim, keep_all_plan
+from pruning.training import Jitter
 from pruning.width import Lagrangian, Learned, TopShare, WidthSettings, WidthTraining
 from tests.pruning_tests import made
 from tests.pruning_tests.test_families import batch_of, model_of, plan_of
 
-SETTINGS = WidthSettings(target_ratio=0.6, epochs=2, batch_size=16, max_shift=0)
+SETTINGS = WidthSettings(target_ratio=0.6, epochs=2, batch_size=16, jitter=Jitter(max_shift=0))
 IMAGES = made.toy_images(48, seed=3)
 
 

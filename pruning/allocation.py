@@ -25,7 +25,7 @@ from pruning.compensation import Flow, repaired_model
 from pruning.cost import channel_macs, count_macs, reduction_macs
 from pruning.curves import BlockCurves, measure_curves
 from pruning.data import Images
-from pruning.errors import SettingError
+from pruning.errors import TargetError
 from pruning.pace import Pace, multiples
 from pruning.plan import BlockPlan, BlockShape, Plan, TokenReduction
 from pruning.precision import Precision, autocast
@@ -105,7 +105,7 @@ def measure_profile(
         target = int(share * count_macs(anatomy, keep_all_plan(anatomy)))
         try:
             plan = allocate(profile, anatomy, target, token_share)
-        except SettingError:  # nearly all of the model is patch embedding and classifier
+        except TargetError:  # nearly all of the model is patch embedding and classifier
             scales.append(1.0)
             continue
         trial = repaired_model(model, plan, calibration, sensitivity, batch_size=batch_size, precision=precision)
@@ -192,7 +192,7 @@ def allocate(
             break
     if best is None:
         assert smallest is not None
-        raise SettingError(
+        raise TargetError(
             f"no plan has {target_macs} multiply-adds or fewer; "
             f"the smallest that may be made has {count_macs(anatomy, smallest)}"
         )
@@ -245,7 +245,7 @@ def scheduled(
     if count_macs(anatomy, plan(low)) <= target_macs:
         return plan(low)
     if (least := count_macs(anatomy, plan(high))) > target_macs:
-        raise SettingError(f"no {kind} schedule has {target_macs} multiply-adds or fewer; the smallest has {least}")
+        raise TargetError(f"no {kind} schedule has {target_macs} multiply-adds or fewer; the smallest has {least}")
     while high - low > 1e-3:  # tokens a block
         middle = (low + high) / 2
         low, high = (low, middle) if count_macs(anatomy, plan(middle)) <= target_macs else (middle, high)

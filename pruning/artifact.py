@@ -80,7 +80,7 @@ def save(model: nn.Module, description: Description, folder: str | Path) -> None
             fresh = Path(staging) / "fresh"
             fresh.mkdir()
             (fresh / "plan.json").write_text(json.dumps(description.to_json()) + "\n", encoding="utf-8")
-            save_file(_contiguous(model), fresh / "model.safetensors", metadata={"format": "pt"})
+            save_file(_contiguous(model.state_dict()), fresh / "model.safetensors", metadata={"format": "pt"})
             if folder.exists():
                 os.replace(folder, Path(staging) / "old")
             os.replace(fresh, folder)
@@ -127,7 +127,7 @@ def skeleton(description: Description) -> nn.Module:
     return apply_plan(truncate(dense, description.plan.exit_block), description.plan)
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Writes a model's weights alone, whole or not at all.
 
     Raises:
@@ -136,7 +136,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_contiguous(model), draft)
+        save_file(_contiguous(weights), draft)
         os.replace(draft, path)
     except Exception as error:  # safetensors has an error type of its own for a full disk
         with contextlib.suppress(OSError):  # where its folder could not be made, there is none
@@ -144,8 +144,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
         raise ArtifactError(f"cannot write {path}: {error}") from error
 
 
-def _contiguous(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
 def copy_to(folder: str | Path, target: str | Path) -> None:

@@ -4,6 +4,8 @@ Blocks go from the first to the last, because what an earlier block passes on de
 The activations that enter the current block are kept, so a probe runs that block and the later ones alone; a probed
 block is really built and repaired, so what is measured is what will be delivered.
 
+The other way round, from the last to the first, is there to be compared with, as VTC-LFC does: `order: top-down`.
+
 B images, N tokens, C model width.
 """
 
@@ -13,12 +15,13 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pruning.anatomy import Anatomy, blocks_of, classify, embed, examine, summary_token, with_blocks
-from pruning.compensation import Flow, Repaired
+from pruning.compensation import REPAIR_PASSES, Flow, Repaired, RepairedModel, repaired_model
 from pruning.cost import count_macs
 from pruning.data import Images
 from pruning.errors import SettingError
@@ -32,6 +35,11 @@ from pruning.sensitivity import measure_sensitivity
 from pruning.spectrum import low_pass
 from pruning.surgery import as_slim, keep_all_block, keep_all_from, slim_block
 from pruning.tokens import merges
+
+Order = Literal["bottom-up", "top-down"]
+
+SENSITIVITY_PASSES = 3
+"""One forward and one backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,8 @@ class CascadeSettings:
     precision: Precision = "float32"
     seed: int = 0
     """Of the random criterion."""
+    order: Order = "bottom-up"
+    """From the first block to the last, or, for channels alone, from the last to the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +89,12 @@ class CascadeResult:
 
 
 def cascade(model: nn.Module, probe: Images, calibration: Images, settings: CascadeSettings) -> CascadeResult:
-    """Prunes a dense model from the bottom up; the model is left as it was.
+    """Prunes a dense model block by block; the model is left as it was.
+
+    Top-down, the blocks before the current one are dense, and those after it are pruned already: they were repaired on
+    a stream that the blocks before them no longer give. So the whole plan is repaired once more at the end, from the
+    first block to the last, which the bottom-up walk does on its way: by either order the model is the one that
+    `repaired_model` makes of the plan, and only the plans differ. The drops, and their budgets, are those of the walk.
 
     Args:
         model: dense, in eval mode, on the device to work on.
@@ -87,45 +102,56 @@ def cascade(model: nn.Module, probe: Images, calibration: Images, settings: Casc
         calibration: images for the scores and the repair.
 
     Raises:
-        SettingError: not one budget a block, or a negative one.
+        SettingError: not one budget a block, or a negative one; or a token reduction top-down.
     """
     anatomy = examine(model)
-    budgets = settings.drop_budget
+    budgets, is_down = settings.drop_budget, settings.order == "top-down"
     if len(budgets) != anatomy.depth or not all(0 <= budget < math.inf for budget in budgets):
         raise SettingError(f"drop budgets {budgets} for {anatomy.depth} blocks; give one of at least 0 for each")
     if settings.criterion not in CRITERIA:
         raise SettingError(f"no channel criterion {settings.criterion!r}; there are {', '.join(CRITERIA)}")
+    if is_down and settings.token_reduction != "none":
+        raise SettingError(f"top-down takes channels alone, not tokens by {settings.token_reduction}; give none")
     dense = _plan(settings, [keep_all_block(block) for block in anatomy.blocks])
     if count_macs(anatomy, dense) <= settings.target_macs:  # small enough as it is: costs no pass at all
         return CascadeResult(
             plan=dense, model=copy.deepcopy(model), block_drops=(0.0,) * anatomy.depth, forward_passes=0.0, notes=()
         )
-    work = _Work(model, anatomy, probe, calibration, settings)
+    work = (_WorkDown if is_down else _Work)(model, anatomy, probe, calibration, settings)
     plans, built = list(dense.blocks), list[nn.Module]()
     drops, notes = [0.0] * anatomy.depth, list[str]()
     while len(built) < anatomy.depth and count_macs(anatomy, _plan(settings, plans)) > settings.target_macs:
-        index, before = len(built), work.correct
+        index, before = work.index, work.correct
         plans, repaired = _prune_block(work, plans, index, budgets[index])
         built.append(repaired.block)
         notes += repaired.notes
         drops[index] = (before - work.correct) / len(probe) * 100
         work.advance(repaired.block)
     plan = _plan(settings, plans)
-    for index in range(len(built), anatomy.depth):
-        built.append(
-            slim_block(
-                blocks_of(model)[index], plans[index], anatomy.blocks[index], num_tokens_in=plans[index].num_tokens,
-                token_reduction=settings.token_reduction, cutoff_token=settings.cutoff_token,
-                is_last=index == anatomy.depth - 1,
-            )
-        )  # fmt: skip
+    if isinstance(work, _WorkDown):
+        again = work.repair_all(plan)
+        made, notes = again.model, list(again.notes)
+    else:
+        made = with_blocks(model, [*built, *_whole_blocks(model, anatomy, plan, len(built))])
     return CascadeResult(
         plan=plan,
-        model=with_blocks(model, built),
+        model=made,
         block_drops=tuple(drops),
         forward_passes=work.block_images / (anatomy.depth * len(probe)),
         notes=tuple(notes),
     )
+
+
+def _whole_blocks(model: nn.Module, anatomy: Anatomy, plan: Plan, start: int) -> list[nn.Module]:
+    """The blocks from `start` on, of which everything stays; they take the tokens that are left."""
+    return [
+        slim_block(
+            blocks_of(model)[index], plan.blocks[index], anatomy.blocks[index],
+            num_tokens_in=plan.blocks[index].num_tokens, token_reduction=plan.token_reduction,
+            cutoff_token=plan.cutoff_token, is_last=index == anatomy.depth - 1,
+        )
+        for index in range(start, anatomy.depth)
+    ]  # fmt: skip
 
 
 def _plan(settings: CascadeSettings, blocks: Sequence[BlockPlan]) -> Plan:
@@ -141,7 +167,9 @@ def _prune_block(work: _Work, plans: list[BlockPlan], index: int, budget: float)
     best = Repaired(block=work.flow.slim(plans[index]))
 
     def with_block(plan: BlockPlan) -> list[BlockPlan]:
-        return [*plans[:index], plan, *keep_all_from(anatomy, index + 1, plan.num_tokens)]
+        is_down = settings.order == "top-down"  # the later blocks are pruned; else dense, with the tokens that are left
+        later = plans[index + 1 :] if is_down else keep_all_from(anatomy, index + 1, plan.num_tokens)
+        return [*plans[:index], plan, *later]
 
     def reaches_target(plan: BlockPlan) -> bool:
         return count_macs(anatomy, _plan(settings, with_block(plan))) <= settings.target_macs
@@ -213,7 +241,7 @@ class _Work:
         self.paces = settings.paces or [multiples(block, 1) for block in anatomy.blocks]
         self.probe, self.calibration = probe, calibration
         self.num_probe = len(probe)
-        self.block_images = 3.0 * anatomy.depth * len(calibration)  # the sensitivity: one forward, one backward pass
+        self.block_images = float(SENSITIVITY_PASSES * anatomy.depth * len(calibration))
         """Blocks run, times images; a backward pass counts as two forward passes."""
         self.flow = Flow(
             model, calibration,
@@ -224,12 +252,17 @@ class _Work:
         self.guesses = {"tokens": 0.25, "channels": 0.25}
         """Share of what may go that went from the block before."""
         self._embed()
-        self._turn_to(0)
+        self.order = torch.arange(self.num_probe, device=self.x.device)
+        """(B,): what `accept` made of the order of the probe images."""
+        self._begin()
         dense = _Probe(Repaired(block=self.dense), at_least=0)
         self.is_right = torch.zeros(self.num_probe, dtype=torch.bool, device=self.x.device)
         """(B,): probe images that come out right as the model is now."""
         self.is_within(dense, surely=True)
         self.accept(dense)
+
+    def _begin(self) -> None:
+        self._turn_to(0)
 
     def _turn_to(self, index: int) -> None:
         self.index = index
@@ -310,7 +343,7 @@ class _Work:
         """Takes the outcome of a probe of all images as what the model does now, and orders them by their margins."""
         order = torch.cat(probe.margins).argsort()
         self.is_right = torch.cat(probe.is_right)[order]
-        self.x, self.labels = self.x[order], self.labels[order]
+        self.x, self.labels, self.order = self.x[order], self.labels[order], self.order[order]
 
     def score(self, block: nn.Module) -> ChannelScores:
         """Channel scores of the current block, whose tokens may be reduced already."""
@@ -341,6 +374,44 @@ class _Work:
         self.block_images += len(x)
         with autocast(x.device, self.settings.precision):
             return _cat(block(batch) for batch in x.split(self.settings.batch_size))
+
+
+class _WorkDown(_Work):
+    """The same from the last block to the first. What enters a block is dense, and run anew for each: to keep it for
+    all blocks would take the memory of all their activations."""
+
+    def _begin(self) -> None:
+        self.starts = self.x, self.x_low, self.flow.x
+        """What the embedding gives, images in their own order."""
+        self.built: list[nn.Module] = []
+        self._turn_to(self.anatomy.depth - 1)
+
+    def _turn_to(self, index: int) -> None:
+        self.index, self.dense, self.later = index, blocks_of(self.model)[index], self.built
+        x, x_low, calibration = self.starts
+        self.x = self._up_to(index, x)[self.order]
+        self.flow.turn_to(index, self._up_to(index, calibration))
+        self.x_low = self._up_to(index, x_low) if self.settings.criterion == "lfs" else self.flow.x
+
+    def _up_to(self, index: int, x: Tensor) -> Tensor:
+        for block in blocks_of(self.model)[:index]:
+            x = self._run(block, x)
+        return x
+
+    def advance(self, block: nn.Module) -> None:
+        """Puts the finished block behind all that come, and goes back by one."""
+        self.built = [block, *self.built]
+        if self.index:
+            self._turn_to(self.index - 1)
+
+    def repair_all(self, plan: Plan) -> RepairedModel:
+        """The model of the whole plan."""
+        passes = REPAIR_PASSES - SENSITIVITY_PASSES
+        self.block_images += passes * self.anatomy.depth * len(self.calibration)
+        return repaired_model(
+            self.model, plan, self.calibration, self.flow.sensitivity,
+            batch_size=self.settings.batch_size, precision=self.settings.precision,
+        )  # fmt: skip
 
 
 def _levels(most: int, count: int, reaches_target: Callable[[int], bool]) -> list[int]:

@@ -168,6 +168,11 @@ class Flow:
         if self.index + 1 < len(self.blocks):
             self._enter(self.index + 1, self.dense_out)
 
+    def turn_to(self, index: int, x: Tensor) -> None:
+        """Puts the images before any block. x: (B, N, C), what the dense model gives there."""
+        self.x, self.share = x, None
+        self._enter(index, x)
+
     def stages(self, block: nn.Module) -> Iterator[Stage]:
         """The images in batches, each halted after the attention of the current block."""
         if not isinstance(block, SlimBlock):

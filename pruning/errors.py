@@ -6,6 +6,7 @@
     ├── DataError              images or classes that are missing, empty or broken
     ├── PlanError              a plan that does not fit its model
     ├── ArtifactError          a saved model that cannot be written or read
+    ├── TargetError            a size that no plan of the model has
     └── SettingError           a setting out of its range or unknown (`search` adds its own below this one)
 
 Each message is one line: what is wrong, the value, and what would do. Our own mistakes are `assert`s.
@@ -34,6 +35,10 @@ class PlanError(VitfrontError):
 
 class ArtifactError(VitfrontError):
     """A saved model that cannot be written or read."""
+
+
+class TargetError(VitfrontError):
+    """A size that no plan of the model has."""
 
 
 class SettingError(VitfrontError):

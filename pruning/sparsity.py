@@ -9,7 +9,7 @@ The weights are those of the blocks' linear layers: embedding, norms, biases and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,11 @@ from pruning.errors import SettingError
 
 Masks = dict[str, Tensor]
 """Layer name -> bool, of the weight's shape; True where the weight stays."""
+
+MaskSchedule = Callable[[nn.Module, int, int], Masks | None]
+"""Chooses masks as a training goes on. Called before every step with the model, the number of the step, from 0, and
+that of all steps; gives the masks from here on, or None where those in force stay. It has no memory of its own, so that
+a training can go on from its state."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,37 @@ def gradual(step: int, num_steps: int, final: float) -> float:
     """The sparsity at a step of a cubic schedule from 0 to `final` (Zhu and Gupta 2017): fast first, then slower."""
     done = min(1.0, (step + 1) / num_steps)
     return final * (1 - (1 - done) ** 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradualMagnitude:
+    """A `MaskSchedule`: the largest weights of all layers together, ever fewer (Zhu and Gupta 2017).
+
+    A weight that went is 0, the smallest, and so does not come back.
+    """
+
+    sparsity: float
+    """At the end: share of the blocks' weights, in [0, 1)."""
+    share: float = 0.6
+    """Of the steps, after which the masks stay as they are; in (0, 1]."""
+    every: int = 10
+    """Steps from one choice to the next."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise SettingError(f"sparsity {self.sparsity} is out of range; give 0 at least, and less than 1")
+        if not 0 < self.share <= 1:
+            raise SettingError(f"share {self.share} is out of range; give more than 0, and 1 at most")
+        if self.every < 1:
+            raise SettingError(f"every {self.every} is out of range; give 1 at least")
+
+    def __call__(self, model: nn.Module, step: int, total_steps: int) -> Masks | None:
+        """The masks from a step on, counted from 0; None where those before stay."""
+        num_steps = max(1, round(self.share * total_steps))
+        is_last = step == num_steps - 1
+        if not is_last and (step >= num_steps or step % self.every):
+            return None
+        return magnitude_masks(model, gradual(step, num_steps, self.sparsity))
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pruning.anatomy import TAIL_PREFIXES, BlockAnatomy, blocks_of, classify, embed, examine, parts_of
 from pruning.cost import channel_macs, count_macs, count_params
 from pruning.data import Images
-from pruning.errors import SettingError
+from pruning.errors import TargetError
 from pruning.exits import ExitHead, tail_of, truncate
 from pruning.gates import BlockGates, FixedGates, GatedBlock, Gates, gates_of_plan
 from pruning.pace import Pace, multiples
@@ -49,7 +49,7 @@ class WidthSettings:
     """How the width is learned."""
 
     target_ratio: float
-    """Share of the dense model to keep, in (0, 1)."""
+    """Share of the dense model to keep, in (0, 1]."""
     count: Literal["macs", "params"] = "macs"
     """Of what."""
     epochs: int = 10
@@ -172,7 +172,7 @@ class WidthTraining:
             paces: of each block, the widths that it may have; by default any.
 
         Raises:
-            SettingError: no width is as small as the target (says which is the smallest).
+            TargetError: no width is as small as the target (says which is the smallest).
         """
         self.settings, self.images, self.precision = settings, images, precision
         self.teacher, self.anatomy = model, examine(model)
@@ -233,10 +233,10 @@ class WidthTraining:
             part.of_plan(keep_all_block(each)) for part, each in zip(self.parts, anatomy.blocks, strict=True)
         )
         least = self._size(self._plans(-math.inf)) / self.whole
-        if not least <= settings.target_ratio < 1:
-            raise SettingError(
+        if not least <= settings.target_ratio <= 1:
+            raise TargetError(
                 f"target {settings.target_ratio:g} of the {settings.count} cannot be reached; "
-                f"give {math.ceil(1000 * least) / 1000:g} at least, and less than 1"
+                f"give {math.ceil(1000 * least) / 1000:g} at least, and 1 at most"
             )
 
     def share(self) -> Tensor:
@@ -256,6 +256,11 @@ class WidthTraining:
             gates.plan(each, pace, shift)
             for gates, each, pace in zip(self.gates, self.anatomy.blocks, self.paces, strict=True)
         ]
+
+    @property
+    def is_done(self) -> bool:
+        """All epochs are trained."""
+        return self.loop.is_done
 
     def run_epoch(self) -> dict[str, float]:
         """Trains one epoch; gives its mean loss, and the share of the dense size at its end.

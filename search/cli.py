@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(width=None if sys.stdout.isatty() else 100)
+out = Console(width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True)
 
 Recipe = Annotated[str, typer.Argument(help="A YAML file, or a shipped name.")]
@@ -139,6 +139,53 @@ def prune(
 
 
 @app.command()
+def lottery(
+    recipe: Recipe = "digits",
+    name: Annotated[str | None, typer.Option(help="Of the lottery; by default the recipe's.")] = None,
+    sparsity: Annotated[float, typer.Option(help="Share of the blocks' weights that go.")] = 0.8,
+    rounds: Annotated[int, typer.Option(help="Of training and pruning, until they are gone.")] = 3,
+    rewind_step: Annotated[int, typer.Option(help="Tickets go back to the weights after so many steps.")] = 0,
+    seeds: Annotated[int, typer.Option(help="How often all of it is done.")] = 3,
+    sets: Sets = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Train sparse models from their first weights and from new ones: is it the mask that counts?"""
+    from search.config import load_config
+    from search.lottery import hold_lottery, lottery_folder
+
+    config = load_config(recipe, name=name, sets=sets)
+    with err.status("loading ...") as status:
+        record = hold_lottery(
+            config, runs, sparsity=sparsity, rounds=rounds, rewind_step=rewind_step, seeds=seeds,
+            on_stage=lambda stage: status.update(f"training {stage} ..."),
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(record))
+        return
+    _print_lottery(record, lottery_folder(runs, config.name))
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="cutoff, noise, tokens, order, width-or-depth, budgets, or a YAML file.")],
+    recipe: Recipe = "digits",
+    sets: Sets = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Ask one of the source papers' questions of a recipe: a table, a figure and a sentence."""
+    from search.config import load_config
+    from search.study import run_study
+
+    record = run_study(name, load_config(recipe, sets=sets), runs, _say)
+    if as_json:
+        print(json.dumps(record))
+        return
+    _print_study(record, runs)
+
+
+@app.command()
 def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000, runs: Runs = Path("runs")) -> None:
     """MLflow's pages of all sweeps, on this machine alone."""
     from search.tracking import default_uri, serve_ui
@@ -176,18 +223,23 @@ def _show_front(record: dict[str, Any], runs: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(record))
         return
+    from search.front import ACCURACIES, accuracy_of
+
+    accuracy = accuracy_of(record)
+    others = {} if accuracy == "top1" else {accuracy: ACCURACIES[accuracy]}
     dense, points = record["dense"], record["points"]
     table = Table(
         title=f"Front of {record['name']}: {len(points)} of {record['trials']} trials; accuracy on val and test",
         title_justify="left",
     )
-    for column in ("", "val", "test", "speed-up", "95 %", "images/s", "ms/batch", "MACs", "exit"):
+    for column in ("", *others.values(), "val", "test", "speed-up", "95 %", "images/s", "ms/batch", "MACs", "exit"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
 
     def row(label: str, point: dict[str, Any], exit_block: str) -> None:
         test = point["top1_test"]
         table.add_row(
             label,
+            *(f"{point[name]:.4f}" for name in others),
             f"{point['top1']:.4f}",
             "-" if test is None else f"{test:.4f}",
             f"{point['speedup']:.2f}",
@@ -205,6 +257,25 @@ def _show_front(record: dict[str, Any], runs: Path, as_json: bool) -> None:
     out.print(table)
     folder = runs / record["name"]
     out.print(f"hypervolume {record['hypervolume']:.4f}; models, tables and plans are in {folder}", highlight=False)
+
+
+def _say(text: str) -> None:
+    err.print(text, markup=False, highlight=False)
+
+
+def _print_study(record: dict[str, Any], runs: Path) -> None:
+    from search.study import TABLE_COLUMNS, table_cells
+
+    table = Table(title=record["question"], title_justify="left")
+    for column in TABLE_COLUMNS:
+        called = record["x_label"] if column == "x" else column
+        table.add_column(called, justify="left" if column == "series" else "right")
+    for row in record["rows"]:
+        table.add_row(*table_cells(record["x"], row))
+    out.print(table)
+    out.print(record["sentence"], highlight=False, markup=False)
+    folder = runs / f"study-{record['name']}-{record['recipe']}"
+    out.print(f"Tables and figure are in {folder}", highlight=False, markup=False)
 
 
 def _print_blocks(blocks: list[dict[str, Any]], outcome: dict[str, Any], dense: dict[str, Any]) -> None:
@@ -226,6 +297,27 @@ def _print_blocks(blocks: list[dict[str, Any]], outcome: dict[str, Any], dense: 
     )
     for note in outcome["notes"]:
         out.print(f"note: {note}; more data.calibration_images would help", highlight=False, markup=False)
+
+
+def _print_lottery(record: dict[str, Any], folder: Path) -> None:
+    table = Table(
+        title=f"Lottery tickets of {record['name']}: top-1 on val; seeds {record['seeds']}, steps {record['steps']}",
+        title_justify="left",
+    )
+    for column in ("", "round", "sparsity", "top-1", "of seeds", "first gradient", "mean gradient"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for arm in record["arms"]:
+        table.add_row(
+            arm["arm"],
+            str(arm["round"]),
+            f"{arm['sparsity']:.1%}",
+            f"{arm['top1']:.4f}",
+            f"{arm['top1_low']:.4f}-{arm['top1_high']:.4f}",
+            f"{arm['gradient_norm_first']:.3g}",
+            f"{arm['gradient_norm_mean']:.3g}",
+        )
+    out.print(table)
+    out.print(f"the table, every gradient norm and lottery.html are in {folder}", highlight=False)
 
 
 if __name__ == "__main__":

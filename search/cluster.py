@@ -1,7 +1,9 @@
 """Ray as a sweep uses it: started or joined, what a trial takes of it, tasks, and the trials under Ray Tune.
 
 Workers: one actor for each slot of the cluster, reused from trial to trial (a fresh one costs 8 s of imports). The
-dense model and the images lie in the object store once, and every actor takes them from there.
+dense model and the images lie in the object store once, and every actor takes them from there. What a worker makes that
+is too large for Tune's results, trained weights and the states of trainings, it leaves in a mailbox, from which the
+driver takes it: nodes need no shared disk.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # read at import: no CSV and JSON file a trial
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables are printed whatever `verbose` says
@@ -30,12 +32,13 @@ from torch import nn
 
 from pruning.errors import VitfrontError
 from pruning.plan import Plan
+from search.checkpoints import Checkpoint
 from search.config import Config
 from search.errors import ConfigError, SweepError
 from search.inputs import Inputs
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.searcher import StudySearcher
-from search.trial import Bench, Confirmation, confirm, prepare, run_trial
+from search.trial import Bench, Confirmation, Epoch, Weights, confirm, prepare, start_trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,54 +50,106 @@ class Share:
     gpus: float
 
 
-class TrialActor(tune.Trainable):
-    """A worker: keeps the bench on its device and runs trial after trial."""
+class Mailbox:
+    """An actor: what lies in it by trial, until it is taken."""
 
-    def setup(self, config: dict[str, Any], bench: Sequence[Any] = (), cpus: int = 1) -> None:
+    def __init__(self) -> None:
+        self._content: dict[str, Any] = {}
+
+    def put(self, trial_id: str, content: Any) -> None:
+        """Replaces what lies there."""
+        self._content[trial_id] = content
+
+    def take(self, trial_id: str) -> Any:
+        """None if nothing lies there."""
+        return self._content.pop(trial_id, None)
+
+
+class TrialActor(tune.Trainable):
+    """A worker: keeps the bench on its device and runs trial after trial, a step an epoch where they train."""
+
+    def setup(self, config: dict[str, Any], bench: Sequence[Any] = (), mailbox: Any = None, cpus: int = 1) -> None:
         torch.set_num_threads(cpus)
         # Behind a list, Tune hands the reference on instead of storing the bench a second time.
         self.bench: Bench = ray.get(bench[0]).to(_device())
-        self.trial = config
+        self.mailbox = mailbox
+        self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.trial = new_config
+        self._start(new_config)
         return True
 
+    def _start(self, config: dict[str, Any]) -> None:
+        self.id = config["id"]
+        state = ray.get(self.mailbox.take.remote(self.id)) if config["is_resumed"] else None
+        self.events = start_trial(self.bench, Candidate.from_json(config["candidate"]), self.id, state)
+
     def step(self) -> dict[str, Any]:
-        outcome = run_trial(self.bench, Candidate.from_json(self.trial["candidate"]), self.trial["id"])
-        return {"outcome": json.dumps(outcome.to_json()), "done": True}
+        event = next(self.events)
+        if isinstance(event, Epoch):
+            ray.get(self.mailbox.put.remote(self.id, event.state()))
+            return {"progress": event.progress, "done": False}
+        if event.weights:
+            ray.get(self.mailbox.put.remote(self.id, event.weights))
+        return {"outcomes": json.dumps([outcome.to_json() for outcome in event.outcomes]), "done": True}
+
+
+class Recorder(Protocol):
+    """Who keeps what comes of the trials, in the driver."""
+
+    def epoch(self, checkpoint: Checkpoint, progress: Mapping[str, float]) -> None:
+        """A trial has trained one more epoch."""
+
+    def ended(self, outcomes: Sequence[Outcome], weights: Mapping[str, Weights]) -> None:
+        """A trial has ended: what came of it, and the weights that do not follow from a plan, by the outcomes' ids."""
 
 
 class _Bookkeeper(tune.Callback):
     """Turns the end of every trial into an outcome; a worker that died leaves one too."""
 
-    def __init__(self, record_outcome: Callable[[Outcome], None], give_up: Callable[[], None]) -> None:
-        self._record_outcome, self._give_up = record_outcome, give_up
+    def __init__(self, recorder: Recorder, mailbox: Any, give_up: Callable[[], None]) -> None:
+        self._recorder, self._mailbox, self._give_up = recorder, mailbox, give_up
         self.error: VitfrontError | None = None
         """Why an outcome could not be recorded."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its callbacks to resume by; we resume by the ledger
 
-    def _record(self, outcome: Outcome) -> None:
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            self._record_outcome(outcome)
+            yield
         except VitfrontError as error:  # Tune would log it, take the trial for failed and go on
             self.error = self.error or error
             self._give_up()
 
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        state = None if "outcomes" in result else ray.get(self._mailbox.take.remote(trial.config["id"]))
+        if state is not None:  # else the next epoch's is on its way
+            candidate = Candidate.from_json(trial.config["candidate"])
+            with self._told():
+                self._recorder.epoch(
+                    Checkpoint(id=trial.config["id"], candidate=candidate, state=state), result["progress"]
+                )
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._record(Outcome.from_json(json.loads(trial.last_result["outcome"])))
+        outcomes = [Outcome.from_json(each) for each in json.loads(trial.last_result["outcomes"])]
+        has_weights = any(outcome.has_weights for outcome in outcomes)
+        weights = ray.get(self._mailbox.take.remote(trial.config["id"])) if has_weights else {}
+        with self._told():
+            self._recorder.ended(outcomes, weights)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._record(
-            Outcome(
-                id=trial.config["id"],
-                state=State.FAILED,
-                candidate=Candidate.from_json(trial.config["candidate"]),
-                reason=f"the worker broke: {_last_line(Path(trial.error_file))}",
-            )
+        failed = Outcome(
+            id=trial.config["id"],
+            state=State.FAILED,
+            candidate=Candidate.from_json(trial.config["candidate"]),
+            reason=f"the worker broke: {_last_line(Path(trial.error_file))}",
         )
+        with self._told():
+            self._recorder.ended([failed], {})
 
 
 def _last_line(error_file: Path) -> str:
@@ -107,19 +162,24 @@ def run_trials(
     searcher: StudySearcher,
     num_trials: int,
     share: Share,
-    record_outcome: Callable[[Outcome], None],
+    recorder: Recorder,
+    states: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Runs trials until there are so many, or until the searcher has no more to suggest.
 
     Args:
         bench_ref: reference to the bench.
-        record_outcome: called in the driver with every outcome, as it comes; if it raises, no further trial starts.
+        recorder: called in the driver; if it raises, no further trial starts.
+        states: of the trials that an earlier run did not end, by id.
 
     Raises:
-        VitfrontError: what `record_outcome` raised.
+        VitfrontError: what `recorder` raised.
     """
-    bookkeeper = _Bookkeeper(record_outcome, searcher.finish)
-    trainable = tune.with_parameters(TrialActor, bench=[bench_ref], cpus=share.cpus)
+    mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
+    for trial_id, state in states.items():
+        ray.get(mailbox.put.remote(trial_id, state))
+    bookkeeper = _Bookkeeper(recorder, mailbox, searcher.finish)
+    trainable = tune.with_parameters(TrialActor, bench=[bench_ref], mailbox=mailbox, cpus=share.cpus)
     # Tune keeps what it would resume by; we resume by the ledger.
     with tempfile.TemporaryDirectory(prefix="vitfront.", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
@@ -151,9 +211,9 @@ def prepare_remotely(config: Config, inputs: Inputs, exit_blocks: list[int]) -> 
     return bench.to("cpu"), dense
 
 
-def confirm_remotely(bench: Bench, plans: list[Plan]) -> Confirmation:
+def confirm_remotely(bench: Bench, plans: list[Plan], weights: list[Weights | None]) -> Confirmation:
     """`confirm` on a worker's device; the models come back on the CPU."""
-    found = confirm(bench.to(_device()), plans)
+    found = confirm(bench.to(_device()), plans, weights)
     return replace(found, models=[model.cpu() for model in found.models])
 
 

@@ -14,12 +14,15 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pruning.cascade import Order
 from pruning.data import InputSpec
 from pruning.plan import TokenReduction
 from pruning.scores.criteria import CRITERIA
-from pruning.training import TrainSettings
+from pruning.training import Jitter, TrainSettings
 from search.errors import ConfigError
-from search.outcome import Method
+from search.outcome import Method, Recovery
+
+Accuracy = Literal["top1", "recall_at_1", "mean_average_precision"]
 
 
 class _Section(BaseModel):
@@ -65,6 +68,14 @@ def _multiple_or_auto(value: int | str) -> int | str:
     return value
 
 
+def _known_pattern(text: str) -> str:
+    if text != "any":
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if match is None or not 1 <= int(match[1]) < int(match[2]):
+            raise ValueError(f"{text!r} is no pattern; give any, or N:M with N below M, as 2:4")
+    return text
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Points = Annotated[float, Field(ge=0, le=100)]
@@ -72,6 +83,7 @@ Range = Annotated[PositiveShare | tuple[PositiveShare, PositiveShare], AfterVali
 """A number, which fixes the parameter, or [low, high]; in (0, 1]."""
 Criterion = Annotated[str, AfterValidator(_known_criterion)]
 Reduction = Annotated[str, AfterValidator(_known_reduction)]
+SparsityPattern = Annotated[str, AfterValidator(_known_pattern)]
 Multiple = Annotated[int | str, AfterValidator(_multiple_or_auto)]
 
 
@@ -140,6 +152,9 @@ class DataConfig(_Section):
     std: tuple[float, ...] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
     crop_pct: PositiveShare | None = None
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of Gaussian noise on the calibration images, in units of the pixels' range: what do scores and
+    repair do on bad images? Probe, val and test images stay clean, and the dense model is trained without."""
     download: bool = False
     """Let timm fetch a torch/... or hfds/... data set that is not there."""
     seed: int = 0
@@ -155,7 +170,7 @@ class ExitConfig(_Section):
 
 
 class SpaceConfig(_Section):
-    """The search space. A number fixes a parameter, [low, high] searches it; of the last four, which are choices, a
+    """The search space. A number fixes a parameter, [low, high] searches it; of the last six, which are choices, a
     value fixes it and a list searches all of the list."""
 
     cutoff_channel: Range = (0.02, 0.5)
@@ -173,7 +188,7 @@ class SpaceConfig(_Section):
     """The model answers after this many blocks; by default after all of them."""
     method: Annotated[Method | tuple[Method, ...], AfterValidator(_each_once)] = "cascade"
     """Who decides what goes: `cascade`, block by block; `global`, all blocks at once, without budgets; `constant` or
-    `decreasing`, a schedule of tokens alone."""
+    `decreasing`, a schedule of tokens alone; `learned` and `soft-mask`, trained; `unstructured`, single weights."""
     criterion: Annotated[Criterion | tuple[Criterion, ...], AfterValidator(_each_once)] = "lfs"
     """Score of the channels in the cascade, a key of `pruning.scores.criteria.CRITERIA`."""
     token_reduction: Annotated[
@@ -184,6 +199,10 @@ class SpaceConfig(_Section):
     round_to: Annotated[Multiple | tuple[Multiple, ...], AfterValidator(_each_once)] = 1
     """Widths a head and hidden units are multiples of it; [1, 8] tries these two, not what lies between. auto: the
     widths that this device is faster with than with all larger ones, measured once a sweep (`pruning.pace`)."""
+    pattern: Annotated[SparsityPattern | tuple[SparsityPattern, ...], AfterValidator(_each_once)] = "any"
+    """Of method `unstructured`: `any`, as sparse as the target says, or N:M, e.g. `2:4`."""
+    recovery: Annotated[Recovery | tuple[Recovery, ...], AfterValidator(_each_once)] = "none"
+    """`distill`: a fine-tune after the pruning, by the section `distill`."""
 
 
 class SearchConfig(_Section):
@@ -193,6 +212,8 @@ class SearchConfig(_Section):
     time_budget: str | float | None = None
     """Stop starting trials after so long: seconds, or 90s, 10m, 2h."""
     sampler: Literal["tpe", "random"] = "tpe"
+    accuracy: Accuracy = "top1"
+    """What is to be accurate: the classification, or the retrieval of training images by val images as queries."""
     seed: int = 0
 
     @property
@@ -211,6 +232,62 @@ class CascadeConfig(_Section):
     alpha: Share = 0.1
     num_levels: Annotated[int, Field(ge=1)] = 15
     batch_size: Annotated[int, Field(ge=1)] = 64
+    order: Order = "bottom-up"
+    """`top-down` goes from the last block to the first; for channels alone (`space.token_reduction: none`)."""
+
+
+class _Training(_Section):
+    """What every training of a trial has."""
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    max_shift: Annotated[float, Field(ge=0)] = 1.0
+    """Images are moved by up to so many pixels each way, anew in every epoch."""
+    max_turn: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """They are turned by up to so many radians, and scaled by up to this share, each way."""
+    flip: bool = False
+    """Half of them are mirrored, left to right."""
+
+    def common(self) -> dict[str, Any]:
+        """What is handed on as it is, and how images are jittered."""
+        names = ("max_shift", "max_turn", "flip")
+        jitter = Jitter(**{name: getattr(self, name) for name in names})
+        return self.model_dump(exclude={*names}) | {"jitter": jitter}
+
+
+class LearnedConfig(_Training):
+    """Of method `learned`. See `pruning.width.WidthSettings`."""
+
+    count: Literal["macs", "params"] = "macs"
+    """What the target is a share of."""
+    search_share: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    score_rate: Annotated[float, Field(gt=0)] = 2.5e-3
+    distillation: Share = 0.5
+
+
+class SoftMaskConfig(_Training):
+    """Of method `soft-mask`. See `pruning.softmask.SoftMaskSettings`."""
+
+    epochs: Annotated[int, Field(ge=1)] = 5
+    gate_rate: Annotated[float, Field(gt=0)] = 2e-2
+    l1: Annotated[float, Field(ge=0)] = 1.0
+    distillation: Share = 0.5
+
+
+class DistillConfig(_Training):
+    """Of recovery `distill`. See `pruning.finetune.FinetuneSettings`."""
+
+    optimizer: str = "adamw"
+    """Any name that timm's `create_optimizer_v2` knows."""
+    distillation: Literal["none", "soft", "hard"] = "soft"
+    weight: Share = 0.5
+    """Of the dense model's answers against the labels."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
 
 
 class MeasureConfig(_Section):
@@ -244,6 +321,9 @@ class Config(_Section):
     space: SpaceConfig = SpaceConfig()
     search: SearchConfig = SearchConfig()
     cascade: CascadeConfig = CascadeConfig()
+    learned: LearnedConfig = LearnedConfig()
+    soft_mask: SoftMaskConfig = SoftMaskConfig()
+    distill: DistillConfig = DistillConfig()
     measure: MeasureConfig = MeasureConfig()
     resources: ResourcesConfig = ResourcesConfig()
 

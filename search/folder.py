@@ -13,7 +13,7 @@ from pruning.artifact import copy_to
 from pruning.plan import Plan
 from search.config import Config
 from search.errors import SweepError
-from search.front import pick, within
+from search.front import accuracy_of, pick, within
 from search.outcome import Candidate, Measurement, Outcome, State
 
 
@@ -27,6 +27,13 @@ class Folder:
         self.front = self.path / "front.json"
         self.table = self.path / "front.csv"
         self.models = self.path / "models"
+        self.weights = self.path / "weights"
+        """Of the models that were trained, while they may be on the front."""
+        self.checkpoints = self.path / "checkpoints"
+        """Of the trials that are training."""
+
+    def weights_of(self, outcome_id: str) -> Path:
+        return self.weights / f"{outcome_id}.safetensors"
 
     def read_config(self) -> Config:
         """The settings that the sweep was started with."""
@@ -67,11 +74,16 @@ def select(
             state=State.MEASURED,
             candidate=Candidate.from_json(point["candidate"]),
             plan=Plan.from_json(point["plan"]),
-            measurement=Measurement(**{name: point[name] for name in Measurement.__dataclass_fields__}),
+            measurement=Measurement(
+                **{name: point[name] for name in Measurement.__dataclass_fields__ if name in point}
+            ),
         )
         for point in record["points"]
     ]
-    left = within(front, at_least, at_most) if how is None else (pick(front, how, at_least, at_most),)
+    if how is None:
+        left = within(front, at_least, at_most)
+    else:
+        left = (pick(front, how, at_least, at_most, accuracy_of(record)),)
     kept = {outcome.id for outcome in left}
     return {**record, "points": [point for point in record["points"] if point["id"] in kept]}
 

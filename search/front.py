@@ -27,7 +27,23 @@ class Objective:
     """`maximize` or `minimize`."""
 
 
-OBJECTIVES = (Objective(name="top1", direction="maximize"), Objective(name="speedup", direction="maximize"))
+ACCURACIES = {"top1": "top-1", "recall_at_1": "recall@1", "mean_average_precision": "mAP"}
+"""Field of `Measurement` -> how it is called in tables and pictures. A sweep searches by one of them."""
+
+
+def objectives(accuracy: str) -> tuple[Objective, Objective]:
+    """What counts in a sweep.
+
+    Args:
+        accuracy: one of `ACCURACIES`, as everywhere below.
+    """
+    return Objective(name=accuracy, direction="maximize"), Objective(name="speedup", direction="maximize")
+
+
+def accuracy_of(record: Mapping[str, Any]) -> str:
+    """Which of `ACCURACIES` the sweep of a `front.json` was searched by."""
+    (accuracy,) = (each["name"] for each in record["objectives"] if each["name"] in ACCURACIES)
+    return str(accuracy)
 
 
 def non_dominated(values: Values) -> NDArray[np.intp]:
@@ -100,63 +116,64 @@ def knee(values: Values) -> int:
     return int(np.lexsort((-values[:, 0], distance))[0])
 
 
-def front_of(outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
+def front_of(outcomes: Sequence[Outcome], accuracy: str = "top1") -> tuple[Outcome, ...]:
     """The measured outcomes that no other dominates, the slowest first."""
     measured = [outcome for outcome in outcomes if outcome.measurement is not None]
-    front = [measured[row] for row in non_dominated(_values(measured))]
+    front = [measured[row] for row in non_dominated(_values(measured, accuracy))]
     return tuple(sorted(front, key=lambda outcome: _metric(outcome, "throughput_img_s")))
 
 
-def contenders(outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
+def contenders(outcomes: Sequence[Outcome], accuracy: str = "top1") -> tuple[Outcome, ...]:
     """The measured outcomes that may be on the front, given how well their speed-ups are known.
 
     Out is who is beaten beyond the noise: by one at least as accurate whose speed-up interval lies above its own.
     """
-    measured = [(outcome, outcome.measurement) for outcome in outcomes if outcome.measurement is not None]
-    return tuple(
-        outcome
-        for outcome, own in measured
-        if not any(other.top1 >= own.top1 and other.speedup_low > own.speedup_high for _, other in measured)
-    )
+    measured = [outcome for outcome in outcomes if outcome.measurement is not None]
+
+    def beaten(own: Outcome, other: Outcome) -> bool:
+        is_faster = _metric(other, "speedup_low") > _metric(own, "speedup_high")
+        return is_faster and _metric(other, accuracy) >= _metric(own, accuracy)
+
+    return tuple(own for own in measured if not any(beaten(own, other) for other in measured))
 
 
-def reference_point(dense: Measurement) -> dict[str, float]:
+def reference_point(dense: Measurement, accuracy: str = "top1") -> dict[str, float]:
     """Where the hypervolume starts: half the accuracy of the dense model, at its speed.
 
     A model slower than the dense one, or with less than half its accuracy, is worth nothing to anyone. Both come
     from the dense model alone, so hypervolumes of one model and machine compare across sweeps.
     """
-    return {"top1": dense.top1 / 2, "speedup": 1.0}
+    return {accuracy: getattr(dense, accuracy) / 2, "speedup": 1.0}
 
 
-def hypervolume_of(outcomes: Sequence[Outcome], dense: Measurement) -> float:
+def hypervolume_of(outcomes: Sequence[Outcome], dense: Measurement, accuracy: str = "top1") -> float:
     """Hypervolume of all measured outcomes."""
-    return (0.0, *running_hypervolume(outcomes, dense))[-1]
+    return (0.0, *running_hypervolume(outcomes, dense, accuracy))[-1]
 
 
-def running_hypervolume(outcomes: Sequence[Outcome], dense: Measurement) -> tuple[float, ...]:
+def running_hypervolume(outcomes: Sequence[Outcome], dense: Measurement, accuracy: str = "top1") -> tuple[float, ...]:
     """Hypervolume after each outcome; it never falls."""
-    start = reference_point(dense)
-    reference = np.array([_oriented(objective, start[objective.name]) for objective in OBJECTIVES])
-    front, volumes = _values([]), []
+    start = reference_point(dense, accuracy)
+    reference = np.array([_oriented(objective, start[objective.name]) for objective in objectives(accuracy)])
+    front, volumes = _values([], accuracy), []
     for outcome in outcomes:
         if outcome.measurement is not None:
-            front = np.vstack((front, _values([outcome])))
+            front = np.vstack((front, _values([outcome], accuracy)))
             front = front[non_dominated(front)]
         volumes.append(hypervolume(front, reference))
     return tuple(volumes)
 
 
-def front_record(name: str, outcomes: Sequence[Outcome], dense: Measurement) -> dict[str, Any]:
+def front_record(name: str, outcomes: Sequence[Outcome], dense: Measurement, accuracy: str = "top1") -> dict[str, Any]:
     """What `front.json` holds: the front of the sweep `name` and what it is compared with."""
-    front = front_of(outcomes)
+    front = front_of(outcomes, accuracy)
     return {
         "name": name,
-        "objectives": [asdict(objective) for objective in OBJECTIVES],
+        "objectives": [asdict(objective) for objective in objectives(accuracy)],
         "dense": asdict(dense),
-        "reference_point": reference_point(dense),
-        "hypervolume": hypervolume_of(front, dense),
-        "knee": front[knee(_values(front))].id if front else None,
+        "reference_point": reference_point(dense, accuracy),
+        "hypervolume": hypervolume_of(front, dense, accuracy),
+        "knee": front[knee(_values(front, accuracy))].id if front else None,
         "points": [_point(outcome) for outcome in front],
     }
 
@@ -194,7 +211,13 @@ def within(
     return tuple(outcome for outcome in front if outcome.measurement is not None and keeps(outcome))
 
 
-def pick(front: Sequence[Outcome], how: str, at_least: Mapping[str, float], at_most: Mapping[str, float]) -> Outcome:
+def pick(
+    front: Sequence[Outcome],
+    how: str,
+    at_least: Mapping[str, float],
+    at_most: Mapping[str, float],
+    accuracy: str = "top1",
+) -> Outcome:
     """One point of the front, out of those within the bounds.
 
     Args:
@@ -212,11 +235,11 @@ def pick(front: Sequence[Outcome], how: str, at_least: Mapping[str, float], at_m
     if not left:
         raise SweepError(_why_nothing_is_left(front, at_least, at_most))
     if how == "knee":
-        return left[knee(_values(left))]
+        return left[knee(_values(left, accuracy))]
     if how == "fastest":
         return max(left, key=lambda outcome: _metric(outcome, "throughput_img_s"))
     if how == "most-accurate":
-        return max(left, key=lambda outcome: _metric(outcome, "top1"))
+        return max(left, key=lambda outcome: _metric(outcome, accuracy))
     for outcome in left:
         if outcome.id == how:
             return outcome
@@ -241,9 +264,9 @@ def _metric(outcome: Outcome, name: str) -> float:
     return np.nan if value is None else float(value)
 
 
-def _values(outcomes: Sequence[Outcome]) -> Values:
+def _values(outcomes: Sequence[Outcome], accuracy: str) -> Values:
     """(n, m), one column an objective, maximised."""
-    columns = [[_oriented(each, _metric(outcome, each.name)) for outcome in outcomes] for each in OBJECTIVES]
+    columns = [[_oriented(each, _metric(outcome, each.name)) for outcome in outcomes] for each in objectives(accuracy)]
     return np.array(columns, dtype=np.float64).T
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from pruning.data import Images, InputSpec, Splits, folder_classes, load_split
 from pruning.errors import DataError
 from pruning.models import create_model, default_input, load_weights, read_weights
 from search.config import Config, input_spec
+from search.errors import ConfigError
 from search.space import Space
 
 
@@ -60,6 +61,8 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
     if not trained and cache.is_file():
         load_weights(model, read_weights(cache), str(cache))
         trained = True
+    if config.data.noise and not trained:  # it would learn from the noisy images
+        raise ConfigError("data.noise needs a dense model that is trained; run the recipe once without noise")
     return Inputs(model=model, trained=trained, spec=spec, splits=splits, space=space, cache=cache)
 
 
@@ -82,15 +85,24 @@ def load_splits(config: Config, spec: InputSpec, num_classes: int) -> Splits:
     if min(num_calibration, len(train) - num_calibration) < 1:
         raise DataError(f"{len(train)} training images are too few: some are for calibration, others for probing")
     return Splits(
-        calibration=train.take(slice(0, num_calibration)),
+        calibration=_noisy(train.take(slice(0, num_calibration)), data.noise, data.seed),
         probe=train.take(slice(num_calibration, None)),
         val=load(data.val, data.val_images),
         test=None if data.test is None else load(data.test, data.test_images),
     )
 
 
+def _noisy(images: Images, std: float, seed: int) -> Images:
+    """With Gaussian noise of this standard deviation, in units of the pixels' range; still whole numbers within it."""
+    if not std:
+        return images
+    noise = torch.randn(images.pixels.shape, generator=torch.Generator().manual_seed(seed))
+    pixels = (images.pixels + 255 * std * noise).round().clamp(0, 255).to(torch.uint8)
+    return replace(images, pixels=pixels)
+
+
 def _training_hash(config: Config) -> str:
     """Of all that the trained weights depend on."""
-    data = config.data.model_dump(mode="json", exclude={"val", "test", "val_images", "test_images"})
+    data = config.data.model_dump(mode="json", exclude={"val", "test", "val_images", "test_images", "noise"})
     told = json.dumps([config.model.model_dump(mode="json"), data], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]

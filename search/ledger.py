@@ -66,23 +66,23 @@ class Ledger:
             self.close()
             raise
 
-    def append(self, outcome: Outcome) -> None:
-        """Adds one outcome; when this returns, it is on the disk.
+    def append(self, *outcomes: Outcome) -> None:
+        """Adds outcomes; when this returns, they are on the disk.
 
         Raises:
             SweepError: the disk refuses (full, gone, over quota); the ledger is as it was before.
         """
-        line = json.dumps(outcome.to_json()).encode() + b"\n"
+        lines = b"".join(json.dumps(outcome.to_json()).encode() + b"\n" for outcome in outcomes)
         try:
             written = 0
-            while written < len(line):  # unbuffered: after a failure no half line waits to be flushed later
-                written += os.write(self._handle, line[written:])
+            while written < len(lines):  # unbuffered: after a failure no half line waits to be flushed later
+                written += os.write(self._handle, lines[written:])
             os.fsync(self._handle)
         except OSError as error:
             with suppress(OSError):  # on a dying disk the half line stays, and counts as torn
                 os.ftruncate(self._handle, self._end)
             raise _unusable(self.path, error) from error
-        self._end += len(line)
+        self._end += len(lines)
 
     def close(self) -> None:
         """Gives the lock back."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any, Literal
 
 from pruning.plan import Plan, TokenReduction
 
-Method = Literal["cascade", "global", "constant", "decreasing"]
+Method = Literal["cascade", "global", "constant", "decreasing", "learned", "soft-mask", "unstructured"]
 """cascade: block by block, as far as each block's budget goes (VTC-LFC). global: all blocks at once, every unit at its
-price in multiply-adds. constant, decreasing: tokens alone, as many from every block, or fewer and fewer (ToMe)."""
+price in multiply-adds. constant, decreasing: tokens alone, as many from every block, or fewer and fewer (ToMe).
+learned: widths trained together with the weights, for all exits at once (WDPruning). soft-mask: gates trained under an
+L1 penalty (VTP, network slimming). unstructured: the smallest single weights become 0, the shapes stay."""
 
 SCHEDULES: frozenset[Method] = frozenset({"constant", "decreasing"})
 """The methods that take tokens alone."""
+
+TOKENLESS: frozenset[Method] = frozenset({"learned", "soft-mask", "unstructured"})
+"""The methods that keep all tokens."""
+
+Recovery = Literal["none", "distill"]
+"""What follows the pruning and the repair in closed form that is part of it. distill: a fine-tune that learns from the
+dense model as well."""
 
 RoundTo = int | Literal["auto"]
 
@@ -49,9 +59,10 @@ class Candidate:
     """In [0, 1]. Cascade: share of each block's budget that tokens may spend first. Global: 0.5 weighs channels and
     tokens as the profile does, 0 takes channels alone, 1 tokens alone. No effect on a schedule."""
     target_ratio: float
-    """Share of the dense MACs to keep, in (0, 1]: pruning stops when it is reached."""
+    """Share of the dense MACs to keep, in (0, 1]: pruning stops when it is reached. Method `unstructured`: share of the
+    blocks' weights to keep."""
     exit_block: int
-    """The model answers after this many blocks."""
+    """The model answers after this many blocks. Method `learned` gives a model for each exit up to here."""
     method: Method = "cascade"
     """Who decides what goes."""
     criterion: str = "lfs"
@@ -60,6 +71,10 @@ class Candidate:
     """What becomes of the tokens that do not leave a block."""
     round_to: RoundTo = 1
     """Widths a head and hidden units are multiples of it, at least 1; auto: those that this device is faster with."""
+    pattern: str = "any"
+    """For method `unstructured`: `any` weights go, or all but N of every M neighbours (`2:4`), whatever the target."""
+    recovery: Recovery = "none"
+    """No effect on method `learned`, which trains all along."""
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Candidate:
@@ -67,24 +82,27 @@ class Candidate:
 
     def to_params(self) -> dict[str, float | int | str]:
         """Flat and named as in the search space: `drop_budget.0`, ...; only what has an effect."""
-        params: dict[str, float | int | str] = {
-            "method": self.method,
-            "token_reduction": self.token_reduction,
-            "target_ratio": self.target_ratio,
-            "exit_block": self.exit_block,
-        }
-        if self.method not in SCHEDULES:
+        params: dict[str, float | int | str] = {"method": self.method, "exit_block": self.exit_block}
+        if self.pattern == "any":
+            params["target_ratio"] = self.target_ratio
+        if self.method not in SCHEDULES and self.method != "unstructured":
             params["round_to"] = self.round_to
-            if self.token_reduction != "none":
+        if self.method not in TOKENLESS:
+            params["token_reduction"] = self.token_reduction
+            if self.method not in SCHEDULES and self.token_reduction != "none":
                 params["token_share"] = self.token_share
-        if self.token_reduction in FILTERED:
-            params["cutoff_token"] = self.cutoff_token
+            if self.token_reduction in FILTERED:
+                params["cutoff_token"] = self.cutoff_token
         if self.method == "cascade":
             params["criterion"] = self.criterion
             if self.criterion == "lfs":
                 params["cutoff_channel"] = self.cutoff_channel
             budgets = self.drop_budget[: self.exit_block]
             params |= {f"drop_budget.{block}": points for block, points in enumerate(budgets)}
+        if self.method == "unstructured":
+            params["pattern"] = self.pattern
+        if self.method != "learned":
+            params["recovery"] = self.recovery
         return params
 
 
@@ -109,6 +127,13 @@ class Measurement:
     params: int
     top1_test: float | None = None
     """Accuracy on `test`, in [0, 1]; taken for the final front alone."""
+    sparsity: float = 0.0
+    """Share of the blocks' weights that are 0, counted; in [0, 1]."""
+    recall_at_1: float | None = None
+    """Share of the val images whose nearest training image is of their class; taken where the recipe searches by it,
+    as is the next."""
+    mean_average_precision: float | None = None
+    """Mean over the val images of the average precision of their ranking of the training images, in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +141,8 @@ class Outcome:
     """Candidate + plan + measurement, or candidate + the reason why there is none."""
 
     id: str
-    """`t000`, `t001`, ... in the order of the suggestions."""
+    """`t000`, `t001`, ... in the order of the suggestions; `t001.9` is what the same trial found for an exit after
+    block 9."""
     state: State
     candidate: Candidate
     reason: str | None = None
@@ -130,11 +156,20 @@ class Outcome:
     """What the user should know of the repair: layers of which only the bias could be, for want of images."""
     seconds: float = 0.0
     """Wall-clock time of the trial."""
+    history: tuple[dict[str, float], ...] = ()
+    """What was reported after each epoch of a trial that trains."""
+    has_weights: bool = False
+    """Its weights were trained, and are kept; else they follow from the plan and the dense model."""
 
     def __post_init__(self) -> None:
         measured = self.state is State.MEASURED
         assert measured == (self.measurement is not None and self.plan is not None), self.state
         assert measured or self.reason, "an outcome without a measurement says why"
+
+    @property
+    def trial(self) -> str:
+        """Id of the trial that it came of."""
+        return self.id.split(".")[0]
 
     def to_json(self) -> dict[str, Any]:
         plain = {"id": self.id, "state": self.state.value, "candidate": asdict(self.candidate), "reason": self.reason}
@@ -143,7 +178,7 @@ class Outcome:
             "measurement": self.measurement and asdict(self.measurement),
         }
         cost = {"block_drops": self.block_drops, "forward_passes": self.forward_passes, "seconds": self.seconds}
-        return plain | measured | cost | {"notes": self.notes}
+        return plain | measured | cost | {"notes": self.notes, "history": self.history, "has_weights": self.has_weights}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Outcome:
@@ -156,5 +191,11 @@ class Outcome:
                 "measurement": record["measurement"] and Measurement(**record["measurement"]),
                 "block_drops": tuple(record["block_drops"]),
                 "notes": tuple(record.get("notes", ())),
+                "history": tuple(record.get("history", ())),
             }
         )
+
+
+def num_trials(outcomes: Sequence[Outcome]) -> int:
+    """The trials that the outcomes came of."""
+    return len({outcome.trial for outcome in outcomes})

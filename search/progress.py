@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from search.front import ACCURACIES
 from search.outcome import Candidate, Outcome, State
 
 
@@ -27,6 +29,7 @@ class ProgressLine:
         self._since = self._trials_since = time.monotonic()
         self._num_trials = self._num_before = self._num_done = self._num_failed = self._num_started = 0
         self._hypervolume = 0.0
+        self._training: dict[str, str] = {}
         self._deadline: float | None = None
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
@@ -55,8 +58,17 @@ class ProgressLine:
     def started(self, trial_id: str, candidate: Candidate) -> None:
         self._num_started += 1
 
+    def epoch(self, trial_id: str, progress: Mapping[str, float]) -> None:
+        epoch, *others = progress.items()
+        told = ", ".join(f"{name} {value:.4g}" for name, value in others)
+        self._training[trial_id] = f"{trial_id} epoch {epoch[1]}"
+        if not self._console.is_terminal:
+            self._console.print(f"{trial_id} epoch {epoch[1]}: {told}", highlight=False)
+
     def finished(self, outcome: Outcome, hypervolume: float) -> None:
-        self._num_done += 1
+        is_own = outcome.id == outcome.trial
+        self._num_done += is_own
+        self._training.pop(outcome.trial, None)
         self._num_failed += outcome.state is State.FAILED
         self._hypervolume = hypervolume
         if not self._console.is_terminal or outcome.state is State.FAILED:
@@ -70,7 +82,7 @@ class ProgressLine:
         return Text(
             f"{self._num_done}/{self._num_trials} done, {running} running, {self._num_failed} failed, "
             f"hypervolume {self._hypervolume:.4f}, {_clock(time.monotonic() - self._trials_since)} gone, "
-            f"{self._left(finished_here)} left"
+            f"{self._left(finished_here)} left{''.join(f'; {each}' for each in self._training.values())}"
         )
 
     def _left(self, finished_here: int) -> str:
@@ -86,8 +98,10 @@ def describe(outcome: Outcome) -> str:
     if outcome.measurement is None:
         return f"{outcome.id} {outcome.state.value}: {outcome.reason}"
     found = outcome.measurement
+    taken = {called: getattr(found, name) for name, called in ACCURACIES.items()}
+    accuracies = ", ".join(f"{called} {value:.3f}" for called, value in taken.items() if value is not None)
     return (
-        f"{outcome.id} top-1 {found.top1:.3f}, {found.speedup:.2f} x as fast as dense, "
+        f"{outcome.id} {accuracies}, {found.speedup:.2f} x as fast as dense, "
         f"{found.macs / 1e6:.4g} M MACs, {outcome.seconds:.0f} s"
     )
 

@@ -16,7 +16,7 @@ from search.config import Config
 from search.errors import ConfigError
 from search.inputs import load_inputs
 from search.outcome import Candidate, Measurement, Outcome, State
-from search.trial import build, prepare, run_trial
+from search.trial import prepare, run_to_end
 
 
 def prune_once(
@@ -66,7 +66,7 @@ def prune_once(
     exits = list(inputs.space.exit_blocks)
     bench, dense = prepare(config, inputs.model.to(device), inputs.splits, exits, trained=inputs.trained)
     if not inputs.trained:
-        save_weights(bench.model, inputs.cache)
+        save_weights(bench.model.state_dict(), inputs.cache)
     candidate = Candidate(
         cutoff_channel=cutoff_channel,
         cutoff_token=cutoff_token,
@@ -79,12 +79,13 @@ def prune_once(
         token_reduction=inputs.space.token_reduction[0],
         round_to=inputs.space.round_to[0],
     )
-    outcome = run_trial(bench, candidate, "t000")
+    ended = run_to_end(bench, candidate, "t000")
+    outcome = ended.outcomes[0]
     if outcome.state is not State.MEASURED or outcome.plan is None:
         raise VitfrontError(f"pruning failed: {outcome.reason}")
     if to is not None:
         description = Description(name=config.model.name, args=config.model.args, input=inputs.spec, plan=outcome.plan)
-        save(build(bench, outcome.plan), description, to)
+        save(ended.models[outcome.id], description, to)
     return outcome, dense, block_rows(outcome, examine(bench.model))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from pruning.plan import TokenReduction
 from search.config import SpaceConfig
 from search.errors import ConfigError
-from search.outcome import FILTERED, SCHEDULES, Candidate, Method
+from search.outcome import FILTERED, SCHEDULES, TOKENLESS, Candidate, Method, Recovery
 
 T = TypeVar("T")
 
@@ -57,6 +57,8 @@ class Space:
         self.criterion: tuple[str, ...] = _choices(config.criterion)
         self.token_reduction: tuple[TokenReduction, ...] = _token_reductions(config, has_windows)
         self.round_to: tuple[Any, ...] = _choices(config.round_to)
+        self.pattern: tuple[str, ...] = _choices(config.pattern)
+        self.recovery: tuple[Recovery, ...] = _choices(config.recovery)
         if low < 1 or high > depth:
             wrong = low if low < 1 else high
             raise ConfigError(f"space.exit_block: {wrong} is no exit of a model with {depth} blocks; give 1 to {depth}")
@@ -79,10 +81,13 @@ class Space:
             return chosen
 
         method = choice("method", self.method)
-        is_cascade = method == "cascade"
+        is_cascade, is_schedule, is_learned = method == "cascade", method in SCHEDULES, method == "learned"
+        is_sparse = method == "unstructured"
         criterion = choice("criterion", self.criterion) if is_cascade else _allowed("lfs", self.criterion)
-        token_reduction = choice("token_reduction", self.token_reduction)
-        exit_block = self._choose_exit(chooser)
+        token_reduction: TokenReduction = (
+            "none" if method in TOKENLESS else choice("token_reduction", self.token_reduction)
+        )
+        exit_block = self.exit_blocks[-1] if is_learned else self._choose_exit(chooser)
         budgets = [number(f"drop_budget.{block}", self.drop_budget) for block in range(exit_block if is_cascade else 0)]
         cutoff_channel = _clipped(PAPER_CUTOFF_CHANNEL, self.cutoff_channel)
         if is_cascade and criterion == "lfs":
@@ -90,19 +95,21 @@ class Space:
         cutoff_token = _clipped(PAPER_CUTOFF_TOKEN, self.cutoff_token)
         if token_reduction in FILTERED:
             cutoff_token = number("cutoff_token", self.cutoff_token)
-        is_schedule = method in SCHEDULES
         has_share = token_reduction != "none" and not is_schedule
+        pattern = choice("pattern", self.pattern) if is_sparse else "any"
         return Candidate(
             method=method,
             criterion=criterion,
             token_reduction=token_reduction,
-            round_to=self.round_to[0] if is_schedule else choice("round_to", self.round_to),
+            round_to=self.round_to[0] if is_schedule or is_sparse else choice("round_to", self.round_to),
             exit_block=exit_block,
             cutoff_channel=cutoff_channel,
             cutoff_token=cutoff_token,
             token_share=number("token_share", self.token_share) if has_share else self.token_share[0],
-            target_ratio=number("target_ratio", self.target_ratio),
+            target_ratio=number("target_ratio", self.target_ratio) if pattern == "any" else kept_share(pattern),
             drop_budget=(*budgets, *[0.0] * (self.depth - len(budgets))),
+            pattern=pattern,
+            recovery="none" if is_learned else choice("recovery", self.recovery),
         )
 
     def _choose_exit(self, chooser: Chooser) -> int:
@@ -123,7 +130,7 @@ class Space:
         VTC-LFC: cut-offs 0.1 and 0.85, 9.5 points spread evenly over the blocks, 0.56 of them for tokens; here with
         the target at a quarter, half and three quarters of its range. WDPruning's depth: an exit at 10 of 12 blocks,
         nothing else pruned; and the first exit there is. Method `global`: the profile's own weights at the same three
-        targets, all blocks kept. All within the space, none twice.
+        targets, all blocks kept; so is learned width. All within the space, none twice.
         """
         low, high = self.target_ratio
         points = 9.5 / self.depth
@@ -153,8 +160,9 @@ class Space:
             dense_too = [] if first else [at(1.0, 0.0, self.depth, "global", 0.5)]
             first += dense_too + [at(target, 0.0, self.depth, "global", 0.5) for target in targets]
         for method in self.method:
-            if method in SCHEDULES:
-                wanted = [targets[0]] if first else [1.0, targets[0]]
+            if method in SCHEDULES | TOKENLESS:
+                wanted = targets if method == "learned" else [targets[0]]
+                wanted = wanted if first or method in TOKENLESS else [1.0, *wanted]
                 first += [at(target, 0.0, self.depth, method, 0.5) for target in wanted]
         return list(dict.fromkeys(first))
 
@@ -180,10 +188,13 @@ class _Nearest:
 
 
 def _token_reductions(config: SpaceConfig, has_windows: bool) -> tuple[TokenReduction, ...]:
+    methods = set(_choices(config.method))
+    if methods <= TOKENLESS:
+        return ("none",)
     asked: tuple[Any, ...] = _choices(config.token_reduction)
     if asked == ("auto",):
         asked = ("none",) if has_windows else ("attention-merge",)
-    if "none" in asked and SCHEDULES & set(_choices(config.method)):
+    if "none" in asked and SCHEDULES & methods:
         raise ConfigError("space.token_reduction: a schedule takes tokens alone, which none does not; leave one out")
     if has_windows and asked != ("none",):
         raise ConfigError(
@@ -191,6 +202,12 @@ def _token_reductions(config: SpaceConfig, has_windows: bool) -> tuple[TokenRedu
             "which need every token of the grid; give none or auto"
         )
     return asked
+
+
+def kept_share(pattern: str) -> float:
+    """N:M -> N / M."""
+    keep, group = pattern.split(":")
+    return int(keep) / int(group)
 
 
 def _bounds(value: Any) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,10 @@ from typing import Any, Protocol
 from torch import nn
 
 from pruning.artifact import Description, save, save_weights
+from pruning.models import read_weights
 from pruning.plan import Plan
 from search import ledger
+from search.checkpoints import Checkpoint, Checkpoints
 from search.cluster import (
     check_resources,
     confirm_remotely,
@@ -38,11 +40,11 @@ from search.folder import Folder
 from search.front import contenders, front_record, running_hypervolume
 from search.inputs import Inputs, load_inputs
 from search.ledger import Ledger
-from search.outcome import Candidate, Outcome
+from search.outcome import Candidate, Measurement, Outcome, num_trials
 from search.plots import front_html
 from search.searcher import StudySearcher
 from search.tracking import Tracker, default_uri
-from search.trial import Confirmation
+from search.trial import Confirmation, Weights
 
 
 class Observer(Protocol):
@@ -57,8 +59,11 @@ class Observer(Protocol):
     def started(self, trial_id: str, candidate: Candidate) -> None:
         """A trial starts."""
 
+    def epoch(self, trial_id: str, progress: Mapping[str, float]) -> None:
+        """A trial has trained one more epoch."""
+
     def finished(self, outcome: Outcome, hypervolume: float) -> None:
-        """A trial ended; the hypervolume of all of them so far."""
+        """An outcome of a trial that ended; the hypervolume of all of them so far."""
 
 
 def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | None = None) -> dict[str, Any]:
@@ -96,10 +101,10 @@ def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | 
     return record
 
 
-def read_finished(folder: Folder, num_trials: int) -> dict[str, Any] | None:
+def read_finished(folder: Folder, wanted: int) -> dict[str, Any] | None:
     """The front of a sweep that has all its trials, if it was written after the last of them."""
-    num_done = len(ledger.read(folder.ledger))
-    if num_done < num_trials or not folder.front.is_file():
+    num_done = num_trials(ledger.read(folder.ledger))
+    if num_done < wanted or not folder.front.is_file():
         return None
     record = folder.read_front()
     return record if record["trials"] == num_done else None
@@ -117,42 +122,80 @@ def _run(
     )
     dense = fetch(dense_ref)
     if not inputs.trained:
-        save_weights(fetch(bench_ref).model, inputs.cache)
+        save_weights(fetch(bench_ref).model.state_dict(), inputs.cache)
 
+    accuracy = config.search.accuracy
     outcomes = list(book.found)
-    tracker.sync(outcomes, running_hypervolume(outcomes, dense))
-    num_left = config.search.trials - len(outcomes)
-    if num_left > 0:
+    tracker.sync(outcomes, running_hypervolume(outcomes, dense, accuracy))
+    num_done = num_trials(outcomes)
+    if num_done < config.search.trials:
         budget = config.search.time_budget_s
         deadline = None if budget is None else time.monotonic() + budget
-        observer.start_trials(len(outcomes), config.search.trials, deadline)
-
-        def record_outcome(outcome: Outcome) -> None:
-            book.append(outcome)
-            outcomes.append(outcome)
-            volume = running_hypervolume(outcomes, dense)[-1]
-            tracker.log(outcome, volume, len(outcomes))
-            observer.finished(outcome, volume)
-
+        recorder = _Recorder(folder, book, outcomes, dense, accuracy, tracker, observer)
+        unfinished = recorder.checkpoints.read(done={outcome.trial for outcome in outcomes})
+        observer.start_trials(num_done, config.search.trials, deadline)
         searcher = StudySearcher(
-            inputs.space, known=outcomes, sampler=config.search.sampler, seed=config.search.seed,
-            deadline=deadline, on_suggest=observer.started,
+            inputs.space, known=outcomes, unfinished=[(each.id, each.candidate) for each in unfinished],
+            sampler=config.search.sampler, seed=config.search.seed, accuracy=accuracy, deadline=deadline,
+            on_suggest=observer.started,
         )  # fmt: skip
-        run_trials(bench_ref, searcher, num_left, share, record_outcome)
+        states = {each.id: each.state for each in unfinished}
+        run_trials(bench_ref, searcher, config.search.trials - num_done, share, recorder, states)
 
     observer.stage("measuring the front once more, quietly, and on test")
-    candidates = contenders(outcomes)
+    candidates = contenders(outcomes, accuracy)
     plans = [outcome.plan for outcome in candidates if outcome.plan is not None]
-    found: Confirmation = fetch(submit(confirm_remotely, share, bench_ref, plans))
+    weights = [_read_weights(folder, outcome) for outcome in candidates]
+    found: Confirmation = fetch(submit(confirm_remotely, share, bench_ref, plans, weights))
     confirmed = {o.id: replace(o, measurement=m) for o, m in zip(candidates, found.measured, strict=True)}
     final = [confirmed.get(outcome.id, outcome) for outcome in outcomes]
-    record = front_record(config.name, list(confirmed.values()), found.dense) | {
-        "trials": len(outcomes),
+    record = front_record(config.name, list(confirmed.values()), found.dense, accuracy) | {
+        "trials": num_trials(outcomes),
         "conditions": found.conditions,
     }
     _write_front(folder, config, inputs, record, dict(zip(confirmed, found.models, strict=True)))
     tracker.finish(record, final, front_html(record, final), front_csv(record))
     return record
+
+
+class _Recorder:
+    """Keeps what comes of the trials: weights, then the ledger, then MLflow; only then the observer hears of it."""
+
+    def __init__(
+        self, folder: Folder, book: Ledger, outcomes: list[Outcome], dense: Measurement, accuracy: str,
+        tracker: Tracker, observer: Observer,
+    ) -> None:  # fmt: skip
+        """outcomes: all of the ledger; new ones are added."""
+        self._folder, self._book, self._outcomes, self._dense = folder, book, outcomes, dense
+        self._accuracy, self._tracker, self._observer = accuracy, tracker, observer
+        self.checkpoints = Checkpoints(folder.checkpoints)
+
+    def epoch(self, checkpoint: Checkpoint, progress: Mapping[str, float]) -> None:
+        self.checkpoints.write(checkpoint)
+        self._observer.epoch(checkpoint.id, progress)
+
+    def ended(self, outcomes: Sequence[Outcome], weights: Mapping[str, Weights]) -> None:
+        for name, each in weights.items():
+            save_weights(each, self._folder.weights_of(name))
+        self._book.append(*outcomes)
+        self.checkpoints.remove(outcomes[0].trial)
+        for outcome in outcomes:
+            self._outcomes.append(outcome)
+            volume = running_hypervolume(self._outcomes, self._dense, self._accuracy)[-1]
+            self._tracker.log(outcome, volume, len(self._outcomes))
+            self._observer.finished(outcome, volume)
+        self._remove_beaten_weights()
+
+    def _remove_beaten_weights(self) -> None:
+        """Who is beaten beyond the noise stays so: nobody will ask for its weights."""
+        asked_for = {outcome.id for outcome in contenders(self._outcomes, self._accuracy)}
+        for path in self._folder.weights.glob("*.safetensors"):
+            if path.stem not in asked_for:
+                path.unlink()
+
+
+def _read_weights(folder: Folder, outcome: Outcome) -> Weights | None:
+    return read_weights(folder.weights_of(outcome.id)) if outcome.has_weights else None
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def test_weights_that_cannot_be_saved_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot write"):
         save(model, description(), tmp_path / "point")
     with pytest.raises(ArtifactError, match="cannot write"):
-        save_weights(model, tmp_path / "weights.safetensors")
+        save_weights(model.state_dict(), tmp_path / "weights.safetensors")
     assert names(tmp_path) == []
 
 
@@ -142,7 +142,7 @@ def test_a_place_that_is_no_folder_is_an_artifact_error(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match="cannot write"):
             save(model, description(), place)
         with pytest.raises(ArtifactError, match="cannot write"):
-            save_weights(model, place)
+            save_weights(model.state_dict(), place)
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "in the way"
 
 
@@ -227,7 +227,7 @@ def test_weights_alone_are_saved_and_replaced(tmp_path: Path) -> None:
     path = tmp_path / "new" / "weights.safetensors"
     for seed in (1, 2):
         model = made.model(seed=seed)
-        save_weights(model, path)
+        save_weights(model.state_dict(), path)
         weights = load_file(path)
         assert made.same_state(model, weights)
     assert names(path.parent) == ["weights.safetensors"]

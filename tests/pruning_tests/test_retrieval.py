@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pruning.anatomy import examine
-from pruning.retrieval import features, mean_average_precision, recall_at_1
+from pruning.retrieval import QUERIES_AT_ONCE, features, mean_average_precision, recall_at_1
 from pruning.surgery import apply_plan
 from tests.pruning_tests import made
 from tests.pruning_tests.test_families import model_of, plan_of
@@ -40,6 +40,23 @@ def test_recall_and_average_precision_are_those_of_brute_force(seed: int) -> Non
     recall, precision = slow(queries, query_labels, gallery, gallery_labels)
     assert recall_at_1(*given) == pytest.approx(recall)
     assert mean_average_precision(*given) == pytest.approx(precision)
+
+
+def test_many_queries_are_ranked_as_each_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    count = QUERIES_AT_ONCE + 3
+    queries, gallery = (torch.randint(-2, 3, (n, 4), generator=generator).float() for n in (count, 50))
+    query_labels, gallery_labels = (torch.randint(0, 6, (n,), generator=generator) for n in (count, 50))
+    gallery_labels[gallery_labels == 5] = 4  # nobody in the gallery is of the queries' class 5
+    alone = [
+        slow([query.tolist()], [int(label)], gallery.tolist(), gallery_labels.tolist())
+        for query, label in zip(queries, query_labels, strict=True)
+    ]
+    recall = sum(hit for hit, _ in alone) / count
+    counted = [precision for (_, precision), label in zip(alone, query_labels, strict=True) if label != 5]
+    given = queries, query_labels, gallery, gallery_labels
+    assert recall_at_1(*given) == pytest.approx(recall)
+    assert mean_average_precision(*given) == pytest.approx(sum(counted) / len(counted))
 
 
 def test_a_perfect_ranking_has_1_and_a_class_nobody_has_does_not_count() -> None:

@@ -1,8 +1,9 @@
-"""Unstructured and N:M masks against sorting by hand; initialisation and gradients of sparse layers."""
+"""Unstructured and N:M masks against sorting by hand; initialisation and gradients of sparse layers; schedules."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from pruning.errors import SettingError
 from pruning.sparsity import (
+    GradualMagnitude,
     Pattern,
     apply_masks,
     gradient_norm,
@@ -123,3 +125,42 @@ def test_the_gradient_norm_is_that_of_all_gradients_together() -> None:
     model(made.batch()).square().sum().backward()
     gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
     assert gradient_norm(model) == pytest.approx(float(torch.cat(gradients).norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("share", "every", "chosen"), [(0.6, 10, [0, 10, 11]), (1.0, 7, [0, 7, 14, 19]), (0.01, 1, [0])]
+)
+def test_a_mask_schedule_chooses_every_so_often_and_at_the_end_of_its_share(
+    share: float, every: int, chosen: list[int]
+) -> None:
+    model, schedule = made.model(), GradualMagnitude(sparsity=0.8, share=share, every=every)
+    given = {step: masks for step in range(20) if (masks := schedule(model, step, 20)) is not None}
+    assert list(given) == chosen
+    for step, masks in given.items():
+        expected = magnitude_masks(model, gradual(step, max(1, round(share * 20)), 0.8))
+        assert all(torch.equal(masks[name], expected[name]) for name in masks)
+
+
+def test_what_a_mask_schedule_took_does_not_come_back() -> None:
+    model, schedule, gone = made.model(), GradualMagnitude(sparsity=0.9, every=1), 0
+    generator = torch.Generator().manual_seed(0)
+    for step in range(12):
+        masks = schedule(model, step, 20)
+        assert masks is not None
+        for name, layer in sparse_layers(model):
+            assert not (masks[name] & (layer.weight == 0)).any()
+        apply_masks(model, masks)
+        before, gone = gone, sum(int((~mask).sum()) for mask in masks.values())
+        assert gone > before
+        with torch.no_grad():  # as training does: what is left moves
+            for _, layer in sparse_layers(model):
+                layer.weight.mul_(1 + 0.1 * torch.rand(layer.weight.shape, generator=generator))
+    assert sparsity_of(model) == pytest.approx(0.9, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"sparsity": 1.0}, {"sparsity": math.nan}, {"share": 0.0}, {"share": 1.5}, {"every": 0}]
+)
+def test_a_mask_schedule_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match=f"{next(iter(wrong))} .* is out of range"):
+        GradualMagnitude(**({"sparsity": 0.5} | wrong))

@@ -254,6 +254,32 @@ def test_front_is_a_table_of_the_dense_model_and_every_point(capsys: pytest.Capt
     assert "2.00" in rows[2]
 
 
+@pytest.mark.parametrize(("accuracy", "called"), [("recall_at_1", "recall@1"), ("mean_average_precision", "mAP")])
+def test_front_of_a_retrieval_sweep_is_shown_bounded_and_picked_by_its_metric(
+    capsys: pytest.CaptureFixture[str], sweep: Path, accuracy: str, called: str
+) -> None:
+    def retrieved(id: str, top1: float, value: float, speedup: float) -> Outcome:
+        return made.outcome(id, top1, speedup, **{accuracy: value})
+
+    outcomes = [
+        retrieved("t000", 0.5, 0.9375, 1.0),
+        retrieved("t001", 0.6, 0.92, 2.0),
+        retrieved("t002", 0.9, 0.3, 9.9),
+    ]
+    found = front_record("mine", outcomes, made.measurement(0.9, 1.0, **{accuracy: 0.95}), accuracy) | {"trials": 3}
+    Folder(sweep / "runs", "mine").front.write_text(json.dumps(found))
+    code, out, _ = call(capsys, "front", "mine", "--at-least", f"{accuracy}=0.9")
+    head = next(line for line in out.splitlines() if line.startswith("┃"))
+    rows = [line.replace("│", " ").split() for line in out.splitlines() if line.startswith("│")]
+    assert code == 0
+    assert head.replace("┃", " ").split()[:3] == [called, "val", "test"]
+    assert [row[0] for row in rows] == ["dense", "t000", "t001"]
+    assert rows[1][1:3] == ["0.9375", "0.5000"]
+    assert max(map(len, out.splitlines())) <= 120 and "…" not in out
+    code, out, _ = call(capsys, "front", "mine", "--pick", "most-accurate", "--json")
+    assert [point["id"] for point in json.loads(out)["points"]] == ["t000"]
+
+
 def test_bounds_and_pick_leave_one_point(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
     code, out, _ = call(capsys, "front", "mine", "--at-least", "top1=0.8", "--pick", "fastest", "--json")
     assert code == 0

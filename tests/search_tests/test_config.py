@@ -376,6 +376,8 @@ def test_how_long_and_where_a_sweep_runs_makes_no_difference(key: str, value: An
         ("space.token_reduction", "auto"),
         ("search.sampler", "random"),
         ("search.seed", 1),
+        ("search.accuracy", "recall_at_1"),
+        ("search.accuracy", "mean_average_precision"),
         ("cascade.alpha", 0.5),
         ("measure.batch_size", 4),
     ],

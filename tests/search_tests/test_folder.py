@@ -121,6 +121,26 @@ def test_points_are_selected_and_the_rest_of_the_record_stays(
     assert {**record, "points": RECORD["points"]} == RECORD
 
 
+def test_points_of_a_retrieval_sweep_are_picked_and_bounded_by_its_metric() -> None:
+    found = {"t000": (0.3, 0.9, 1.2), "t001": (0.4, 0.85, 2.0), "t002": (0.9, 0.6, 3.0)}
+    front = [made.outcome(id, top1, speedup, recall_at_1=recall) for id, (top1, recall, speedup) in found.items()]
+    dense = made.measurement(0.9, 1.0, recall_at_1=0.9)
+    record = json.loads(json.dumps(front_record("digits", front, dense, "recall_at_1")))
+
+    def ids(how: str | None, at_least: dict[str, float]) -> list[str]:
+        return [point["id"] for point in select(record, how, at_least, {})["points"]]
+
+    assert ids("most-accurate", {}) == ["t000"]
+    assert ids("knee", {}) == ["t001"]
+    assert ids(None, {"recall_at_1": 0.85}) == ["t000", "t001"]
+    assert ids("fastest", {"recall_at_1": 0.85}) == ["t001"]
+
+
+def test_front_written_before_a_metric_was_known_is_read() -> None:
+    points = [{k: v for k, v in point.items() if k != "recall_at_1"} for point in RECORD["points"]]
+    assert [point["id"] for point in select(RECORD | {"points": points}, "knee", {}, {})["points"]] == ["t001"]
+
+
 def test_unknown_point_is_answered_with_those_there_are() -> None:
     with pytest.raises(SweepError, match="no point 't000' to pick; there are t003, t001, t004"):
         select(RECORD, "t000", {}, {})

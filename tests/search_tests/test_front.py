@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 
 from search.errors import SweepError
 from search.front import (
+    ACCURACIES,
     Values,
+    accuracy_of,
     contenders,
     front_of,
     front_record,
@@ -192,7 +195,8 @@ def test_point_of_a_record_has_measurement_candidate_and_plan(sweep: list[Outcom
     point = json.loads(json.dumps(front_record("digits", sweep, made.DENSE)["points"][1]))
     assert point.keys() == {
         *("id", "top1", "top1_low", "top1_high", "top1_test", "throughput_img_s", "speedup", "speedup_low"),
-        *("speedup_high", "latency_ms_p50", "macs", "params", "candidate", "plan"),
+        *("speedup_high", "latency_ms_p50", "macs", "params", "sparsity", "recall_at_1", "mean_average_precision"),
+        *("candidate", "plan"),
     }
     rebuilt = Outcome.from_json(
         json.loads(json.dumps(sweep[1].to_json())) | {"candidate": point["candidate"], "plan": point["plan"]}
@@ -279,3 +283,55 @@ def test_front_lies_within_the_contenders() -> None:
     outcomes = [made.outcome(f"t{i:03d}", top1, speed) for i, (top1, speed) in enumerate(draw.random((60, 2)) + 0.5)]
     assert {outcome.id for outcome in front_of(outcomes)} <= {outcome.id for outcome in contenders(outcomes)}
     assert len(contenders(outcomes)) < len(outcomes)
+
+
+RETRIEVAL = ("recall_at_1", "mean_average_precision")
+
+
+def searched_by(accuracy: str, outcomes: list[Outcome]) -> list[Outcome]:
+    """The same sweep with its accuracies under another name, and top-1 accuracies that say the opposite."""
+    changed = []
+    for outcome in outcomes:
+        found = outcome.measurement
+        if found is not None:
+            top1 = found.top1
+            found = replace(found, **{accuracy: top1, "top1": 1 - top1, "top1_low": 0.0, "top1_high": 1.0})
+        changed.append(replace(outcome, measurement=found))
+    return changed
+
+
+@pytest.mark.parametrize("accuracy", RETRIEVAL)
+def test_what_is_best_by_a_retrieval_metric_is_what_is_best_by_top1_of_these_values(
+    sweep: list[Outcome], accuracy: str
+) -> None:
+    others = searched_by(accuracy, sweep)
+    dense = made.measurement(0.1, 1.0, **{accuracy: 0.9})
+    ids = [outcome.id for outcome in front_of(sweep)]
+    assert [outcome.id for outcome in front_of(others, accuracy)] == ids
+    assert [outcome.id for outcome in front_of(others)] != ids
+    assert [o.id for o in contenders(others, accuracy)] == [o.id for o in contenders(sweep)]
+    assert [o.id for o in contenders(others)] != [o.id for o in contenders(sweep)]
+    assert reference_point(dense, accuracy) == {accuracy: 0.45, "speedup": 1.0}
+    assert running_hypervolume(others, dense, accuracy) == running_hypervolume(sweep, made.DENSE)
+    assert hypervolume_of(others, dense, accuracy) == hypervolume_of(sweep, made.DENSE)
+    for how in ("knee", "fastest", "most-accurate"):
+        assert pick(front_of(others, accuracy), how, {}, {}, accuracy).id == pick(front_of(sweep), how, {}, {}).id
+    assert pick(front_of(others, accuracy), "most-accurate", {}, {}).id == "t004"
+
+
+@pytest.mark.parametrize("accuracy", ACCURACIES)
+def test_record_says_which_accuracy_was_searched_by(sweep: list[Outcome], accuracy: str) -> None:
+    outcomes = sweep if accuracy == "top1" else searched_by(accuracy, sweep)
+    record = front_record("digits", outcomes, replace(made.DENSE, **{accuracy: 0.8}), accuracy)
+    read = json.loads(json.dumps(record))
+    assert [objective["name"] for objective in read["objectives"]] == [accuracy, "speedup"]
+    assert accuracy_of(read) == accuracy
+    assert read["reference_point"] == {accuracy: 0.4, "speedup": 1.0}
+    assert (read["knee"], [point["id"] for point in read["points"]]) == ("t001", ["t003", "t001", "t004"])
+    assert [point[accuracy] for point in read["points"]] == [0.9, 0.85, 0.6]
+
+
+def test_outcome_without_the_metric_is_not_on_its_front_and_beats_nobody() -> None:
+    outcomes = [made.outcome("t000", 0.9, 9.0), made.outcome("t001", 0.5, 1.5, recall_at_1=0.8)]
+    assert [outcome.id for outcome in front_of(outcomes, "recall_at_1")] == ["t001"]
+    assert "t001" in [outcome.id for outcome in contenders(outcomes, "recall_at_1")]

@@ -129,7 +129,7 @@ def test_weights_are_trained_once(tmp_path: Path) -> None:
     assert not inputs.trained
     with torch.no_grad():
         inputs.model.head.bias.fill_(7)
-    save_weights(inputs.model, inputs.cache)
+    save_weights(inputs.model.state_dict(), inputs.cache)
     again = load_inputs(digits(), tmp_path)
     assert again.trained
     assert again.model.head.bias.tolist() == [7] * 10

@@ -77,8 +77,22 @@ def test_counts_have_three_digits_and_a_unit(macs: int, text: str) -> None:
 def test_axes_name_what_they_show_and_its_unit() -> None:
     layout = front_picture(RECORD, OUTCOMES).layout
     assert layout.xaxis.title.text == "throughput, measured (img/s)"
-    assert layout.yaxis.title.text == "top-1 accuracy on val (%)"
+    assert layout.yaxis.title.text == "top-1 on val (%)"
     assert (layout.plot_bgcolor, layout.paper_bgcolor) == ("white", "white")
+
+
+@pytest.mark.parametrize(("accuracy", "called"), [("recall_at_1", "recall@1"), ("mean_average_precision", "mAP")])
+def test_sweep_by_retrieval_is_drawn_by_it_without_bars_where_no_interval_was_taken(accuracy: str, called: str) -> None:
+    values = {accuracy: 0.75}
+    outcomes = (made.outcome("t000", 0.2, 1.5, **values), made.outcome("t001", 0.9, 1.2, **{accuracy: 0.5}))
+    record = front_record("digits", outcomes, made.measurement(0.9, 1.0, **{accuracy: 0.8}), accuracy)
+    drawn = traces(record, outcomes)
+    assert places(drawn["front"]) == [(150, 75)]
+    assert places(drawn["measured"]) == [(120, 50)]
+    assert places(drawn["dense"]) == [(100, 80)]
+    assert drawn["front"].error_y.array is None
+    assert drawn["front"].hovertext[0].split("<br>")[1:3] == ["top-1 20.00% (19.00% to 21.00%)", f"{called} 75.00%"]
+    assert front_picture(record, outcomes).layout.yaxis.title.text == f"{called} on val (%)"
 
 
 def test_sweep_without_a_front_still_shows_the_dense_model() -> None:

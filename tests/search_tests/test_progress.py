@@ -129,4 +129,6 @@ def test_live_line_is_drawn_and_taken_away() -> None:
 def test_outcome_in_one_line() -> None:
     outcome = replace(made.outcome("t001", 0.876, 1.5), seconds=61.4)
     assert describe(outcome) == "t001 top-1 0.876, 1.50 x as fast as dense, 0.823 M MACs, 61 s"
+    retrieved = made.outcome("t003", 0.876, 1.5, recall_at_1=0.75, mean_average_precision=0.5)
+    assert describe(retrieved).startswith("t003 top-1 0.876, recall@1 0.750, mAP 0.500, 1.50 x as fast")
     assert describe(made.failed("t002", State.STOPPED, "too slow")) == "t002 stopped: too slow"

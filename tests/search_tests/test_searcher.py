@@ -132,6 +132,24 @@ def test_measured_outcome_is_told_with_both_objectives() -> None:
     assert source._study.directions[0].name == "MAXIMIZE"
 
 
+@pytest.mark.parametrize("accuracy", ["recall_at_1", "mean_average_precision"])
+def test_the_accuracy_of_the_recipe_is_told_also_on_resume(accuracy: str) -> None:
+    source = searcher(accuracy=accuracy)
+    [(id, candidate)] = suggest(source, 1)
+    outcome = replace(made.outcome(id, 0.75, 2.5, **{accuracy: 0.25}), candidate=candidate)
+    tell(source, 0, outcome)
+    for each in (source, searcher(accuracy=accuracy, known=[outcome])):
+        [trial] = trials(each)
+        assert (trial.state, trial.values) == (TrialState.COMPLETE, [0.25, 2.5])
+
+
+def test_outcome_without_the_accuracy_of_the_recipe_is_told_as_failed() -> None:
+    source = searcher(accuracy="recall_at_1")
+    [(id, candidate)] = suggest(source, 1)
+    tell(source, 0, measured(id, candidate))
+    assert [trial.state for trial in trials(source)] == [TrialState.FAIL]
+
+
 @pytest.mark.parametrize("state", [State.FAILED, State.INFEASIBLE, State.STOPPED])
 def test_outcome_without_a_measurement_is_told_as_failed(state: State) -> None:
     source = searcher()

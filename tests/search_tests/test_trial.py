@@ -19,8 +19,10 @@ from pruning.data import Images
 from pruning.errors import VitfrontError
 from pruning.pace import Pace
 from pruning.surgery import keep_all_block, keep_all_plan
+from search.config import Accuracy
 from search.outcome import Candidate, Measurement, Method, Outcome, State
 from search.trial import Bench, build, confirm, measure, prepare, run_trial
+from tests.pruning_tests.test_retrieval import slow
 from tests.search_tests import made, tiny
 
 EXITS = [2, 3]
@@ -313,6 +315,57 @@ def test_model_whose_logits_are_no_numbers_fails(bench: Bench) -> None:
         model.head.bias[0] = float("nan")
     with pytest.raises(VitfrontError, match="the model's logits are not finite"):
         prepare(tiny.config(), model, bench.splits, [tiny.DEPTH], trained=True)
+
+
+def by_retrieval(bench: Bench, accuracy: Accuracy = "recall_at_1") -> Bench:
+    """The same sweep, searched by retrieval."""
+    search = bench.config.search.model_copy(update={"accuracy": accuracy})
+    return replace(bench, config=bench.config.model_copy(update={"search": search}))
+
+
+def retrieval(model: nn.Module, bench: Bench) -> tuple[float, float]:
+    """Recall at 1 and mean average precision of val among the training images, by their definitions."""
+    shown = [bench.splits.val, bench.splits.calibration, bench.splits.probe]
+    with torch.no_grad():
+        found = [
+            model.forward_head(model.forward_features(images.normalized(slice(None))), pre_logits=True)  # type: ignore[operator]
+            for images in shown
+        ]
+    queries, *gallery = [(each / each.norm(dim=1, keepdim=True)).tolist() for each in found]
+    labels, *known = [images.labels.tolist() for images in shown]
+    return slow(queries, labels, gallery[0] + gallery[1], known[0] + known[1])
+
+
+@pytest.mark.parametrize("accuracy", ["recall_at_1", "mean_average_precision"])
+def test_retrieval_ranks_the_training_images_by_the_pruned_models_own_features(
+    bench: Bench, accuracy: Accuracy
+) -> None:
+    plan = keep_all_plan(examine(bench.model))
+    few = replace(plan.blocks[0], keep_hidden=plan.blocks[0].keep_hidden[::8], num_tokens=5)
+    plan = replace(plan, blocks=(few, replace(plan.blocks[1], num_tokens=5)))
+    pruned = build(bench, plan)
+    found = measure(by_retrieval(bench, accuracy), pruned, plan)
+    assert (found.recall_at_1, found.mean_average_precision) == pytest.approx(retrieval(pruned, bench))
+    assert (found.recall_at_1, found.mean_average_precision) != pytest.approx(retrieval(bench.model, bench))
+
+
+def test_retrieval_is_not_taken_where_the_recipe_searches_by_top1(prepared: tuple[Bench, Measurement]) -> None:
+    _, dense = prepared
+    assert (dense.recall_at_1, dense.mean_average_precision) == (None, None)
+
+
+def test_dense_model_and_front_of_a_retrieval_sweep_are_measured_by_it(bench: Bench) -> None:
+    found = confirm(by_retrieval(bench), [keep_all_plan(examine(bench.model))])
+    expected = retrieval(bench.model, bench)
+    for each in (found.dense, *found.measured):
+        assert (each.recall_at_1, each.mean_average_precision) == pytest.approx(expected)
+
+
+def test_training_images_whose_features_are_no_numbers_fail(bench: Bench) -> None:
+    broken = replace(bench.splits.probe, mean=(float("nan"),) * 3)
+    spoilt = by_retrieval(replace(bench, splits=replace(bench.splits, probe=broken)))
+    with pytest.raises(VitfrontError, match="the model's features are not finite"):
+        measure(spoilt, bench.model, keep_all_plan(examine(bench.model)))
 
 
 def test_front_is_confirmed_in_its_order_and_on_test(bench: Bench) -> None:

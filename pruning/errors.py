@@ -6,8 +6,8 @@
     ├── DataError              images or classes that are missing, empty or broken
     ├── PlanError              a plan that does not fit its model
     ├── ArtifactError          a saved model that cannot be written or read
-    ├── TargetError            a size that no plan of the model has
     └── SettingError           a setting out of its range or unknown (`search` adds its own below this one)
+        └── TargetError        a size that no plan of the model has
 
 Each message is one line: what is wrong, the value, and what would do. Our own mistakes are `assert`s.
 """
@@ -37,9 +37,9 @@ class ArtifactError(VitfrontError):
     """A saved model that cannot be written or read."""
 
 
-class TargetError(VitfrontError):
-    """A size that no plan of the model has."""
-
-
 class SettingError(VitfrontError):
     """A setting out of its range or unknown."""
+
+
+class TargetError(SettingError):
+    """A size that no plan of the model has."""

@@ -161,9 +161,6 @@ def train_masked(
 ) -> tuple[float, ...]:
     """Trains in place, as `train` does; the masked weights are 0 before and after every step.
 
-    They get no gradient either: Muon's step turns the gradient of a whole matrix, so that of a masked weight would
-    move its neighbours.
-
     Args:
         after_step: called when the masked weights are 0 again.
 
@@ -178,14 +175,10 @@ def train_masked(
         if after_step is not None:
             after_step(step)
 
+    # Tried and lost: no gradient for masked weights. Their share of it is missing in Muon's step then, which turns the
+    # gradient of a whole matrix: at 55 % on digits, 12 epochs end at a training loss of 1.57 instead of 0.92.
     apply_masks(model, masks)
-    model.requires_grad_(True)  # before `train` does: only then a tensor takes hooks
-    hooks = [layer.weight.register_hook(masks[name].mul) for name, layer in sparse_layers(model)]
-    try:
-        train(model, images, settings, precision=precision, after_step=after)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    train(model, images, settings, precision=precision, after_step=after)
     return tuple(norms)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pruning.anatomy import BlockAnatomy, blocks_of, classify, embed, examine, parts_of
 from pruning.cost import channel_macs, count_macs
 from pruning.data import Images
-from pruning.errors import SettingError
+from pruning.errors import TargetError
 from pruning.gates import BlockGates, GatedBlock, Gates
 from pruning.pace import Pace, multiples
 from pruning.plan import BlockPlan, Plan
@@ -46,7 +46,7 @@ class SoftMaskSettings:
     """How the gates are trained."""
 
     target_ratio: float
-    """Share of the dense model's multiply-adds to keep, in (0, 1)."""
+    """Share of the dense model's multiply-adds to keep, in (0, 1]."""
     epochs: int = 5
     batch_size: int = 128
     learning_rate: float = 5e-4
@@ -98,7 +98,7 @@ class SoftMaskTraining:
             paces: of each block, the widths that it may have; by default any.
 
         Raises:
-            SettingError: no width is as small as the target (says which is the smallest).
+            TargetError: no width is as small as the target (says which is the smallest).
         """
         self.settings, self.precision = settings, precision
         self.teacher, self.anatomy = model, examine(model)
@@ -130,10 +130,10 @@ class SoftMaskTraining:
     def _check_target(self) -> None:
         self.whole = count_macs(self.anatomy, keep_all_plan(self.anatomy))
         least = count_macs(self.anatomy, self._plan(HIGHEST, HIGHEST)) / self.whole
-        if not least <= self.settings.target_ratio < 1:
-            raise SettingError(
+        if not least <= self.settings.target_ratio <= 1:
+            raise TargetError(
                 f"target {self.settings.target_ratio:g} of the macs cannot be reached; "
-                f"give {math.ceil(1000 * least) / 1000:g} at least, and less than 1"
+                f"give {math.ceil(1000 * least) / 1000:g} at least, and 1 at most"
             )
 
     @property

@@ -117,7 +117,7 @@ class LearnedGates(Gates):
         )
 
     def ratios(self, shift: float = 0.0) -> dict[str, Tensor]:
-        """Keep ratios, in (0, 1)."""
+        """Keep ratios, in (0, 1), if all thresholds were higher by `shift`."""
         one = torch.ones((), device=self.scores["v"].device)
         return {kind: (self.thresholds[kind] + shift).sigmoid() if kind in self.thresholds else one for kind in KINDS}
 
@@ -125,9 +125,12 @@ class LearnedGates(Gates):
         masks = {kind: TopShare.apply(self.scores[kind], ratio) for kind, ratio in self.ratios().items()}
         return BlockGates(qk=masks["qk"], v=masks["v"] * masks["heads"][:, None], hidden=masks["hidden"])
 
-    def plan(self, anatomy: BlockAnatomy, pace: Pace, shift: float = 0.0) -> BlockPlan:
-        """What would stay if all thresholds were higher by `shift`; widths are rounded up to the pace's."""
-        ratios = {kind: float(ratio.detach()) for kind, ratio in self.ratios(shift).items()}
+    def plan(self, anatomy: BlockAnatomy, pace: Pace, shifts: Mapping[str, float]) -> BlockPlan:
+        """What would stay if the thresholds were higher by so much; widths are rounded up to the pace's."""
+        ratios = {
+            kind: float((self.thresholds[kind].detach() + shifts[kind]).sigmoid()) if kind in self.thresholds else 1.0
+            for kind in KINDS
+        }
         heads = top(self.scores["heads"].detach(), _count(ratios["heads"], anatomy.num_heads))
         asked = (_count(ratios[kind], anatomy.head_dim) for kind in ("qk", "v"))
         qk_width, v_width = pace.least_attention(*asked)
@@ -232,18 +235,21 @@ class WidthTraining:
         self.rest = self.whole - sum(
             part.of_plan(keep_all_block(each)) for part, each in zip(self.parts, anatomy.blocks, strict=True)
         )
-        least = self._size(self._plans(-math.inf)) / self.whole
+        least = self._size(self._plans([dict.fromkeys(KINDS, -4 * OPEN)] * len(self.gates))) / self.whole
         if not least <= settings.target_ratio <= 1:
             raise TargetError(
                 f"target {settings.target_ratio:g} of the {settings.count} cannot be reached; "
                 f"give {math.ceil(1000 * least) / 1000:g} at least, and 1 at most"
             )
 
-    def share(self) -> Tensor:
-        """What the keep ratios make of the model's size, as a share of the dense one; with a gradient."""
+    def share(self, shift: float = 0.0) -> Tensor:
+        """What the keep ratios make of the model's size, as a share of the dense one; with a gradient.
+
+        shift: added to all thresholds.
+        """
         total = torch.full((), float(self.rest), device=self.device)
         for gates, part, each in zip(self.gates, self.parts, self.anatomy.blocks, strict=True):
-            ratio = gates.ratios()
+            ratio = gates.ratios(shift)
             channels = each.head_dim * (ratio["qk"] * part.qk + ratio["v"] * part.v) + part.head
             total = total + each.num_heads * ratio["heads"] * channels + each.num_hidden * ratio["hidden"] * part.hidden
         return total / self.whole
@@ -251,10 +257,11 @@ class WidthTraining:
     def _size(self, plans: Sequence[BlockPlan]) -> int:
         return self.rest + sum(part.of_plan(plan) for part, plan in zip(self.parts, plans, strict=True))
 
-    def _plans(self, shift: float) -> list[BlockPlan]:
+    def _plans(self, shifts: Sequence[Mapping[str, float]]) -> list[BlockPlan]:
+        """shifts: of each block's thresholds, by kind."""
         return [
             gates.plan(each, pace, shift)
-            for gates, each, pace in zip(self.gates, self.anatomy.blocks, self.paces, strict=True)
+            for gates, each, pace, shift in zip(self.gates, self.anatomy.blocks, self.paces, shifts, strict=True)
         ]
 
     @property
@@ -268,13 +275,33 @@ class WidthTraining:
         Raises:
             VitfrontError: the loss is not finite (names step and learning rate).
         """
-        loss = self.loop.run_epoch(self._loss, penalty=self._penalty, before_step=self._fix_in_time)
+        loss = self.loop.run_epoch(
+            self._loss, penalty=self._penalty, before_step=self._fix_in_time, after_step=self._stay_above
+        )
         share = float(self.share().detach()) if self.plans is None else self._size(self.plans) / self.whole
         return {"loss": loss, "share": share}
 
     def _fix_in_time(self, step: int) -> None:
         if step >= self.search_steps and self.plans is None:
             self._fix(self._settled())
+
+    @torch.no_grad()
+    def _stay_above(self, step: int) -> None:
+        """Moves all thresholds up together to the target if they fell below it.
+
+        The penalty ends there, but the optimizer's momentum does not: without this a share of 0.6 was aimed at, 0.16
+        reached, and the loss was 6.
+        """
+        target = self.settings.target_ratio
+        if self.plans is not None or float(self.share()) >= target:
+            return
+        low, high = 0.0, 2 * OPEN
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float(self.share(middle)) < target else (low, middle)
+        for gates in self.gates:
+            for threshold in gates.thresholds.values():
+                threshold.add_(high)
 
     def _penalty(self) -> Tensor:
         still = torch.zeros((), device=self.device)
@@ -299,13 +326,30 @@ class WidthTraining:
         return total
 
     def _settled(self) -> list[BlockPlan]:
-        """The plans at the target: all thresholds are moved together, as far up as it allows."""
-        low, high = -4 * OPEN, 4 * OPEN
-        for _ in range(60):
-            middle = (low + high) / 2
-            fits = self._size(self._plans(middle)) <= self.settings.target_ratio * self.whole
-            low, high = (middle, high) if fits else (low, middle)
-        return self._plans(low)
+        """The plans at the target, or just below it: thresholds are moved up together, as far as it allows.
+
+        Thresholds that stand together pass a unit together, so what the target has no room for together is then tried
+        one by one; and what it has no room for as heads is made up in channels, and at last in hidden units.
+        """
+        limit = self.settings.target_ratio * self.whole
+        shifts = [dict.fromkeys(KINDS, -4 * OPEN) for _ in self.gates]
+
+        def fits(trial: list[dict[str, float]]) -> bool:
+            return self._size(self._plans(trial)) <= limit
+
+        for kinds in (KINDS, KINDS[1:], KINDS[-1:]):
+            low, high = min(shift[kinds[-1]] for shift in shifts), 4 * OPEN
+            for _ in range(40):
+                middle = (low + high) / 2
+                is_within = fits([shift | dict.fromkeys(kinds, middle) for shift in shifts])
+                low, high = (middle, high) if is_within else (low, middle)
+            shifts = [shift | dict.fromkeys(kinds, low) for shift in shifts]
+            for shift in shifts:
+                for kind in kinds:
+                    shift[kind] = high
+                    if not fits(shifts):
+                        shift[kind] = low
+        return self._plans(shifts)
 
     def _fix(self, plans: list[BlockPlan]) -> None:
         self.plans = plans
@@ -315,7 +359,10 @@ class WidthTraining:
 
     def finish(self) -> list[Learned]:
         """The model of every exit, first to last; after the last epoch."""
-        assert self.plans is not None and self.loop.is_done, "the training is not at its end"
+        assert self.loop.is_done, "the training is not at its end"
+        if self.plans is None:  # so few steps that all of them were search
+            self._fix(self._settled())
+        assert self.plans is not None
         learned = []
         for exit_block, tail in self.tails.items():
             plan = Plan(blocks=tuple(self.plans[:exit_block]), token_reduction="none")

@@ -101,7 +101,7 @@ class Candidate:
             params |= {f"drop_budget.{block}": points for block, points in enumerate(budgets)}
         if self.method == "unstructured":
             params["pattern"] = self.pattern
-        if self.method != "learned":
+        if self.recovery != "none":
             params["recovery"] = self.recovery
         return params
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from html import escape
 from itertools import cycle
-from textwrap import wrap
 from statistics import fmean
+from textwrap import wrap
 from typing import Any
 
 import plotly.graph_objects as go
@@ -362,7 +362,7 @@ def draw_study(info: StudyInfo) -> go.Figure:
     """The picture of `study_info`: a panel a metric, the same colour for a line in each."""
     figure = make_subplots(cols=len(info.panels), horizontal_spacing=0.1)
     for column, panel in enumerate(info.panels, start=1):
-        for line, colour in zip(panel.lines, cycle(STUDY_COLOURS)):  # noqa: B905  # the colours go round
+        for line, colour in zip(panel.lines, cycle(STUDY_COLOURS)):  # the colours go round
             figure.add_trace(
                 go.Scatter(
                     name=escape(line.name),

@@ -54,7 +54,7 @@ class StudySearcher(Searcher):
         tried = {outcome.candidate for outcome in known} | {candidate for _, candidate in unfinished}
         for candidate in space.first_candidates():
             if candidate not in tried:
-                self._study.enqueue_trial(candidate.to_params())
+                self._study.enqueue_trial(_params(candidate))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Ray's FINISHED is a str
         """Ray's config of the next trial: its id, its candidate, and whether it goes on where an earlier run stopped;
@@ -95,7 +95,7 @@ class StudySearcher(Searcher):
 
     def _ask(self, candidate: Candidate) -> Trial:
         """The study's trial of a candidate that is given."""
-        self._study.enqueue_trial(self._space.clip(candidate).to_params())
+        self._study.enqueue_trial(_params(self._space.clip(candidate)))
         trial = self._study.ask()
         self._space.choose(trial)
         return trial
@@ -108,6 +108,11 @@ class StudySearcher(Searcher):
                 self._study.tell(trial, values)
                 return
         self._study.tell(trial, state=TrialState.FAIL)
+
+
+def _params(candidate: Candidate) -> dict[str, Any]:
+    """All that Optuna may ask for: what is missing it would choose itself."""
+    return candidate.to_params() | {"recovery": candidate.recovery}
 
 
 def _create_study(sampler: Literal["tpe", "random"], seed: int) -> optuna.Study:

@@ -163,7 +163,8 @@ def expand(study: Study, config: Config, anatomy: Anatomy) -> list[Variant]:
         ConfigError: a key or value does not fit the recipe or the model, or a parameter is left open.
     """
     variants: dict[str, Variant] = {}
-    for part in study.series or [None]:
+    parts: Sequence[Series | None] = study.series or [None]
+    for part in parts:
         each = study.each | (part.each if part else {})
         fixed = SETTLED | study.set | (part.set if part else {})
         for chosen in itertools.product(*each.values()):
@@ -313,7 +314,7 @@ def _prepared(variants: Sequence[Variant], runs: Path) -> tuple[Bench, Measureme
         inputs.splits, exits, trained=inputs.trained,
     )  # fmt: skip
     if not inputs.trained:
-        save_weights(bench.model, inputs.cache)
+        save_weights(bench.model.state_dict(), inputs.cache)
     return bench, dense
 
 
@@ -503,8 +504,9 @@ def _markdown(record: Mapping[str, Any]) -> str:
     """The table for readers."""
     rows = record["rows"]
     lines = [
-        f"# {record['question']}", "", f"{record['source']}; asked of the recipe {record['recipe']}. {record['remark']}",
-        "", f"**{record['sentence']}**", "",
+        f"# {record['question']}", "",
+        f"{record['source']}; asked of the recipe {record['recipe']}. {record['remark']}", "",
+        f"**{record['sentence']}**", "",
         f"Dense top-1 {100 * record['dense']['top1']:.1f} % of {record['val_images']} val images; one image is "
         f"{100 / record['val_images']:.2f} points. Speed-ups are paired with the dense model, 95 % in brackets.", "",
         "| " + " | ".join(TABLE_COLUMNS) + " |", "|---" * len(TABLE_COLUMNS) + "|",

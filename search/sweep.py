@@ -206,7 +206,7 @@ def _ledger_of(folder: Folder) -> Iterator[Ledger]:
         with Ledger(folder.ledger) as book:
             yield book
     except BaseException:
-        if is_new and not ledger.read(folder.ledger):
+        if is_new and not ledger.read(folder.ledger) and not folder.checkpoints.is_dir():
             with suppress(OSError):
                 shutil.rmtree(folder.path)
         raise

@@ -43,6 +43,7 @@ EXPERIMENT = "vitfront"
 MAX_REASON_CHARS = 5000  # MLflow's own limit for a tag
 MAX_PARAM_CHARS = 6000
 MAX_PARAMS_A_BATCH = 100
+MAX_METRICS_A_BATCH = 1000
 
 
 def default_uri(runs: Path) -> str:
@@ -214,8 +215,12 @@ class Tracker:
         # All times follow from the run's start, so that a second write of a metric is the same metric, not another.
         metrics = _metrics(_scalars(outcome), ended)
         metrics += [Metric("block_drop", drop, ended, block) for block, drop in enumerate(outcome.block_drops)]
+        for epoch, progress in enumerate(outcome.history, start=1):
+            metrics += [Metric(f"train_{name}", value, ended, epoch) for name, value in progress.items()]
         params = [Param(key, str(value)) for key, value in outcome.candidate.to_params().items()]
-        self._client.log_batch(run_id, metrics, params)
+        self._client.log_batch(run_id, params=params)
+        for start in range(0, len(metrics), MAX_METRICS_A_BATCH):
+            self._client.log_batch(run_id, metrics[start : start + MAX_METRICS_A_BATCH])
         if outcome.plan is not None:  # log_dict would indent: a line a kept index
             self._client.log_text(run_id, json.dumps(outcome.plan.to_json()), "plan.json")
         self._client.log_metric(self.run_id, "hypervolume", hypervolume, ended, number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,14 @@ class Watcher:
         self,
         on_started: Callable[[str], None] = lambda trial_id: None,
         on_finished: Callable[[Outcome], None] = lambda outcome: None,
+        on_epoch: Callable[[str, int], None] = lambda trial_id, epoch: None,
     ) -> None:
-        self._on_started, self._on_finished = on_started, on_finished
+        self._on_started, self._on_finished, self._on_epoch = on_started, on_finished, on_epoch
         self.num_stages = 0
         self.started_ids: list[str] = []
         self.finished_ids: list[str] = []
         self.hypervolumes: list[float] = []
+        self.epochs: list[tuple[str, int]] = []
 
     def stage(self, text: str) -> None:
         self.num_stages += 1
@@ -78,6 +80,10 @@ class Watcher:
     def started(self, trial_id: str, candidate: Candidate) -> None:
         self.started_ids.append(trial_id)
         self._on_started(trial_id)
+
+    def epoch(self, trial_id: str, progress: Mapping[str, float]) -> None:
+        self.epochs.append((trial_id, int(progress["epoch"])))
+        self._on_epoch(*self.epochs[-1])
 
     def finished(self, outcome: Outcome, hypervolume: float) -> None:
         self.finished_ids.append(outcome.id)

@@ -20,7 +20,7 @@ from pruning.errors import SettingError
 from pruning.pace import multiples
 from pruning.plan import TOKEN_REDUCTIONS, Plan, TokenReduction
 from pruning.scores import lfs
-from pruning.scores.channel import Scene
+from pruning.scores.channel import ChannelScores, Scene
 from pruning.scores.criteria import CRITERIA
 from pruning.spectrum import low_pass
 from pruning.surgery import apply_plan, keep_all_block, keep_all_plan
@@ -260,3 +260,68 @@ def test_every_criterion_and_token_reduction_keeps_to_its_budgets(
 def test_a_criterion_that_is_not_known_is_refused() -> None:
     with pytest.raises(SettingError, match="no channel criterion 'best'; there are lfs, taylor"):
         cascade(made.toy_model(), PROBE, CALIBRATION, settings(1, 1, 1, criterion="best"))
+
+
+def down(*budgets: float, **other: Any) -> CascadeResult:
+    model = other.pop("model", made.toy_model)()
+    given = settings(*budgets, order="top-down", token_reduction="none", **other)
+    return cascade(model, PROBE, CALIBRATION, given)
+
+
+def test_top_down_keeps_to_its_budgets_on_models_that_are_dense_below_and_pruned_above(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, budgets, probed = made.toy_model(), (6.0, 0.0, 12.0), []
+
+    def watched(scene: Scene) -> ChannelScores:
+        probed.append((scene.index, len(scene.blocks)))
+        below = embed(model, next(CALIBRATION.batches(len(CALIBRATION)))[0])
+        with torch.no_grad():
+            for block in blocks_of(model)[: scene.index]:
+                below = block(below)
+        assert torch.allclose(scene.x, below, atol=1e-4)  # dense, whatever was pruned above
+        return CRITERIA["taylor"](scene)
+
+    monkeypatch.setitem(CRITERIA, "watched", watched)
+    result = down(*budgets, criterion="watched")
+    assert probed == [(2, 1), (1, 2), (0, 3)]
+    assert all(drop <= budget + 1e-9 for drop, budget in zip(result.block_drops, budgets, strict=True))
+    assert any(block != keep_all_block(examine(model).blocks[0]) for block in result.plan.blocks)
+
+
+def test_top_down_drops_are_what_the_last_block_alone_costs() -> None:
+    # Pruned alone, the last block has dense ones before it: the final repair gives the model of the walk.
+    result = down(0.0, 0.0, 30.0)
+    anatomy = examine(made.toy_model())
+    last = Plan(blocks=(*map(keep_all_block, anatomy.blocks[:2]), result.plan.blocks[2]), token_reduction="none")
+    alone = repaired_model(made.toy_model(), last, CALIBRATION, batch_size=32).model
+    assert last.blocks[2] != keep_all_block(anatomy.blocks[2])
+    assert result.block_drops[2] == pytest.approx((num_correct(made.toy_model()) - num_correct(alone)) / 0.9)
+
+
+def test_top_down_leaves_the_first_blocks_whole_once_the_target_is_met() -> None:
+    anatomy = examine(made.toy_model())
+    target = int(0.85 * count_macs(anatomy, keep_all_plan(anatomy)))
+    result = down(100.0, 100.0, 100.0, target_macs=target)
+    assert count_macs(anatomy, result.plan) <= target
+    is_pruned = [block != keep_all_block(anatomy.blocks[0]) for block in result.plan.blocks]
+    assert is_pruned == [False, False, True]
+
+
+def test_both_orders_prune_a_single_block_alike() -> None:
+    model = functools.partial(made.toy_model, depth=1)
+    up = cascade(model(), PROBE, CALIBRATION, settings(100.0, token_reduction="none"))
+    result = down(100.0, model=model)
+    assert result.plan == up.plan and result.block_drops == up.block_drops
+    assert made.same_state(result.model, made.state(up.model))
+
+
+def test_top_down_ends_with_the_repair_of_its_whole_plan() -> None:
+    result = down(10.0, 10.0, 10.0)
+    again = repaired_model(made.toy_model(), result.plan, CALIBRATION, batch_size=32).model
+    assert made.same_state(again, made.state(result.model))
+
+
+def test_top_down_with_a_token_reduction_is_refused() -> None:
+    with pytest.raises(SettingError, match="top-down takes channels alone, not tokens by lfe; give none"):
+        cascade(made.toy_model(), PROBE, CALIBRATION, settings(1, 1, 1, order="top-down"))

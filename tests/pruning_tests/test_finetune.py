@@ -246,8 +246,9 @@ def test_mixed_images_and_labels_have_the_same_shares() -> None:
     student, teacher = pruned_toy()
     training = Finetuning(student, teacher, IMAGES, replace(SETTINGS, mixup=1.0))
     pixels, labels = made.batch(5), torch.tensor([0, 1, 2, 3, 0])
-    before = pixels.clone()
-    mixed, target = training.mix(pixels, labels, torch.Generator().manual_seed(1))
+    before, generator = pixels.clone(), torch.Generator().manual_seed(1)
+    mixed, target = training.mix(pixels, labels, generator)
+    assert not torch.equal(training.mix(pixels, labels, generator)[1], target)  # anew for every batch
     assert torch.equal(pixels, before)
     share = target[0, 0]
     assert 0.01 < share < 0.99

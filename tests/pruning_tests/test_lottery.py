@@ -194,14 +194,11 @@ def test_masked_weights_are_zero_after_every_step_while_the_others_learn() -> No
     assert not any(module.training for module in model.modules())
 
 
-def test_masked_weights_get_no_gradient_that_muon_could_spread() -> None:
+def test_masked_weights_keep_their_gradient_since_muon_turns_that_of_a_whole_matrix() -> None:
     model = fresh(0)
     masks = half(model)
     train_masked(model, masks, IMAGES, TRAINING)
-    for name, layer in sparse_layers(model):
-        assert (layer.weight.grad[~masks[name]] == 0).all()
-        assert (layer.weight.grad[masks[name]] != 0).any()
-        assert not layer.weight._backward_hooks
+    assert all((layer.weight.grad[~masks[name]] != 0).any() for name, layer in sparse_layers(model))
 
 
 def test_what_masked_weights_were_before_changes_nothing() -> None:
@@ -219,13 +216,6 @@ def test_training_without_a_mask_is_plain_training() -> None:
     train(plain, IMAGES, TRAINING)
     train_masked(masked, magnitude_masks(masked, 0.0), IMAGES, TRAINING)
     assert made.same_state(masked, made.state(plain))
-
-
-def test_hooks_are_gone_after_a_training_that_diverged() -> None:
-    model = fresh(0)
-    with pytest.raises(ValueError, match="diverged"):
-        train_masked(model, half(model), IMAGES, replace(TRAINING, learning_rate=1e30, warmup_epochs=0))
-    assert not any(layer.weight._backward_hooks for _, layer in sparse_layers(model))
 
 
 def test_the_gradient_norm_is_that_of_the_surviving_weights_alone() -> None:

@@ -164,6 +164,30 @@ def test_where_all_heads_keep_equally_many_it_is_what_lies_above_one_threshold()
         assert list(plan.keep_hidden) == (gates.hidden.abs() > 0.5).nonzero()[:, 0].tolist()
 
 
+def test_what_a_large_step_of_the_heads_leaves_of_the_target_is_filled_with_hidden_units() -> None:
+    training = SoftMaskTraining(made.model(), IMAGES, replace(SETTINGS, target_ratio=0.5))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for gates in training.gates:  # channels stay or go all at once
+            gates.qk.fill_(0.5)
+            gates.v.fill_(0.5)
+            gates.hidden.copy_(torch.rand(gates.hidden.shape, generator=generator))
+    plan = training._settled()
+    assert {block.shape.v_width * block.shape.num_heads for block in plan.blocks} == {1}
+    assert 0.49 <= count_macs(training.anatomy, plan) / training.whole <= 0.5
+    kept = [gates.hidden[list(block.keep_hidden)] for gates, block in zip(training.gates, plan.blocks, strict=True)]
+    assert 0.05 < torch.cat(kept).min() < 0.45  # below the threshold of the channels
+
+
+def test_with_qk_norm_the_pairs_of_a_head_go_with_its_values() -> None:
+    training = SoftMaskTraining(made.model("qk_norm"), IMAGES, SETTINGS)
+    with torch.no_grad():
+        training.gates[1].v[2] = 0.1
+        training.gates[2].v[:] = 0.1
+    heads = [block.keep_heads for block in training._plan(0.5, 0.5).blocks]
+    assert heads == [(0, 1, 2), (0, 1), (0,)]  # one at least
+
+
 @pytest.mark.parametrize("family", ["vit", "distilled", "qk_norm", "swin"])
 @pytest.mark.parametrize("target", [0.5, 0.8])
 def test_target_is_hit_from_below_within_a_hundredth(family: str, target: float) -> None:
@@ -296,8 +320,14 @@ def test_a_target_out_of_reach_says_what_is_within(family: str) -> None:
     for block, each in zip(plan.blocks, examine(model).blocks, strict=True):
         assert block.shape.num_heads == block.shape.v_width == 1
         assert block.shape.qk_width == (each.head_dim if each.has_qk_norm else 1)
-    with pytest.raises(SettingError, match="less than 1"):
-        SoftMaskTraining(model, IMAGES, replace(SETTINGS, target_ratio=1.0))
+    with pytest.raises(SettingError, match="1 at most"):
+        SoftMaskTraining(model, IMAGES, replace(SETTINGS, target_ratio=1.001))
+
+
+def test_a_target_of_the_whole_keeps_all() -> None:
+    model = made.model()
+    plan = trained(model, replace(SETTINGS, target_ratio=1.0, epochs=1)).finish().plan
+    assert plan == replace(keep_all_plan(examine(model)), token_reduction="none")
 
 
 def test_a_loss_that_is_not_finite_names_step_and_learning_rate() -> None:

@@ -22,7 +22,7 @@ from search.cli import main
 from search.folder import Folder
 from search.front import front_record
 from search.outcome import Outcome
-from search.trial import run_trial
+from search.trial import Ended, run_to_end
 from tests.search_tests import made, tiny
 
 OUTCOMES = [made.outcome("t000", 0.9, 1.0), made.outcome("t001", 0.88, 2.0), made.outcome("t002", 0.5, 2.5)]
@@ -328,11 +328,13 @@ def test_layers_that_too_few_images_repair_are_told_one_a_line(
     tiny.write_recipe(folder / "tiny.yaml")
     told: list[Outcome] = []
 
-    def noted(*arguments: Any) -> Outcome:
-        told.append(replace(run_trial(*arguments), notes=("block 0 a: only the bias", "block 1 b: only the bias")))
-        return told[-1]
+    def noted(*arguments: Any) -> Ended:
+        ended = run_to_end(*arguments)
+        (outcome,) = ended.outcomes
+        told.append(replace(outcome, notes=("block 0 a: only the bias", "block 1 b: only the bias")))
+        return replace(ended, outcomes=told[-1:])
 
-    monkeypatch.setattr("search.prune.run_trial", noted)
+    monkeypatch.setattr("search.prune.run_to_end", noted)
     code, out, _ = call(capsys, "prune", "tiny.yaml")
     assert code == 0
     assert [line for line in out.splitlines() if line.startswith("note")] == [

@@ -69,7 +69,7 @@ def trials(source: StudySearcher) -> list[FrozenTrial]:
 
 def tell(source: StudySearcher, number: int, outcome: Outcome) -> None:
     """As Ray does: by the study's number of the trial."""
-    source.on_trial_complete(f"ray-{number}", {"outcome": json.dumps(outcome.to_json())})
+    source.on_trial_complete(f"ray-{number}", {"outcomes": json.dumps([outcome.to_json()])})
 
 
 def measured(id: str, candidate: Candidate, top1: float = 0.9, speedup: float = 1.5) -> Outcome:

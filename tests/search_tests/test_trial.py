@@ -21,7 +21,7 @@ from pruning.pace import Pace
 from pruning.surgery import keep_all_block, keep_all_plan
 from search.config import Accuracy
 from search.outcome import Candidate, Measurement, Method, Outcome, State
-from search.trial import Bench, build, confirm, measure, prepare, run_trial
+from search.trial import Bench, build, confirm, measure, prepare, run_to_end
 from tests.pruning_tests.test_retrieval import slow
 from tests.search_tests import made, tiny
 
@@ -67,6 +67,12 @@ def candidate(**changes: Any) -> Candidate:
     return replace(dense, **changes)
 
 
+def run(bench: Bench, asked: Candidate, trial_id: str) -> Outcome:
+    """The only outcome of a candidate."""
+    (outcome,) = run_to_end(bench, asked, trial_id).outcomes
+    return outcome
+
+
 def measured(outcome: Outcome) -> Measurement:
     assert outcome.state is State.MEASURED, outcome.reason
     assert outcome.measurement is not None
@@ -109,7 +115,7 @@ def test_bench_has_a_classifier_for_every_exit_and_its_model_is_done_learning(be
 
 def test_dense_candidate_gives_the_dense_model(prepared: tuple[Bench, Measurement]) -> None:
     bench, dense = prepared
-    outcome = run_trial(bench, candidate(), "t007")
+    outcome = run(bench, candidate(), "t007")
     found = measured(outcome)
     assert (outcome.id, outcome.candidate) == ("t007", candidate())
     assert outcome.plan == keep_all_plan(examine(bench.model))
@@ -121,7 +127,7 @@ def test_dense_candidate_gives_the_dense_model(prepared: tuple[Bench, Measuremen
 
 def test_pruned_outcome_costs_each_block_no_more_than_its_budget_and_reaches_its_target(bench: Bench) -> None:
     asked = candidate(drop_budget=(5.0, 20.0, 100.0), target_ratio=0.2)
-    outcome = run_trial(bench, asked, "t000")
+    outcome = run(bench, asked, "t000")
     found = measured(outcome)
     assert len(outcome.block_drops) == tiny.DEPTH
     assert all(drop <= budget for drop, budget in zip(outcome.block_drops, asked.drop_budget, strict=True))
@@ -134,7 +140,7 @@ def test_pruned_outcome_costs_each_block_no_more_than_its_budget_and_reaches_its
 
 
 def test_budget_of_nothing_loses_no_probe_image(bench: Bench) -> None:
-    outcome = run_trial(bench, candidate(target_ratio=0.2), "t000")
+    outcome = run(bench, candidate(target_ratio=0.2), "t000")
     measured(outcome)
     assert max(outcome.block_drops) <= 0
     assert outcome.plan is not None
@@ -143,7 +149,7 @@ def test_budget_of_nothing_loses_no_probe_image(bench: Bench) -> None:
 
 
 def test_exit_candidate_answers_with_the_classifier_of_its_exit(bench: Bench) -> None:
-    outcome = run_trial(bench, candidate(exit_block=2), "t000")
+    outcome = run(bench, candidate(exit_block=2), "t000")
     found = measured(outcome)
     assert outcome.plan is not None
     assert outcome.plan.exit_block == len(outcome.block_drops) == 2
@@ -156,7 +162,7 @@ def test_exit_candidate_answers_with_the_classifier_of_its_exit(bench: Bench) ->
 
 def test_target_of_an_exit_counts_in_macs_of_the_dense_model(bench: Bench) -> None:
     """Two of three blocks are two thirds of the multiply-adds already, so that a target of 0.8 leaves them whole."""
-    outcome = run_trial(bench, candidate(exit_block=2, target_ratio=0.8, drop_budget=(100.0, 100.0, 0.0)), "t000")
+    outcome = run(bench, candidate(exit_block=2, target_ratio=0.8, drop_budget=(100.0, 100.0, 0.0)), "t000")
     assert outcome.plan is not None
     assert outcome.plan.blocks == keep_all_plan(examine(bench.model)).blocks[:2]
 
@@ -166,7 +172,7 @@ def test_target_of_an_exit_counts_in_macs_of_the_dense_model(bench: Bench) -> No
     [candidate(drop_budget=(10.0, 10.0, 10.0), target_ratio=0.5), candidate(exit_block=2, drop_budget=(9.0, 9.0, 0.0))],
 )
 def test_model_built_again_from_the_plan_reaches_the_recorded_accuracy(bench: Bench, asked: Candidate) -> None:
-    outcome = run_trial(bench, asked, "t000")
+    outcome = run(bench, asked, "t000")
     assert outcome.plan is not None
     model = build(bench, outcome.plan)
     assert accuracy(model, bench.splits.val) == pytest.approx(measured(outcome).top1)
@@ -176,14 +182,14 @@ def test_model_built_again_from_the_plan_reaches_the_recorded_accuracy(bench: Be
 def test_trial_leaves_the_bench_as_it_was(bench: Bench) -> None:
     before = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
     heads = {name: tensor.clone() for name, tensor in bench.heads[2].items()}
-    run_trial(bench, candidate(exit_block=2, drop_budget=(20.0, 20.0, 0.0), target_ratio=0.4), "t000")
+    run(bench, candidate(exit_block=2, drop_budget=(20.0, 20.0, 0.0), target_ratio=0.4), "t000")
     assert all(torch.equal(tensor, before[name]) for name, tensor in bench.model.state_dict().items())
     assert all(torch.equal(tensor, heads[name]) for name, tensor in bench.heads[2].items())
 
 
 def test_same_candidate_gives_the_same_plan_and_accuracy(bench: Bench) -> None:
     asked = candidate(drop_budget=(10.0, 10.0, 10.0), target_ratio=0.5)
-    one, other = (run_trial(bench, asked, "t000") for _ in range(2))
+    one, other = (run(bench, asked, "t000") for _ in range(2))
     assert one.plan == other.plan
     assert measured(one).top1 == measured(other).top1
 
@@ -218,7 +224,7 @@ def test_widths_are_those_of_the_pace_of_the_block_also_before_an_exit(
         drop_budget=(100.0 if method == "cascade" else 0.0,) * tiny.DEPTH,
         target_ratio=0.01 if method == "cascade" else 0.35,
     )  # fmt: skip
-    outcome = run_trial(odd, asked, "t000")
+    outcome = run(odd, asked, "t000")
     assert measured(outcome).macs <= 0.35 * paced.dense_macs  # the cascade goes as far as it can, which is farther
     assert outcome.plan is not None
     assert outcome.plan.token_reduction == token_reduction
@@ -236,13 +242,13 @@ def test_widths_that_were_measured_make_a_model_and_so_do_multiples(paced: Bench
         method=method, token_reduction="attention-merge", exit_block=2, criterion="obs", target_ratio=0.45,
         drop_budget=(100.0 if method == "cascade" else 0.0,) * tiny.DEPTH, token_share=0.0,
     )  # fmt: skip
-    outcome = run_trial(paced, replace(asked, round_to="auto"), "t000")
+    outcome = run(paced, replace(asked, round_to="auto"), "t000")
     assert measured(outcome).macs <= 0.45 * paced.dense_macs
     assert outcome.plan is not None
     for block, pace in zip(outcome.plan.blocks, paced.paces["attention-merge"], strict=False):
         assert (block.shape.qk_width, block.shape.v_width) in pace.attention
         assert block.shape.num_hidden in pace.hidden
-    by_eight = run_trial(paced, replace(asked, round_to=8), "t001")
+    by_eight = run(paced, replace(asked, round_to=8), "t001")
     assert by_eight.plan is not None
     for block in by_eight.plan.blocks:
         assert {block.shape.qk_width % 8, block.shape.v_width % 8, block.shape.num_hidden % 8} == {0}
@@ -255,13 +261,13 @@ def test_layers_that_too_few_images_repair_are_noted(paced: Bench, method: Any) 
         drop_budget=(100.0 if method == "cascade" else 0.0,) * tiny.DEPTH,
     )  # fmt: skip
     few = replace(paced, splits=replace(paced.splits, calibration=paced.splits.calibration.take(slice(0, 1))))
-    outcome = run_trial(few, asked, "t000")
+    outcome = run(few, asked, "t000")
     measured(outcome)
     assert outcome.plan is not None
     assert outcome.notes
     assert outcome.notes == repaired_model(few.model, outcome.plan, few.splits.calibration, batch_size=64).notes
     assert all("only the bias is repaired" in note for note in outcome.notes)
-    assert run_trial(paced, candidate(), "t001").notes == ()
+    assert run(paced, candidate(), "t001").notes == ()
 
 
 @pytest.mark.parametrize("method", ["cascade", "global"])
@@ -278,7 +284,7 @@ def test_swin_is_pruned_up_to_either_of_its_stages(method: Any) -> None:
             Pace(attention=((8, 8),), hidden=(10 + block, dense.num_hidden))
             for block, dense in enumerate(examine(bench.model).blocks)
         )
-        outcome = run_trial(bench, asked, "t000")
+        outcome = run(bench, asked, "t000")
         assert measured(outcome).macs <= 0.6 * dense.macs
         assert outcome.plan is not None
         assert [block.num_tokens for block in outcome.plan.blocks] == [64, 64, 16, 16][:exit_block]
@@ -289,7 +295,7 @@ def test_swin_is_pruned_up_to_either_of_its_stages(method: Any) -> None:
 
 
 def test_error_inside_a_trial_is_a_failed_outcome_that_says_what_and_where(bench: Bench) -> None:
-    outcome = run_trial(breaking(bench, RuntimeError("out of memory\nmuch more of it")), candidate(), "t003")
+    outcome = run(breaking(bench, RuntimeError("out of memory\nmuch more of it")), candidate(), "t003")
     assert (outcome.id, outcome.state, outcome.candidate) == ("t003", State.FAILED, candidate())
     assert outcome.reason is not None
     assert outcome.reason.startswith("RuntimeError: out of memory (test_trial.py:")
@@ -298,12 +304,12 @@ def test_error_inside_a_trial_is_a_failed_outcome_that_says_what_and_where(bench
 
 
 def test_what_is_the_users_doing_is_told_in_its_own_words(bench: Bench) -> None:
-    outcome = run_trial(breaking(bench, VitfrontError("give more images")), candidate(), "t000")
+    outcome = run(breaking(bench, VitfrontError("give more images")), candidate(), "t000")
     assert (outcome.state, outcome.reason) == (State.FAILED, "give more images")
 
 
 def test_candidate_without_a_fitted_exit_fails(bench: Bench) -> None:
-    outcome = run_trial(bench, candidate(exit_block=1), "t000")
+    outcome = run(bench, candidate(exit_block=1), "t000")
     assert outcome.state is State.FAILED
     assert outcome.reason is not None
     assert outcome.reason.startswith("KeyError: 1 (trial.py:")
@@ -372,7 +378,7 @@ def test_front_is_confirmed_in_its_order_and_on_test(bench: Bench) -> None:
     plans = [
         outcome.plan
         for asked in (candidate(exit_block=2), candidate(drop_budget=(50.0, 50.0, 50.0), target_ratio=0.5))
-        if (outcome := run_trial(bench, asked, "t000")).plan is not None
+        if (outcome := run(bench, asked, "t000")).plan is not None
     ]
     found = confirm(bench, plans)
     test = bench.splits.test
@@ -421,7 +427,7 @@ def test_a_schedule_takes_tokens_alone_and_reaches_its_target(bench: Bench, meth
     asked = made.candidate(
         exit_block=tiny.DEPTH, method=method, token_reduction="merge", target_ratio=0.7, drop_budget=(0.0,) * tiny.DEPTH
     )
-    outcome = run_trial(bench, asked, "t000")
+    outcome = run(bench, asked, "t000")
     assert outcome.state is State.MEASURED and outcome.plan is not None and outcome.measurement is not None
     assert outcome.measurement.macs <= 0.7 * bench.dense_macs
     block = examine(bench.model).blocks[0]

@@ -1,0 +1,131 @@
+"""Learned width (WDPruning): how well the target is hit, and what is left of the accuracy without fine-tuning after.
+
+    python benchmarks/bm_learned_width.py [--quick] [--json] [--out benchmarks/results]
+
+digits, trained here first, and ../shared/data/cifar10-mini with the ViT that lies beside it; targets in multiply-adds.
+Trained on the training images; accuracies are those on val, dense ones too. `exit_top1` is that of the earlier exit,
+which is trained along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pruning.accuracy import predict, top1
+from pruning.anatomy import examine
+from pruning.cost import count_macs
+from pruning.data import Images, InputSpec, load_split
+from pruning.exits import fit_exits
+from pruning.models import create_model
+from pruning.stopwatch import device_name, race
+from pruning.surgery import keep_all_plan
+from pruning.training import Jitter, TrainSettings, train
+from pruning.width import WidthSettings, WidthTraining
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "cifar10-mini"
+TARGETS = (0.4, 0.6, 0.8)
+DIGITS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 64, "depth": 6, "num_heads": 4}
+
+
+def digits(quick: bool) -> tuple[torch.nn.Module, Images, Images, dict[str, Any]]:
+    spec = InputSpec(size=(8, 8), mean=(0.3,), std=(0.38,))
+    images = {split: load_split("digits", split, spec, num_classes=10) for split in ("train", "val")}
+    torch.manual_seed(0)
+    model = create_model("vit_tiny_patch16_224", args=DIGITS)
+    train(model, images["train"], TrainSettings(epochs=5 if quick else 70))
+    settings = {"epochs": 4 if quick else 30, "batch_size": 64, "jitter": Jitter(max_shift=1.0, max_turn=0.15)}
+    return model, images["train"], images["val"], settings
+
+
+def cifar10(quick: bool) -> tuple[torch.nn.Module, Images, Images, dict[str, Any]]:
+    told = json.loads((DATA / "vit_cifar10.json").read_text())
+    names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
+    spec = InputSpec(size=(32, 32), mean=tuple(told["mean"]), std=tuple(told["std"]), crop_pct=1.0)
+    limits = (256, 200) if quick else (None, None)
+    images = {
+        split: load_split("folder", split, spec, num_classes=10, root=DATA, limit=limit)
+        for split, limit in zip(("train", "val"), limits, strict=True)
+    }
+    model = create_model(
+        told["model"], args={name: told[name] for name in names}, checkpoint=DATA / "vit_cifar10.safetensors"
+    )
+    settings = {"epochs": 1 if quick else 10, "jitter": Jitter(max_shift=2.0, flip=True)}
+    return model.eval(), images["train"], images["val"], settings
+
+
+TASKS = {"digits": digits, "cifar10-mini": cifar10}
+
+
+def measure(task: str, targets: tuple[float, ...], quick: bool) -> list[dict[str, Any]]:
+    model, training, val, settings = TASKS[task](quick)
+    model.requires_grad_(False)
+    anatomy = examine(model)
+    dense_macs = count_macs(anatomy, keep_all_plan(anatomy))
+    dense_top1 = top1(predict(model, val), val.labels)
+    heads = fit_exits(model, training, [round(anatomy.depth * 10 / 12)])
+    batch = val.normalized(slice(0, 64))
+    rows = []
+    for target in targets:
+        start = time.monotonic()
+        run = WidthTraining(model, training, WidthSettings(target_ratio=target, **settings), heads=heads)
+        while not run.is_done:
+            progress = run.run_epoch()
+            epoch = {"epoch": run.loop.epoch} | {key: round(value, 4) for key, value in progress.items()}
+            print(task, target, epoch, f"{time.monotonic() - start:.0f} s", file=sys.stderr)
+        seconds = time.monotonic() - start
+        *earlier, whole = run.finish()
+        _, timings = race(model, [whole.model, *(each.model for each in earlier)], batch, num_rounds=15)
+        exits = [top1(predict(each.model, val), val.labels) for each in earlier]
+        rows.append({
+            "task": task, "target": target, "reached": count_macs(anatomy, whole.plan) / dense_macs,
+            "top1": top1(predict(whole.model, val), val.labels), "dense_top1": dense_top1,
+            "speedup": timings[0].speedup, "exit_block": earlier[0].plan.exit_block, "exit_top1": exits[0],
+            "exit_reached": count_macs(anatomy, earlier[0].plan) / dense_macs, "exit_speedup": timings[1].speedup,
+            "epochs": settings["epochs"], "seconds": seconds,
+        })  # fmt: skip
+        print(rows[-1], file=sys.stderr)
+    return rows
+
+
+def table(rows: list[dict[str, Any]], command: str) -> str:
+    lines = [
+        "# Learned width", "", f"`{command}`", "",
+        f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}", "",
+        "Target and reached: share of the dense multiply-adds. Speed-up: batch of 64, float32, in turn with dense.", "",
+        "| data | target | reached | top1 | dense_top1 | speed-up | exit | its share | its top1 | its speed-up "
+        "| epochs | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {row['task']} | {row['target']} | {row['reached']:.4f} | {row['top1']:.4f} | {row['dense_top1']:.4f} "
+        f"| {row['speedup']:.2f} | {row['exit_block']} | {row['exit_reached']:.4f} | {row['exit_top1']:.4f} "
+        f"| {row['exit_speedup']:.2f} | {row['epochs']} | {row['seconds']:.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a minute: one target, few images and epochs")
+    parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
+    parser.add_argument("--out", type=Path, help="folder for learned_width.md")
+    parser.add_argument("--tasks", nargs="*", choices=[*TASKS], default=[*TASKS])
+    args = parser.parse_args()
+    tasks = [task for task in args.tasks if task == "digits" or DATA.is_dir()]
+    rows = [row for task in tasks for row in measure(task, TARGETS[1:2] if args.quick else TARGETS, args.quick)]
+    text = table(rows, " ".join(["python", *sys.argv]))
+    if args.out is not None:
+        (args.out / "learned_width.md").write_text(text)
+    print(json.dumps({"rows": rows}) if args.json else text, end="")
+
+
+if __name__ == "__main__":
+    main()

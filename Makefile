@@ -10,7 +10,7 @@ PIP_FAILED = { echo 'the whole story: $(BIN)/python -m pip install -c constraint
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help search test clean
+.PHONY: help search studies test clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ help:  ## this list
 
 search: $(VENV)/.installed  ## find the front of the digits recipe (ARGS for another)
 	@$(BIN)/vitfront run $(ARGS)
+
+studies: $(VENV)/.installed  ## the papers' questions, asked of the digits: tables and figures in runs/
+	@for study in cutoff noise tokens order width-or-depth budgets; do $(BIN)/vitfront study $$study; done
 
 test: $(VENV)/.installed-dev  ## lint, types, import rules, tests: what CI runs
 	@echo 'ruff check' && $(BIN)/ruff check

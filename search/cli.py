@@ -264,7 +264,7 @@ def _say(text: str) -> None:
 
 
 def _print_study(record: dict[str, Any], runs: Path) -> None:
-    from search.study import TABLE_COLUMNS, table_cells
+    from search.answer import TABLE_COLUMNS, table_cells
 
     table = Table(title=record["question"], title_justify="left")
     for column in TABLE_COLUMNS:

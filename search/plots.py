@@ -347,7 +347,7 @@ def study_info(record: dict[str, Any]) -> StudyInfo:
     return StudyInfo(
         title=record["question"],
         answer=record["sentence"],
-        x_label=record["x_label"],
+        x_label=f"{record['x_label']} ({record['x_unit']})" if record["x_unit"] else record["x_label"],
         log_x=record["log_x"],
         panels=tuple(map(panel, record["lines"])),
     )

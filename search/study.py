@@ -7,19 +7,15 @@ after the other in this process. The ledger names them by what they are, so the 
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import itertools
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,14 +23,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pruning.anatomy import Anatomy, examine
 from pruning.artifact import save_weights
 from pruning.surgery import keep_all_plan
+from search.answer import best_series, best_x, caveats, csv_table, lines_of, markdown, row_of
 from search.config import Config
 from search.errors import ConfigError
 from search.files import write_atomically
-from search.front import hypervolume_of, non_dominated
+from search.front import hypervolume_of
 from search.inputs import load_inputs
 from search.ledger import Ledger
 from search.outcome import Candidate, Measurement, Outcome, State
-from search.plots import StudyLine, study_html
+from search.plots import study_html
 from search.searcher import StudySearcher
 from search.space import Space
 from search.trial import Bench, prepare, run_to_end
@@ -57,11 +54,8 @@ SETTLED: dict[str, Any] = {
 }
 """What holds in every study that does not say otherwise: VTC-LFC's settings, for channels, of the whole depth."""
 
-SHARE = "share"
-"""As a study's x: the measured share of the dense multiply-adds."""
-
-MISSED = 0.02
-"""Share of the dense multiply-adds by which a variant may be above its target before that is said."""
+QUICK_ROUNDS = 6
+"""Of the race with the dense model, where a study does not ask for the speed: it would be most of a variant's time."""
 
 
 class _Part(BaseModel):
@@ -92,6 +86,7 @@ class Study(_Part):
     x: str
     """A key of the recipe, or `share`."""
     x_label: str
+    x_unit: str = ""
     log_x: bool = False
     y: list[Literal["top1", "speedup"]] = ["top1"]
     """Fields of a measurement."""
@@ -163,10 +158,11 @@ def expand(study: Study, config: Config, anatomy: Anatomy) -> list[Variant]:
         ConfigError: a key or value does not fit the recipe or the model, or a parameter is left open.
     """
     variants: dict[str, Variant] = {}
+    settled = SETTLED if "speedup" in study.y else SETTLED | {"measure.num_rounds": QUICK_ROUNDS}
     parts: Sequence[Series | None] = study.series or [None]
     for part in parts:
         each = study.each | (part.each if part else {})
-        fixed = SETTLED | study.set | (part.set if part else {})
+        fixed = settled | study.set | (part.set if part else {})
         for chosen in itertools.product(*each.values()):
             values = dict(zip(each, chosen, strict=True))
             changed = _changed(config, fixed | values, anatomy)
@@ -226,12 +222,15 @@ def _hash(record: Any) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def run_study(name: str, config: Config, runs: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+def run_study(
+    name: str, config: Config, runs: Path, tell: Callable[[str], None], study: Study | None = None
+) -> dict[str, Any]:
     """Runs what is left of a study, and writes its table and figure into runs/study-NAME-RECIPE.
 
     Args:
         name: a shipped study, or a YAML file.
         tell: is told what happens, one line at a time.
+        study: instead of the one of that name, as one with other values.
 
     Returns:
         The question, the sentence that answers it, the rows of the table and the lines of the figure.
@@ -239,10 +238,8 @@ def run_study(name: str, config: Config, runs: Path, tell: Callable[[str], None]
     Raises:
         VitfrontError: wrong input; or another process runs the same study.
     """
-    study = load_study(name)
-    name = Path(name).stem
-    clean = _changed_noise(config)
-    inputs = load_inputs(clean, runs)
+    study, name = study or load_study(name), Path(name).stem
+    inputs = load_inputs(config, runs)
     anatomy = examine(inputs.model)
     variants = expand(study, config, anatomy)
     torch.set_num_threads(config.resources.cpus_per_trial)  # as in a sweep: more are slower where cores are busy
@@ -257,7 +254,7 @@ def run_study(name: str, config: Config, runs: Path, tell: Callable[[str], None]
 
         for bench_id in dict.fromkeys(variant.bench_id for variant in variants):
             group = [variant for variant in variants if variant.bench_id == bench_id]
-            left = [variant for variant in group if not _is_done(variant, found)]
+            left = [variant for variant in group if len(_outcomes_of(variant, found)) < (variant.trials or 1)]
             if not left:
                 continue
             tell(f"preparing the dense model for {len(left)} of {len(variants)} variants")
@@ -267,20 +264,11 @@ def run_study(name: str, config: Config, runs: Path, tell: Callable[[str], None]
             for variant in left:
                 for outcome in _outcomes(replace(bench, config=variant.config), variant, found):
                     record_outcome(outcome, variant.series)
-    rows = [
-        _row(variant, outcome, found[f"dense-{variant.bench_id}"])
-        for variant in variants
-        for outcome in _outcomes_of(variant, found)
-    ]
-    record = _record(name, study, config, rows, found, variants, len(inputs.splits.val))
-    write_atomically(folder / "table.csv", _csv(rows))
-    write_atomically(folder / "table.md", _markdown(record))
+    record = _record(name, study, config, variants, found, len(inputs.splits.val))
+    write_atomically(folder / "table.csv", csv_table(record["rows"]))
+    write_atomically(folder / "table.md", markdown(record))
     write_atomically(folder / "figure.html", study_html(record))
     return record
-
-
-def _changed_noise(config: Config) -> Config:
-    return config.model_copy(update={"data": config.data.model_copy(update={"noise": 0.0})})
 
 
 def _outcomes_of(variant: Variant, found: Mapping[str, Outcome]) -> list[Outcome]:
@@ -288,10 +276,6 @@ def _outcomes_of(variant: Variant, found: Mapping[str, Outcome]) -> list[Outcome
     if variant.trials is None:
         return [found[variant.id]] if variant.id in found else []
     return [outcome for key, outcome in found.items() if key.startswith(f"{variant.id}-")][: variant.trials]
-
-
-def _is_done(variant: Variant, found: Mapping[str, Outcome]) -> bool:
-    return len(_outcomes_of(variant, found)) >= (variant.trials or 1)
 
 
 def _prepared(variants: Sequence[Variant], runs: Path) -> tuple[Bench, Measurement]:
@@ -354,107 +338,29 @@ def _described(outcome: Outcome) -> str:
     return f"top-1 {found.top1:.3f}, {found.speedup:.2f} x as fast, {found.macs:,} MACs, {outcome.seconds:.1f} s"
 
 
-def _row(variant: Variant, outcome: Outcome, dense: Outcome) -> dict[str, Any]:
-    """One row of the table; figures are None where nothing was measured."""
-    found, whole = outcome.measurement, dense.measurement
-    assert whole is not None
-    names = ("top1", "top1_low", "top1_high", "speedup", "speedup_low", "speedup_high", "throughput_img_s", "macs")
-    return {
-        "id": outcome.id,
-        "series": variant.series,
-        **variant.values,
-        SHARE: None if found is None else found.macs / whole.macs,
-        **{name: None if found is None else getattr(found, name) for name in (*names, "params")},
-        "target_ratio": outcome.candidate.target_ratio,
-        "exit_block": outcome.candidate.exit_block,
-        "forward_passes": outcome.forward_passes,
-        "seconds": outcome.seconds,
-        "state": outcome.state.value,
-        "reason": outcome.reason,
-    }
-
-
-def lines_of(study: Study, rows: Sequence[Mapping[str, Any]], metric: str) -> list[StudyLine]:
-    """The measured rows as lines of one metric, in the order of the table."""
-    measured = [row for row in rows if row["state"] == State.MEASURED.value]
-    lines = []
-    for name in dict.fromkeys(row["series"] for row in measured):
-        own = [row for row in measured if row["series"] == name]
-        if study.front_only:
-            own = [own[place] for place in non_dominated(np.array([[-row[study.x], row[metric]] for row in own]))]
-        at: dict[float, list[float]] = {}
-        for row in sorted(own, key=lambda row: float(row[study.x])):
-            at.setdefault(float(row[study.x]), []).append(float(row[metric]))
-        lines.append(
-            StudyLine(
-                name=name,
-                x=tuple(at),
-                y=tuple(sum(values) / len(values) for values in at.values()),
-                low=tuple(map(min, at.values())),
-                high=tuple(map(max, at.values())),
-            )
-        )
-    return lines
-
-
-def best_x(lines: Sequence[StudyLine], x_label: str, series_label: str) -> str:
-    """Which x is best in most of the lines; of x that tie for most, the one of the largest mean y (top-1)."""
-    if not lines:
-        return "nothing was measured."
-    wins = Counter(x for line in lines for x, y in zip(line.x, line.y, strict=True) if y == max(line.y))
-    means = {x: _mean([dict(zip(line.x, line.y, strict=True)).get(x, np.nan) for line in lines]) for x in wins}
-    best = max(wins, key=lambda x: (wins[x], means[x]))
-    spans = ", ".join(f"{100 * min(line.y):.1f} to {100 * max(line.y):.1f} % at {line.name}" for line in lines)
-    what = f"{series_label}s" if series_label else "series"
-    return f"best {x_label} {best:g} at {wins[best]} of {len(lines)} {what}; top-1 over all tried {spans}."
-
-
-def best_series(lines: Sequence[StudyLine], x_label: str, metric: str) -> str:
-    """Which line is highest at most x, compared where all have values, on straight lines between their points."""
-    if not lines:
-        return "nothing was measured."
-    low, high = max(line.x[0] for line in lines), min(line.x[-1] for line in lines)
-    grid = sorted({x for line in lines for x in line.x if low <= x <= high})
-    if not grid:
-        return f"the lines share no {x_label}, so {METRICS[metric]} does not compare."
-    values = {line.name: np.interp(grid, line.x, line.y) for line in lines}
-    highest = np.max(list(values.values()), axis=0)
-    wins = {name: int((own >= highest - 1e-9).sum()) for name, own in values.items()}
-    order = sorted(values, key=lambda name: (-wins[name], -values[name].mean()))
-    shown = [f"{name} {wins[name]} ({_shown(metric, float(values[name].mean()))})" for name in order]
-    return (
-        f"at equal {x_label}, {order[0]} has the highest {METRICS[metric]} at {wins[order[0]]} of {len(grid)} places "
-        f"(best at, and mean: {', '.join(shown)})."
-    )
-
-
-METRICS = {"top1": "top-1", "speedup": "speed-up"}
-
-
-def _shown(metric: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if metric == "top1" else f"{value:.2f}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.nanmean(values))
-
-
 def _record(
-    name: str, study: Study, config: Config, rows: Sequence[dict[str, Any]], found: Mapping[str, Outcome],
-    variants: Sequence[Variant], num_val: int,
-) -> dict[str, Any]:  # fmt: skip
-    lines = {metric: lines_of(study, rows, metric) for metric in study.y}
+    name: str, study: Study, config: Config, variants: Sequence[Variant], found: Mapping[str, Outcome], num_val: int
+) -> dict[str, Any]:
+    """What a study gives: all that its files show."""
+    dense = {variant.bench_id: _measured(found[f"dense-{variant.bench_id}"]) for variant in variants}
+    by_series: dict[str, list[Outcome]] = {}
+    rows = []
+    for variant in variants:
+        own = _outcomes_of(variant, found)
+        by_series.setdefault(variant.series, []).extend(own)
+        rows += [row_of(variant.series, variant.values, outcome, dense[variant.bench_id]) for outcome in own]
+    whole = dense[variants[0].bench_id]
+    lines = {metric: lines_of(rows, study.x, metric, front_only=study.front_only) for metric in study.y}
     told = [
-        best_x(of, study.x_label, study.series_label)
+        best_x(of, metric, study.x_label, study.series_label)
         if study.answer == "best-x"
-        else best_series(of, study.x_label, metric)
+        else best_series(of, metric, study.x_label)
         for metric, of in lines.items()
     ]
     if study.front_only:
-        told.append(f"hypervolume {_hypervolumes(variants, found)}.")
-    told += _warnings(study, rows)
-    dense = found[f"dense-{variants[0].bench_id}"].measurement
-    assert dense is not None
+        volumes = [f"{series} {hypervolume_of(outcomes, whole):.4f}" for series, outcomes in by_series.items()]
+        told.append(f"hypervolume: {', '.join(volumes)}.")
+    told += caveats(rows, study.x)
     return {
         "name": name,
         "recipe": config.name,
@@ -464,69 +370,15 @@ def _record(
         "sentence": " ".join(text[0].upper() + text[1:] for text in told),
         "x": study.x,
         "x_label": study.x_label,
+        "x_unit": study.x_unit,
         "log_x": study.log_x,
-        "dense": {metric: getattr(dense, metric) for metric in study.y} | {"top1": dense.top1},
+        "dense": asdict(whole),
         "val_images": num_val,
-        "rows": list(rows),
-        "lines": {metric: [vars(line) for line in of] for metric, of in lines.items()},
+        "rows": rows,
+        "lines": {metric: [asdict(line) for line in of] for metric, of in lines.items()},
     }
 
 
-def _hypervolumes(variants: Sequence[Variant], found: Mapping[str, Outcome]) -> str:
-    volumes = {}
-    for name in dict.fromkeys(variant.series for variant in variants):
-        own = [variant for variant in variants if variant.series == name]
-        dense = found[f"dense-{own[0].bench_id}"].measurement
-        assert dense is not None
-        volumes[name] = hypervolume_of([outcome for each in own for outcome in _outcomes_of(each, found)], dense)
-    return ", ".join(f"{name} {volume:.4f}" for name, volume in volumes.items())
-
-
-def _warnings(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader of the sentence has to know: trials that broke, and targets that were not reached."""
-    broken = [row for row in rows if row[SHARE] is None]
-    told = [f"{len(broken)} of {len(rows)} variants gave no model, e.g.: {broken[0]['reason']}."] if broken else []
-    if study.x != SHARE:  # else the line shows where they are
-        missed = [row for row in rows if row[SHARE] is not None and row[SHARE] > row["target_ratio"] + MISSED]
-        told += [f"{len(missed)} of {len(rows)} spent their budgets above the target."] if missed else []
-    return told
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _markdown(record: Mapping[str, Any]) -> str:
-    """The table for readers."""
-    rows = record["rows"]
-    lines = [
-        f"# {record['question']}", "",
-        f"{record['source']}; asked of the recipe {record['recipe']}. {record['remark']}", "",
-        f"**{record['sentence']}**", "",
-        f"Dense top-1 {100 * record['dense']['top1']:.1f} % of {record['val_images']} val images; one image is "
-        f"{100 / record['val_images']:.2f} points. Speed-ups are paired with the dense model, 95 % in brackets.", "",
-        "| " + " | ".join(TABLE_COLUMNS) + " |", "|---" * len(TABLE_COLUMNS) + "|",
-    ]  # fmt: skip
-    lines += ["| " + " | ".join(table_cells(record["x"], row)) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-TABLE_COLUMNS = ("series", "x", "top-1 %", "speed-up", "MACs", "seconds")
-
-
-def table_cells(x: str, row: Mapping[str, Any]) -> list[str]:
-    """A row for people, in the order of `TABLE_COLUMNS`; where nothing was measured, why."""
-    if row[SHARE] is None:
-        return [row["series"], str(row.get(x, "")), row["reason"], "", "", f"{row['seconds']:.1f}"]
-    return [
-        row["series"],
-        f"{row[x]:.3f}" if x == SHARE else f"{row[x]:g}",
-        f"{100 * row['top1']:.1f} ({100 * row['top1_low']:.1f}-{100 * row['top1_high']:.1f})",
-        f"{row['speedup']:.2f} ({row['speedup_low']:.2f}-{row['speedup_high']:.2f})",
-        f"{row[SHARE]:.1%}",
-        f"{row['seconds']:.1f}",
-    ]
+def _measured(outcome: Outcome) -> Measurement:
+    assert outcome.measurement is not None
+    return outcome.measurement

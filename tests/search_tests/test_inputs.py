@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from pruning.artifact import save_weights
 from pruning.data import Images
@@ -165,3 +166,51 @@ def test_what_the_search_does_afterwards_needs_no_new_training(tmp_path: Path) -
         digits(name="other"),
     ]
     assert {cache_of(config, tmp_path) for config in same} == {cache_of(base, tmp_path)}
+
+
+def grey(folder: Path, **changes: Any) -> Inputs:
+    for image in (folder / "images").rglob("*.png"):
+        Image.new("RGB", (16, 16), (128, 128, 128)).save(image)
+    return load_inputs(config(folder, **changes), folder)
+
+
+def test_noise_of_zero_leaves_all_pixels_bit_equal(folder: Path) -> None:
+    plain, none = (load_inputs(config(folder, **noise), folder).splits for noise in ({}, {"data__noise": 0.0}))
+    assert torch.equal(plain.calibration.pixels, none.calibration.pixels)
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.1])
+def test_noise_has_the_standard_deviation_that_is_asked_for(folder: Path, noise: float) -> None:
+    pixels = grey(folder, data__noise=noise).splits.calibration.pixels
+    assert pixels.dtype == torch.uint8
+    values = pixels.double() / 255
+    assert values.std().item() == pytest.approx(noise, rel=0.05)
+    assert values.mean().item() == pytest.approx(128 / 255, abs=0.01)
+
+
+def test_strong_noise_stays_within_the_pixels_range(folder: Path) -> None:
+    pixels = grey(folder, data__noise=5.0).splits.calibration.pixels
+    assert {0, 255} <= set(pixels.flatten().tolist())
+    assert (pixels == 0).double().mean().item() == pytest.approx(0.46, abs=0.02)  # not wrapped around: P(z < -0.1)
+
+
+def test_noise_is_drawn_with_the_seed(folder: Path) -> None:
+    first, same, other = (grey(folder, data__noise=0.1, data__seed=seed).splits.calibration for seed in (0, 0, 1))
+    assert torch.equal(first.pixels, same.pixels)
+    assert not torch.equal(first.pixels, other.pixels)
+
+
+def test_noise_is_on_the_calibration_images_alone(folder: Path) -> None:
+    clean, noisy = (load_inputs(config(folder, data__noise=noise), folder).splits for noise in (0.0, 0.3))
+    assert not torch.equal(clean.calibration.pixels, noisy.calibration.pixels)
+    assert torch.equal(clean.probe.pixels, noisy.probe.pixels)
+    assert torch.equal(clean.val.pixels, noisy.val.pixels)
+    assert torch.equal(clean.calibration.labels, noisy.calibration.labels)
+
+
+def test_noise_waits_for_a_dense_model_that_was_trained_without(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run the recipe once without noise"):
+        load_inputs(noisy := digits(data__noise=0.1), tmp_path)
+    clean = load_inputs(digits(), tmp_path)
+    save_weights(clean.model.state_dict(), clean.cache)
+    assert load_inputs(noisy, tmp_path).trained

@@ -154,7 +154,7 @@ def test_measured_trial_is_a_finished_child_with_all_it_has(store: Store) -> Non
     assert run.data.metrics.items() >= (measured | {"seconds": 3.5, "forward_passes": 12.0}).items()
     assert run.data.metrics.keys() == {
         *("top1", "top1_low", "top1_high", "top1_test", "throughput_img_s", "speedup", "speedup_low", "speedup_high"),
-        *("latency_ms_p50", "macs", "params", "seconds", "forward_passes", "block_drop"),
+        *("latency_ms_p50", "macs", "params", "sparsity", "seconds", "forward_passes", "block_drop"),
     }
     assert store.curve(run.info.run_id, "block_drop") == [(0, 1.25), (1, 0.5)]
     assert json.loads(store.artifact(run.info.run_id, "plan.json"))["blocks"][1]["keep_heads"] == [0, 2]

@@ -54,8 +54,13 @@ def seen(record: dict[str, Any]) -> str:
     for arm in ("random", "sparse-aware", "dense"):
         pairs = zip(top1_by_seed(record, "ticket"), top1_by_seed(record, arm), strict=True)
         gaps = [100 * (ticket - other) for ticket, other in pairs]
-        parts.append(f"{sum(gaps) / len(gaps):+.1f} points against {arm} ({min(gaps):+.1f} to {max(gaps):+.1f})")
-    return f"The ticket, paired by seed: {', '.join(parts)}."
+        verdict = "ahead in every seed" if min(gaps) > 0 else "behind in every seed" if max(gaps) < 0 else "unclear"
+        spread = f"{min(gaps):+.1f} to {max(gaps):+.1f}"
+        parts.append(f"{sum(gaps) / len(gaps):+.1f} points against {arm} ({spread}, {verdict})")
+    return (
+        f"The ticket, paired by seed: {', '.join(parts)}. {record['seeds']} seeds of a short training with Muon, where "
+        "the papers train long with SGD or Adam."
+    )
 
 
 def write(record: dict[str, Any], folder: Path) -> None:

@@ -115,12 +115,13 @@ class _Bookkeeper(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its callbacks to resume by; we resume by the ledger
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _tell(self, call: Callable[..., None], *args: Any) -> None:
+        if self.error is not None:  # so that the ledger has no gap: what comes now may fit where the last did not
+            return
         try:
-            yield
+            call(*args)
         except VitfrontError as error:  # Tune would log it, take the trial for failed and go on
-            self.error = self.error or error
+            self.error = error
             self._give_up()
 
     def on_trial_result(
@@ -129,17 +130,14 @@ class _Bookkeeper(tune.Callback):
         state = None if "outcomes" in result else ray.get(self._mailbox.take.remote(trial.config["id"]))
         if state is not None:  # else the next epoch's is on its way
             candidate = Candidate.from_json(trial.config["candidate"])
-            with self._told():
-                self._recorder.epoch(
-                    Checkpoint(id=trial.config["id"], candidate=candidate, state=state), result["progress"]
-                )
+            checkpoint = Checkpoint(id=trial.config["id"], candidate=candidate, state=state)
+            self._tell(self._recorder.epoch, checkpoint, result["progress"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         outcomes = [Outcome.from_json(each) for each in json.loads(trial.last_result["outcomes"])]
         has_weights = any(outcome.has_weights for outcome in outcomes)
         weights = ray.get(self._mailbox.take.remote(trial.config["id"])) if has_weights else {}
-        with self._told():
-            self._recorder.ended(outcomes, weights)
+        self._tell(self._recorder.ended, outcomes, weights)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         failed = Outcome(
@@ -148,8 +146,7 @@ class _Bookkeeper(tune.Callback):
             candidate=Candidate.from_json(trial.config["candidate"]),
             reason=f"the worker broke: {_last_line(Path(trial.error_file))}",
         )
-        with self._told():
-            self._recorder.ended([failed], {})
+        self._tell(self._recorder.ended, [failed], {})
 
 
 def _last_line(error_file: Path) -> str:

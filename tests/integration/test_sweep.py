@@ -39,7 +39,7 @@ from tests.integration.sweeps import Watcher
 NUM_TRIALS = 4
 POINT = {
     *("id", "top1", "top1_low", "top1_high", "top1_test", "throughput_img_s", "speedup", "speedup_low", "speedup_high"),
-    *("latency_ms_p50", "macs", "params", "candidate", "plan"),
+    *("latency_ms_p50", "macs", "params", "sparsity", "recall_at_1", "mean_average_precision", "candidate", "plan"),
 }
 
 
@@ -382,7 +382,7 @@ def test_what_is_wrong_with_the_input_on_a_worker_is_told_as_it_was_raised(flag:
     training = sweeps.config(flag).model.training
     assert training is not None
     diverging = training.model_dump() | {"learning_rate": 1e38}
-    with pytest.raises(VitfrontError, match="training diverged in epoch 1: the loss is nan; lower the learning rate"):
+    with pytest.raises(VitfrontError, match="training diverged in step 2: the loss is nan; lower the learning rate"):
         run_sweep(sweeps.config(flag, model={"training": diverging}), tmp_path, Watcher())
     assert not (tmp_path / "tiny").exists()
 

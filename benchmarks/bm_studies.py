@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -118,7 +119,11 @@ def draw(infos: list[StudyInfo], path: Path) -> None:
                 axes.fill_between(line.x, line.low, line.high, alpha=0.2)
         axes.axhline(panel.dense, color="grey", linestyle=":", label="dense")
         axes.set(xlabel=info.x_label, ylabel=panel.y_label, xscale="log" if info.log_x else "linear")
-        axes.set_title(info.title, fontsize=10, wrap=True)
+        if info.log_x:
+            tried = sorted({x for line in panel.lines for x in line.x})
+            axes.set_xticks(tried, [f"{x:g}" for x in tried])
+            axes.minorticks_off()
+        axes.set_title("\n".join(wrap(info.title, 50)), fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.tight_layout()

@@ -62,6 +62,16 @@ class Splits:
     test: Images | None
     """Touched once, for the final front."""
 
+    @property
+    def training(self) -> Images:
+        """All training images, copied: those of the calibration, then those to probe."""
+        parts = (self.calibration, self.probe)
+        return replace(
+            self.probe,
+            pixels=torch.cat([part.pixels for part in parts]),
+            labels=torch.cat([part.labels for part in parts]),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruning.data import Images, Splits
 from pruning.lottery import Arm, LotteryRow, LotterySettings, run_lottery
 from pruning.models import create_model
 from pruning.precision import Precision
@@ -55,7 +54,7 @@ def hold_lottery(
         raise ConfigError(f"{seeds} seeds are none; give 1 at least")
     settings = LotterySettings(training=training.settings(), sparsity=sparsity, rounds=rounds, rewind_step=rewind_step)
     splits = load_inputs(config, runs).splits  # its model may be trained already
-    images = _training_images(splits)
+    images = splits.training
     num_steps = settings.num_steps(len(images))
     torch.set_num_threads(config.resources.cpus_per_trial)  # as in a sweep
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -165,13 +164,3 @@ def _teller(
     if on_stage is None:
         return None
     return lambda arm, number, model: on_stage(f"{seed}: {arm}, pruned {number} of {rounds} times")
-
-
-def _training_images(splits: Splits) -> Images:
-    """All of them, in the order in which a sweep trains its dense model on them."""
-    parts = (splits.calibration, splits.probe)
-    return replace(
-        splits.probe,
-        pixels=torch.cat([part.pixels for part in parts]),
-        labels=torch.cat([part.labels for part in parts]),
-    )

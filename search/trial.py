@@ -73,10 +73,6 @@ class Bench:
         heads = {block: {name: t.to(device) for name, t in head.items()} for block, head in self.heads.items()}
         return replace(self, model=self.model.to(device), heads=heads)
 
-    def training_images(self) -> Images:
-        """All of them."""
-        return _training_images(self.splits)
-
     def timing_batch(self) -> Tensor:
         """The images that models are timed on: (batch size, ...); the val images over and over if there are few."""
         size = self.config.measure.batch_size
@@ -100,12 +96,12 @@ def prepare(
     """
     batch = splits.val.normalized(slice(0, config.measure.batch_size), next(model.parameters()).device)
     if config.model.training is not None and not trained:
-        train(model, _training_images(splits), config.model.training.settings())
+        train(model, splits.training, config.model.training.settings())
     model.eval().requires_grad_(False)
     precision = config.measure.precision
     chosen: Precision = fastest_precision(model, batch) if precision == "auto" else precision
     heads = fit_exits(
-        model, _training_images(splits), exit_blocks,
+        model, splits.training, exit_blocks,
         epochs=config.exits.epochs, learning_rate=config.exits.learning_rate,
         distillation=config.exits.distillation, precision=chosen, seed=config.data.seed,
     )  # fmt: skip
@@ -317,7 +313,7 @@ def _learn_width(
     size = {"macs": lambda model: count_macs(examine(model), keep_all_plan(examine(model))), "params": count_params}
     left = size[settings.count](shorter) / size[settings.count](bench.model)
     training = WidthTraining(
-        shorter, bench.training_images(),
+        shorter, bench.splits.training,
         WidthSettings(
             target_ratio=min(1.0, candidate.target_ratio / left), seed=bench.config.data.seed, **settings.common()
         ),
@@ -332,7 +328,7 @@ def _prune_by_soft_mask(
 ) -> Generator[Epoch, None, _Pruned]:
     left = count_macs(examine(shorter), keep_all_plan(examine(shorter))) / bench.dense_macs
     training = SoftMaskTraining(
-        shorter, bench.training_images(),
+        shorter, bench.splits.training,
         SoftMaskSettings(
             target_ratio=min(1.0, candidate.target_ratio / left), seed=bench.config.data.seed,
             **bench.config.soft_mask.common(),
@@ -363,7 +359,7 @@ def _masks(candidate: Candidate) -> MaskSchedule:
 
 def _distill(bench: Bench, candidate: Candidate, pruned: _Pruned, course: _Course) -> Generator[Epoch, None, _Pruned]:
     training = Finetuning(
-        pruned.model, bench.model, bench.training_images(),
+        pruned.model, bench.model, bench.splits.training,
         FinetuneSettings(seed=bench.config.data.seed, **bench.config.distill.common()),
         masks=_masks(candidate) if candidate.method == "unstructured" else None, precision=bench.precision,
     )  # fmt: skip
@@ -530,15 +526,6 @@ def _top1(bench: Bench, model: nn.Module, images: Images) -> float:
     if not logits.isfinite().all():
         raise VitfrontError("the model's logits are not finite")
     return top1(logits, images.labels)
-
-
-def _training_images(splits: Splits) -> Images:
-    parts = (splits.calibration, splits.probe)
-    return replace(
-        splits.probe,
-        pixels=torch.cat([part.pixels for part in parts]),
-        labels=torch.cat([part.labels for part in parts]),
-    )
 
 
 def _on_cpu(tree: Any) -> Any:

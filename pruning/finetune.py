@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -27,21 +27,15 @@ from pruning.data import Images
 from pruning.errors import SettingError
 from pruning.precision import Precision, autocast
 from pruning.sparsity import Masks, MaskSchedule, apply_masks
-from pruning.training import Jitter, Loop
+from pruning.training import Loop, LoopSettings
 
 Distillation = Literal["none", "soft", "hard"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneSettings:
+class FinetuneSettings(LoopSettings):
     """How a pruned model is trained on."""
 
-    epochs: int = 10
-    batch_size: int = 128
-    learning_rate: float = 5e-4
-    """Cosine schedule with a warm-up over the first twentieth."""
-    weight_decay: float = 0.05
-    """Of matrices; vectors have none."""
     optimizer: str = "adamw"
     """Any name that timm's `create_optimizer_v2` knows."""
     distillation: Distillation = "soft"
@@ -55,8 +49,6 @@ class FinetuneSettings:
     """Images and labels are mixed in pairs, a share of each from Beta(mixup, mixup); 0 for not at all."""
     cutmix: float = 0.0
     """A box of the other image is put into each instead; with both above 0, each batch gets one or the other."""
-    jitter: Jitter = field(default_factory=Jitter)
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.distillation not in get_args(Distillation):
@@ -110,10 +102,7 @@ class Finetuning:
             self._mask(masks)
         self.device = next(student.parameters()).device
         self.mix = _Mix(settings, _num_classes(student))
-        self.loop = Loop(
-            images, _optimizer(self.trained, settings), epochs=settings.epochs, batch_size=settings.batch_size,
-            warmup_epochs=settings.epochs / 20, jitter=settings.jitter, seed=settings.seed, device=self.device,
-        )  # fmt: skip
+        self.loop = Loop(images, _optimizer(self.trained, settings), settings, self.device)
 
     @property
     def is_done(self) -> bool:

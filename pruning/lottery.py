@@ -57,7 +57,7 @@ class LotterySettings:
         Raises:
             SettingError: the rewind step is none of them.
         """
-        steps = self.training.epochs * -(-num_images // self.training.batch_size)
+        steps = self.training.num_steps(num_images)
         if not 0 <= self.rewind_step <= steps:
             raise SettingError(f"rewind step {self.rewind_step} is not in the training; give 0 to {steps}")
         return steps

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from pruning.precision import Precision, autocast
 from pruning.ranking import top
 from pruning.scores.channel import check_finite
 from pruning.surgery import apply_plan, as_slim, keep_all_plan
-from pruning.training import Jitter, Loop
+from pruning.training import Loop, LoopSettings
 from pruning.width import Learned
 
 HIGHEST = 1e9
@@ -42,24 +42,18 @@ HIGHEST = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftMaskSettings:
+class SoftMaskSettings(LoopSettings):
     """How the gates are trained."""
 
     target_ratio: float
     """Share of the dense model's multiply-adds to keep, in (0, 1]."""
     epochs: int = 5
-    batch_size: int = 128
-    learning_rate: float = 5e-4
-    """Of the weights; cosine schedule with a warm-up over the first twentieth."""
     gate_rate: float = 2e-2
-    """Of the gates; the same schedule, so that they come to rest."""
+    """Learning rate of the gates; the same schedule, so that they come to rest."""
     l1: float = 1.0
     """Weight of the penalty: what it adds to the loss while all gates are 1."""
-    weight_decay: float = 0.05
     distillation: float = 0.5
     """Weight of the dense model's answers against the labels, in [0, 1]."""
-    jitter: Jitter = field(default_factory=Jitter)
-    seed: int = 0
 
 
 class SoftGates(Gates):
@@ -112,18 +106,13 @@ class SoftMaskTraining:
             for block, each in zip(blocks_of(self.trained), self.anatomy.blocks, strict=True)
         ]
         self.blocks = [GatedBlock(*pair) for pair in zip(slim, self.gates, strict=True)]
-        self.loop = Loop(
-            images, self._optimizer(), epochs=settings.epochs, batch_size=settings.batch_size,
-            warmup_epochs=settings.epochs / 20, jitter=settings.jitter, seed=settings.seed, device=self.device,
-        )  # fmt: skip
+        self.loop = Loop(images, self._optimizer(), settings, self.device)
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        settings, weights = self.settings, list(self.trained.parameters())
+        settings = self.settings
         gates = [each for block in self.gates for each in block.trained().values()]
-        decays, others = ([each for each in weights if (each.ndim > 1) is wanted] for wanted in (True, False))
         return torch.optim.AdamW([
-            {"params": decays, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
-            {"params": others, "lr": settings.learning_rate, "weight_decay": 0.0},
+            *settings.groups(self.trained.parameters()),
             {"params": gates, "lr": settings.gate_rate, "weight_decay": 0.0},
         ])  # fmt: skip
 

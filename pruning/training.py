@@ -1,4 +1,4 @@
-"""Training a dense model from scratch, for data sets small enough to do it in a minute.
+"""What every training here has in common, and the training of a dense model from scratch, where a minute does it.
 
 B images, K classes.
 """
@@ -6,8 +6,8 @@ B images, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,25 +18,6 @@ from torch import Tensor, nn
 from pruning.data import Images
 from pruning.errors import VitfrontError
 from pruning.precision import Precision, autocast
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """Muon (AdamW for vectors) with warm-up and a cosine schedule.
-
-    A ViT learns slowly from a thousand images: on digits, 30 epochs of AdamW end at 70 %, of Muon at 93 %.
-    """
-
-    epochs: int = 70
-    batch_size: int = 128
-    learning_rate: float = 2e-2
-    weight_decay: float = 0.1
-    warmup_epochs: int = 3
-    max_shift: float = 1.0
-    """Images are moved by up to so many pixels each way, anew in every epoch; 0 for not at all."""
-    max_turn: float = 0.15
-    """They are turned by up to so many radians, and scaled by up to this share, each way."""
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,31 +40,75 @@ class Jitter:
         return torch.where(is_flipped.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What every training here is told."""
+
+    epochs: int = 10
+    batch_size: int = 128
+    learning_rate: float = 5e-4
+    """Of the weights, at the top of the schedule: a warm-up, then a cosine."""
+    warmup_epochs: float | None = None
+    """By default a twentieth of all."""
+    weight_decay: float = 0.05
+    """Of matrices; vectors have none."""
+    jitter: Jitter = field(default_factory=Jitter)
+    seed: int = 0
+
+    def num_steps(self, num_images: int) -> int:
+        """Of all epochs."""
+        return self.epochs * -(-num_images // self.batch_size)
+
+    def groups(self, weights: Iterable[Tensor]) -> list[dict[str, Any]]:
+        """For an optimizer: the matrices, and the others."""
+        parameters = list(weights)
+        return [
+            {
+                "params": [each for each in parameters if (each.ndim > 1) is is_matrix],
+                "lr": self.learning_rate,
+                "weight_decay": self.weight_decay if is_matrix else 0.0,
+            }
+            for is_matrix in (True, False)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(LoopSettings):
+    """Muon (AdamW for vectors) from scratch.
+
+    A ViT learns slowly from a thousand images: on digits, 30 epochs of AdamW end at 70 %, of Muon at 93 %.
+    """
+
+    epochs: int = 70
+    learning_rate: float = 2e-2
+    warmup_epochs: float | None = 3
+    weight_decay: float = 0.1
+    jitter: Jitter = field(default_factory=lambda: Jitter(max_turn=0.15))
+
+
 class Loop:
     """What every training here does epoch by epoch: the order of the images and how they are jittered, warm-up and
     cosine of the learning rates, the check of the loss, and a state to go on from. The loss is the caller's."""
 
     def __init__(
-        self, images: Images, optimizer: torch.optim.Optimizer, *, epochs: int, batch_size: int, warmup_epochs: float,
-        jitter: Jitter, seed: int, device: torch.device,
-    ) -> None:  # fmt: skip
+        self, images: Images, optimizer: torch.optim.Optimizer, settings: LoopSettings, device: torch.device
+    ) -> None:
         """
         Args:
             optimizer: the rates of its groups are those at the top of the schedule; of a group with
                 `"scheduled": False` the rate stays as it is.
         """
-        self.images, self.optimizer, self.jitter, self.device = images, optimizer, jitter, device
-        self.batch_size, self.epochs = batch_size, epochs
-        self.steps_an_epoch = -(-len(images) // batch_size)
-        self.total_steps = epochs * self.steps_an_epoch
-        self.warmup_steps = round(warmup_epochs * self.steps_an_epoch)
+        self.images, self.optimizer, self.settings, self.device = images, optimizer, settings, device
+        self.total_steps = settings.num_steps(len(images))
+        warmup = settings.epochs / 20 if settings.warmup_epochs is None else settings.warmup_epochs
+        self.warmup_steps = round(warmup * self.total_steps / settings.epochs)
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(settings.seed)
         self.epoch = self.step = 0
 
     @property
     def is_done(self) -> bool:
-        return self.epoch == self.epochs
+        return self.epoch == self.settings.epochs
 
     def run_epoch(
         self,
@@ -105,13 +130,13 @@ class Loop:
             VitfrontError: the loss is not finite (names step and learning rate).
         """
         loss_sum = 0.0
-        for chosen in torch.randperm(len(self.images), generator=self.generator).split(self.batch_size):
+        for chosen in torch.randperm(len(self.images), generator=self.generator).split(self.settings.batch_size):
             if before_step is not None:
                 before_step(self.step)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 if group.get("scheduled", True):
                     group["lr"] = rate * self._schedule()
-            pixels = self.jitter(self.images.normalized(chosen, self.device), self.generator)
+            pixels = self.settings.jitter(self.images.normalized(chosen, self.device), self.generator)
             loss = loss_of(pixels, self.images.labels[chosen].to(self.device))
             if not math.isfinite(loss.item()):
                 raise VitfrontError(
@@ -174,9 +199,9 @@ def train(
     loop = Loop(
         images,
         create_optimizer_v2(model, opt="muon", lr=settings.learning_rate, weight_decay=settings.weight_decay),
-        epochs=settings.epochs, batch_size=settings.batch_size, warmup_epochs=settings.warmup_epochs,
-        jitter=Jitter(max_shift=settings.max_shift, max_turn=settings.max_turn), seed=settings.seed, device=device,
-    )  # fmt: skip
+        settings,
+        device,
+    )
 
     def loss_of(pixels: Tensor, labels: Tensor) -> Tensor:
         with autocast(device, precision):

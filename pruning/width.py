@@ -1,14 +1,19 @@
 """Learned width and depth (WDPruning, Yu et al., AAAI 2022): which units go is trained together with the weights.
 
 Every unit has a score and every layer a threshold; the layer's keep ratio is the threshold's sigmoid, and the units of
-largest score stay. Within a step the ranking hardly moves, so the gradient of a unit's gate goes to its score as it is,
-and the sum of the gradients of the gates that are open goes to the ratio (straight through). An augmented Lagrangian
-takes the whole to its size: loss + a (R - t) + b (R - t)^2 while the share R is above its target t, with a and b raised
-by gradient ascent. The classifiers of the exits are trained along, so one run gives a model for each exit.
+largest score stay. Within a step the ranking hardly moves, so the gradient of a unit's gate goes to its score as it is
+(straight through). An augmented Lagrangian takes the whole to its size: loss + a (R - t) + b (R - t)^2 while the share
+R is above its target t, with a and b raised by gradient ascent. The classifiers of the exits are trained along, so one
+run gives a model for each exit.
 
-Here the thresholds get the gradient of the sigmoid for both terms (the released code passes the loss's on unscaled),
-the share is counted in multiply-adds or parameters of what is really built, and in the last part of the training the
-widths are fixed, at the target exactly.
+Where we differ:
+- What a ratio gets is the gradient of the gates at its edge, the next to close and the next to open: what one unit more
+  or less does to the loss. The paper sums it over all open gates, which is what it does to the loss to scale the whole
+  layer; the weights are at rest with respect to that, so little but noise is left (`ratio_gradient="open"`).
+- Once the target is reached, the thresholds move ever less, so that the weights can settle.
+- Thresholds get the gradient of the sigmoid for both terms (the released code passes the loss's on unscaled), the share
+  is counted in multiply-adds or parameters of what is really built, and in the last part of the training the widths are
+  fixed, at the target exactly.
 
 B images, N tokens, C model width, H heads, D head width, h hidden units.
 """
@@ -18,7 +23,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -36,37 +41,38 @@ from pruning.plan import BlockPlan, Plan
 from pruning.precision import Precision, autocast
 from pruning.ranking import top
 from pruning.surgery import apply_plan, as_slim, keep_all_block, keep_all_plan
-from pruning.training import Jitter, Loop
+from pruning.training import Loop, LoopSettings
 
 OPEN = 10.0
 """What the thresholds start from: its sigmoid keeps everything (the paper's beta = 10)."""
 
+EDGE = 1 / 16
+"""Share of a layer's units on either side of the edge whose gradients are averaged; one unit at least."""
+
 KINDS = ("heads", "qk", "v", "hidden")
+
+RatioGradient = Literal["edge", "open"]
+"""Of which gates' gradients a keep ratio's is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class WidthSettings:
+class WidthSettings(LoopSettings):
     """How the width is learned."""
 
     target_ratio: float
     """Share of the dense model to keep, in (0, 1]."""
     count: Literal["macs", "params"] = "macs"
     """Of what."""
-    epochs: int = 10
     search_share: float = 0.6
     """Share of the training after which the widths are fixed, in (0, 1)."""
-    batch_size: int = 128
-    learning_rate: float = 5e-4
-    """Of the weights; cosine schedule with a warm-up over the first twentieth."""
     score_rate: float = 2.5e-3
-    """Of the scores."""
-    weight_decay: float = 0.05
+    """Learning rate of the scores."""
     distillation: float = 0.5
     """Weight of the dense model's answers against the labels, in [0, 1]."""
     multiplier_gain: float = 20.0
     """What the linear multiplier has become if half of the search leaves the share at 1."""
-    jitter: Jitter = field(default_factory=Jitter)
-    seed: int = 0
+    ratio_gradient: RatioGradient = "edge"
+    """Of the gates at the edge between open and closed; or, as in the paper, of all that are open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,29 +85,36 @@ class Learned:
 
 
 class TopShare(torch.autograd.Function):
-    """1 for the ceil(ratio * n) largest scores of each row, else 0; straight-through gradients for both."""
+    """1 for the ceil(ratio * n) largest scores of each row, else 0; straight-through gradients for both.
+
+    With g the gradient of the gates (..., n), the scores get g as it is. The ratio gets, summed over the rows, n times
+    the mean of g at the edge (n * ratio gates are open), or the sum of g over the open gates.
+    """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, ratio: Tensor) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, ratio: Tensor, ratio_gradient: RatioGradient) -> Tensor:
         """scores: (..., n); ratio: (), in (0, 1]."""
         count = _count(float(ratio.detach()), scores.shape[-1])
-        chosen = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
-        mask = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
-        ctx.save_for_backward(mask)
-        return mask
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        reach = max(1, round(EDGE * scores.shape[-1]))
+        ctx.deciding = order[..., max(0, count - reach) : count + reach]
+        ctx.weight = scores.shape[-1] / ctx.deciding.shape[-1]
+        if ratio_gradient == "open":
+            ctx.deciding, ctx.weight = order[..., :count], 1.0
+        return torch.zeros_like(scores).scatter(-1, order[..., :count], 1.0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        (mask,) = ctx.saved_tensors
-        return gradient, (gradient * mask).sum()
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient, ctx.weight * gradient.gather(-1, ctx.deciding).sum(), None
 
 
 class LearnedGates(Gates):
     """The scores of one block's units, and a threshold for each kind."""
 
-    def __init__(self, block: Any, anatomy: BlockAnatomy) -> None:
+    def __init__(self, block: Any, anatomy: BlockAnatomy, ratio_gradient: RatioGradient = "edge") -> None:
         """block: dense and slim; the scores start from the size of its weights, as multiples of their spread."""
         super().__init__()
+        self.ratio_gradient = ratio_gradient
         heads = anatomy.num_heads, anatomy.head_dim
         rows = torch.linalg.vector_norm(block.attn.qkv.weight, dim=1).reshape(3, *heads)
         v = rows[2] * torch.linalg.vector_norm(block.attn.proj.weight, dim=0).reshape(heads)
@@ -122,7 +135,9 @@ class LearnedGates(Gates):
         return {kind: (self.thresholds[kind] + shift).sigmoid() if kind in self.thresholds else one for kind in KINDS}
 
     def forward(self) -> BlockGates:
-        masks = {kind: TopShare.apply(self.scores[kind], ratio) for kind, ratio in self.ratios().items()}
+        masks = {
+            kind: TopShare.apply(self.scores[kind], ratio, self.ratio_gradient) for kind, ratio in self.ratios().items()
+        }
         return BlockGates(qk=masks["qk"], v=masks["v"] * masks["heads"][:, None], hidden=masks["hidden"])
 
     def plan(self, anatomy: BlockAnatomy, pace: Pace, shifts: Mapping[str, float]) -> BlockPlan:
@@ -186,7 +201,10 @@ class WidthTraining:
             as_slim(block, each, is_last=False)
             for block, each in zip(blocks_of(self.trained), self.anatomy.blocks, strict=True)
         ]
-        self.gates = [LearnedGates(block, each) for block, each in zip(slim, self.anatomy.blocks, strict=True)]
+        self.gates = [
+            LearnedGates(block, each, settings.ratio_gradient)
+            for block, each in zip(slim, self.anatomy.blocks, strict=True)
+        ]
         self.blocks = nn.ModuleList(GatedBlock(*pair) for pair in zip(slim, self.gates, strict=True))
         depth = self.anatomy.depth
         earlier = {block: head for block, head in sorted((heads or {}).items()) if block < depth}
@@ -194,14 +212,12 @@ class WidthTraining:
         self._check_target()
         self.plans: list[BlockPlan] | None = None
         """The widths, once they are fixed."""
-        total_steps = settings.epochs * -(-len(images) // settings.batch_size)
-        self.search_steps = max(1, math.ceil(settings.search_share * total_steps))
+        self.search_steps = max(1, math.ceil(settings.search_share * settings.num_steps(len(images))))
+        self.reached_step: int | None = None
+        """The first after which the share was at the target."""
         over = max(1e-6, 1 - settings.target_ratio)
         self.lagrangian = Lagrangian(settings.target_ratio, settings.multiplier_gain / (over * self.search_steps / 2))
-        self.loop = Loop(
-            images, self._optimizer(), epochs=settings.epochs, batch_size=settings.batch_size,
-            warmup_epochs=settings.epochs / 20, jitter=settings.jitter, seed=settings.seed, device=self.device,
-        )  # fmt: skip
+        self.loop = Loop(images, self._optimizer(), settings, self.device)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.settings
@@ -214,14 +230,10 @@ class WidthTraining:
                     weights[id(parameter.requires_grad_(True))] = parameter
         thresholds = [each for gates in self.gates for each in gates.thresholds.values()]
         scores = [each for gates in self.gates for each in gates.scores.values()]
-        decays = [each for each in weights.values() if each.ndim > 1]
-        others = [each for each in weights.values() if each.ndim <= 1]
         return torch.optim.AdamW([
-            {"params": decays, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
-            {"params": others, "lr": settings.learning_rate, "weight_decay": 0.0},
+            *settings.groups(weights.values()),
             {"params": scores, "lr": settings.score_rate, "weight_decay": 0.0, "scheduled": False},
-            # From all open to half closed takes half of the search, if the gradients agree.
-            {"params": thresholds, "lr": 2 * OPEN / self.search_steps, "weight_decay": 0.0, "scheduled": False},
+            {"params": thresholds, "lr": self._threshold_rate, "weight_decay": 0.0, "scheduled": False},
         ])  # fmt: skip
 
     def _check_target(self) -> None:
@@ -276,14 +288,24 @@ class WidthTraining:
             VitfrontError: the loss is not finite (names step and learning rate).
         """
         loss = self.loop.run_epoch(
-            self._loss, penalty=self._penalty, before_step=self._fix_in_time, after_step=self._stay_above
+            self._loss, penalty=self._penalty, before_step=self._come_to_rest, after_step=self._stay_above
         )
         share = float(self.share().detach()) if self.plans is None else self._size(self.plans) / self.whole
         return {"loss": loss, "share": share}
 
-    def _fix_in_time(self, step: int) -> None:
+    def _come_to_rest(self, step: int) -> None:
+        """The thresholds move ever less after the target was reached; at the end of the search the widths are fixed."""
         if step >= self.search_steps and self.plans is None:
             self._fix(self._settled())
+        elif self.reached_step is not None:
+            left = (self.search_steps - step) / (self.search_steps - self.reached_step)
+            *_, of_thresholds = self.loop.optimizer.param_groups
+            of_thresholds["lr"] = self._threshold_rate * max(0.0, left)
+
+    @property
+    def _threshold_rate(self) -> float:
+        """From all open to half closed takes half of the search, if the gradients agree."""
+        return 2 * OPEN / self.search_steps
 
     @torch.no_grad()
     def _stay_above(self, step: int) -> None:
@@ -295,6 +317,8 @@ class WidthTraining:
         target = self.settings.target_ratio
         if self.plans is not None or float(self.share()) >= target:
             return
+        if self.reached_step is None:
+            self.reached_step = step
         low, high = 0.0, 2 * OPEN
         for _ in range(12):
             middle = (low + high) / 2
@@ -332,13 +356,14 @@ class WidthTraining:
         one by one; and what it has no room for as heads is made up in channels, and at last in hidden units.
         """
         limit = self.settings.target_ratio * self.whole
-        shifts = [dict.fromkeys(KINDS, -4 * OPEN) for _ in self.gates]
+        far = 4 * OPEN + max(float(each.detach().abs()) for gates in self.gates for each in gates.thresholds.values())
+        shifts = [dict.fromkeys(KINDS, -far) for _ in self.gates]
 
         def fits(trial: list[dict[str, float]]) -> bool:
             return self._size(self._plans(trial)) <= limit
 
         for kinds in (KINDS, KINDS[1:], KINDS[-1:]):
-            low, high = min(shift[kinds[-1]] for shift in shifts), 4 * OPEN
+            low, high = min(shift[kind] for shift in shifts for kind in kinds), far
             for _ in range(40):
                 middle = (low + high) / 2
                 is_within = fits([shift | dict.fromkeys(kinds, middle) for shift in shifts])
@@ -378,6 +403,7 @@ class WidthTraining:
             "tails": {block: tail_of(tail) for block, tail in self.tails.items()},
             "gates": [gates.state_dict() for gates in self.gates],
             "multipliers": (self.lagrangian.linear, self.lagrangian.square),
+            "reached_step": self.reached_step,
             "plan": None if self.plans is None else Plan(blocks=tuple(self.plans)).to_json(),
         }
 
@@ -390,6 +416,7 @@ class WidthTraining:
             gates.load_state_dict(learned)
         self.loop.load(state["loop"])
         self.lagrangian.linear, self.lagrangian.square = state["multipliers"]
+        self.reached_step = state["reached_step"]
         if state["plan"] is not None:
             self._fix(list(Plan.from_json(state["plan"]).blocks))
 

@@ -32,13 +32,14 @@ from torch import nn
 
 from pruning.errors import VitfrontError
 from pruning.plan import Plan
+from search.bench import Bench, Confirmation, Weights, confirm, prepare
 from search.checkpoints import Checkpoint
 from search.config import Config
 from search.errors import ConfigError, SweepError
 from search.inputs import Inputs
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.searcher import StudySearcher
-from search.trial import Bench, Confirmation, Epoch, Weights, confirm, prepare, start_trial
+from search.trial import Epoch, start_trial
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from pruning.data import InputSpec
 from pruning.plan import TokenReduction
 from pruning.scores.criteria import CRITERIA
 from pruning.training import Jitter, TrainSettings
+from pruning.width import RatioGradient
 from search.errors import ConfigError
 from search.outcome import Method, Recovery
 
@@ -94,20 +95,39 @@ def _absolute(path: Path | None) -> Path | None:
 LocalPath = Annotated[Path | None, AfterValidator(_absolute)]
 
 
-class TrainingConfig(_Section):
+class _Training(_Section):
+    """What every training has."""
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    max_shift: Annotated[float, Field(ge=0)] = 1.0
+    """Images are moved by up to so many pixels each way, anew in every epoch."""
+    max_turn: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """They are turned by up to so many radians, and scaled by up to this share, each way."""
+    flip: bool = False
+    """Half of them are mirrored, left to right."""
+
+    def common(self) -> dict[str, Any]:
+        """What is handed on as it is, and how images are jittered."""
+        names = ("max_shift", "max_turn", "flip")
+        jitter = Jitter(**{name: getattr(self, name) for name in names})
+        return self.model_dump(exclude={*names}) | {"jitter": jitter}
+
+
+class TrainingConfig(_Training):
     """Training of the dense model, for data sets where a minute does it. See `pruning.training`."""
 
     epochs: Annotated[int, Field(ge=1)] = 70
-    batch_size: Annotated[int, Field(ge=1)] = 128
     learning_rate: Annotated[float, Field(gt=0)] = 2e-2
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     warmup_epochs: Annotated[int, Field(ge=0)] = 3
-    max_shift: Annotated[float, Field(ge=0)] = 1.0
     max_turn: Annotated[float, Field(ge=0, le=1)] = 0.15
     seed: int = 0
 
     def settings(self) -> TrainSettings:
-        return TrainSettings(**self.model_dump())
+        return TrainSettings(**self.common())
 
 
 class ModelConfig(_Section):
@@ -236,27 +256,6 @@ class CascadeConfig(_Section):
     """`top-down` goes from the last block to the first; for channels alone (`space.token_reduction: none`)."""
 
 
-class _Training(_Section):
-    """What every training of a trial has."""
-
-    epochs: Annotated[int, Field(ge=1)] = 10
-    batch_size: Annotated[int, Field(ge=1)] = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    max_shift: Annotated[float, Field(ge=0)] = 1.0
-    """Images are moved by up to so many pixels each way, anew in every epoch."""
-    max_turn: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """They are turned by up to so many radians, and scaled by up to this share, each way."""
-    flip: bool = False
-    """Half of them are mirrored, left to right."""
-
-    def common(self) -> dict[str, Any]:
-        """What is handed on as it is, and how images are jittered."""
-        names = ("max_shift", "max_turn", "flip")
-        jitter = Jitter(**{name: getattr(self, name) for name in names})
-        return self.model_dump(exclude={*names}) | {"jitter": jitter}
-
-
 class LearnedConfig(_Training):
     """Of method `learned`. See `pruning.width.WidthSettings`."""
 
@@ -264,6 +263,8 @@ class LearnedConfig(_Training):
     """What the target is a share of."""
     search_share: Annotated[float, Field(gt=0, lt=1)] = 0.6
     score_rate: Annotated[float, Field(gt=0)] = 2.5e-3
+    ratio_gradient: RatioGradient = "edge"
+    """`open` is the paper's."""
     distillation: Share = 0.5
 
 

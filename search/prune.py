@@ -12,11 +12,12 @@ from pruning.artifact import Description, save, save_weights
 from pruning.cost import block_macs
 from pruning.errors import ArtifactError, VitfrontError
 from pruning.surgery import keep_all_block
+from search.bench import prepare
 from search.config import Config
 from search.errors import ConfigError
 from search.inputs import load_inputs
 from search.outcome import Candidate, Measurement, Outcome, State
-from search.trial import prepare, run_to_end
+from search.trial import run_to_end
 
 
 def prune_once(

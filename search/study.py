@@ -24,6 +24,7 @@ from pruning.anatomy import Anatomy, examine
 from pruning.artifact import save_weights
 from pruning.surgery import keep_all_plan
 from search.answer import best_series, best_x, caveats, csv_table, lines_of, markdown, row_of
+from search.bench import Bench, prepare
 from search.config import Config
 from search.errors import ConfigError
 from search.files import write_atomically
@@ -34,7 +35,7 @@ from search.outcome import Candidate, Measurement, Outcome, State
 from search.plots import study_html
 from search.searcher import StudySearcher
 from search.space import Space
-from search.trial import Bench, prepare, run_to_end
+from search.trial import run_to_end
 
 SETTLED: dict[str, Any] = {
     "space.method": "cascade",

@@ -22,6 +22,7 @@ from pruning.artifact import Description, save, save_weights
 from pruning.models import read_weights
 from pruning.plan import Plan
 from search import ledger
+from search.bench import Confirmation, Weights
 from search.checkpoints import Checkpoint, Checkpoints
 from search.cluster import (
     check_resources,
@@ -44,7 +45,6 @@ from search.outcome import Candidate, Measurement, Outcome, num_trials
 from search.plots import front_html
 from search.searcher import StudySearcher
 from search.tracking import Tracker, default_uri
-from search.trial import Confirmation, Weights
 
 
 class Observer(Protocol):

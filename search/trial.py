@@ -8,121 +8,29 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from pruning.accuracy import predict, top1, wilson_interval
-from pruning.allocation import Profile, allocate, measure_profile, scheduled
+from pruning.allocation import allocate, scheduled
 from pruning.anatomy import blocks_of, examine
 from pruning.cascade import CascadeSettings, cascade
-from pruning.compensation import REPAIR_PASSES, RepairedModel, repaired_model
+from pruning.compensation import REPAIR_PASSES
 from pruning.cost import count_macs, count_params
-from pruning.data import Images, Splits
 from pruning.errors import TargetError, VitfrontError
-from pruning.exits import ExitHead, fit_exits, truncate
+from pruning.exits import truncate
 from pruning.finetune import FinetuneSettings, Finetuning
-from pruning.pace import Pace, measure_paces, multiples
-from pruning.plan import Plan, TokenReduction
-from pruning.precision import Precision, fastest_precision
-from pruning.retrieval import features, mean_average_precision, recall_at_1
+from pruning.pace import Pace, multiples
+from pruning.plan import Plan
 from pruning.softmask import SoftMaskSettings, SoftMaskTraining
-from pruning.sparsity import GradualMagnitude, MaskSchedule, Pattern, apply_masks, pattern_masks, sparsity_of
-from pruning.stopwatch import Timing, device_name, race
+from pruning.sparsity import GradualMagnitude, MaskSchedule, Pattern, apply_masks, pattern_masks
 from pruning.surgery import apply_plan, keep_all_plan
-from pruning.training import train
 from pruning.width import WidthSettings, WidthTraining
-from search.config import Config
-from search.outcome import TOKENLESS, Candidate, Measurement, Outcome, State
-from search.space import Space
-
-Weights = Mapping[str, Tensor]
-"""Of a model, by their names in it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What all trials of a sweep share, ready to prune and measure."""
-
-    config: Config
-    model: nn.Module
-    """Dense, in eval mode."""
-    heads: dict[int, ExitHead]
-    """The classifier of every exit."""
-    splits: Splits
-    precision: Precision
-    profiles: dict[TokenReduction, Profile]
-    """Of the whole dense model, for `method: global`; one for each token reduction that the space allows."""
-
-    paces: dict[TokenReduction, tuple[Pace, ...]]
-    """Of every block of the dense model on this device, for `round_to: auto`; likewise."""
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def dense_macs(self) -> int:
-        return count_macs(examine(self.model), keep_all_plan(examine(self.model)))
-
-    def to(self, device: torch.device | str) -> Bench:
-        heads = {block: {name: t.to(device) for name, t in head.items()} for block, head in self.heads.items()}
-        return replace(self, model=self.model.to(device), heads=heads)
-
-    def timing_batch(self) -> Tensor:
-        """The images that models are timed on: (batch size, ...); the val images over and over if there are few."""
-        size = self.config.measure.batch_size
-        return self.splits.val.normalized(torch.arange(size) % len(self.splits.val), self.device)
-
-
-def prepare(
-    config: Config, model: nn.Module, splits: Splits, exit_blocks: Sequence[int], *, trained: bool
-) -> tuple[Bench, Measurement]:
-    """Trains the dense model if the recipe says so, fits the exits and measures the dense model: once a sweep.
-
-    Args:
-        model: on the device to work on.
-        trained: its weights are final; else the recipe's training is done here, in place.
-
-    Returns:
-        The bench, and what the dense model does.
-
-    Raises:
-        VitfrontError: the training diverged, or the dense model's logits are not finite.
-    """
-    batch = splits.val.normalized(slice(0, config.measure.batch_size), next(model.parameters()).device)
-    if config.model.training is not None and not trained:
-        train(model, splits.training, config.model.training.settings())
-    model.eval().requires_grad_(False)
-    precision = config.measure.precision
-    chosen: Precision = fastest_precision(model, batch) if precision == "auto" else precision
-    heads = fit_exits(
-        model, splits.training, exit_blocks,
-        epochs=config.exits.epochs, learning_rate=config.exits.learning_rate,
-        distillation=config.exits.distillation, precision=chosen, seed=config.data.seed,
-    )  # fmt: skip
-    anatomy = examine(model)
-    space = Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows)
-    profiles = {
-        kind: measure_profile(
-            model, splits.calibration, splits.probe, token_reduction=kind, batch_size=config.cascade.batch_size,
-            precision=chosen,
-        )
-        for kind in (space.token_reduction if "global" in space.method else ())
-    }  # fmt: skip
-    paces = {
-        kind: measure_paces(model, config.measure.batch_size, token_reduction=kind, precision=chosen)
-        for kind in (_reductions(space) if "auto" in space.round_to else ())
-    }
-    bench = Bench(
-        config=config, model=model, heads=heads, splits=splits, precision=chosen, profiles=profiles, paces=paces
-    )
-    timing, _ = _race(bench, [])
-    return bench, _measurement(bench, model, _dense_plan(bench), timing)
+from search.bench import Bench, Weights, measure, repaired
+from search.outcome import Candidate, Outcome, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,12 +103,6 @@ def start_trial(
             )
         ]
     yield Ended(outcomes=outcomes, models=models)
-
-
-def _reductions(space: Space) -> tuple[TokenReduction, ...]:
-    """All that a candidate may have."""
-    tokenless: tuple[TokenReduction, ...] = ("none",) if TOKENLESS & set(space.method) else ()
-    return tuple(dict.fromkeys(space.token_reduction + tokenless))
 
 
 def run_to_end(bench: Bench, candidate: Candidate, trial_id: str) -> Ended:
@@ -404,9 +306,9 @@ def _prune_at_once(bench: Bench, candidate: Candidate, shorter: nn.Module) -> _P
     else:
         profile = replace(bench.profiles[candidate.token_reduction], cutoff_token=candidate.cutoff_token)
         plan = allocate(profile, anatomy, target, candidate.token_share, _paces(bench, candidate))
-    repaired = _repaired(bench, shorter, plan)
+    found = repaired(bench, shorter, plan)
     share = len(bench.splits.calibration) / len(bench.splits.probe)
-    return _Pruned(plan=plan, model=repaired.model, forward_passes=REPAIR_PASSES * share, notes=repaired.notes)
+    return _Pruned(plan=plan, model=found.model, forward_passes=REPAIR_PASSES * share, notes=found.notes)
 
 
 def _paces(bench: Bench, candidate: Candidate) -> tuple[Pace, ...]:
@@ -415,117 +317,6 @@ def _paces(bench: Bench, candidate: Candidate) -> tuple[Pace, ...]:
         return bench.paces[candidate.token_reduction][: candidate.exit_block]
     anatomy = examine(bench.model)
     return tuple(multiples(block, candidate.round_to) for block in anatomy.blocks[: candidate.exit_block])
-
-
-def measure(bench: Bench, model: nn.Module, plan: Plan) -> Measurement:
-    """Accuracy on val, throughput against dense, and cost of one model."""
-    _, (timing,) = _race(bench, [model])
-    return _measurement(bench, model, plan, timing)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Confirmation:
-    """The models that may be on the front, measured once more."""
-
-    dense: Measurement
-    measured: list[Measurement]
-    """In the order of the plans; with accuracy on `test`, where there is one."""
-    models: list[nn.Module]
-    conditions: dict[str, str | int]
-    """What the figures hold for: device, precision, threads, batch size, torch."""
-
-
-def confirm(bench: Bench, plans: Sequence[Plan], weights: Sequence[Weights | None] = ()) -> Confirmation:
-    """Builds the models of several plans and measures them and the dense one again, in one run, and on `test`.
-
-    Args:
-        weights: of each model whose weights do not follow from its plan; by default of none.
-    """
-    known = weights or [None] * len(plans)
-    models = [build(bench, plan, each) for plan, each in zip(plans, known, strict=True)]
-    dense_timing, timings = _race(bench, models)
-    measured = [_measurement(bench, bench.model, _dense_plan(bench), dense_timing)]
-    measured += [_measurement(bench, *each) for each in zip(models, plans, timings, strict=True)]
-    if bench.splits.test is not None:
-        tested = [_top1(bench, model, bench.splits.test) for model in (bench.model, *models)]
-        measured = [replace(old, top1_test=share) for old, share in zip(measured, tested, strict=True)]
-    conditions: dict[str, str | int] = {
-        "device": device_name(bench.device),
-        "precision": bench.precision,
-        "threads": torch.get_num_threads(),
-        "batch_size": bench.config.measure.batch_size,
-        "torch": torch.__version__,
-    }
-    return Confirmation(dense=measured[0], measured=measured[1:], models=models, conditions=conditions)
-
-
-def build(bench: Bench, plan: Plan, weights: Weights | None = None) -> nn.Module:
-    """The model of a plan, as its trial made it: cut, pruned, and repaired or with the weights that it had."""
-    shorter = truncate(bench.model, plan.exit_block, bench.heads[plan.exit_block])
-    if weights is None:
-        return _repaired(bench, shorter, plan).model
-    model = apply_plan(shorter, plan)
-    model.load_state_dict(dict(weights))
-    return model
-
-
-def _repaired(bench: Bench, shorter: nn.Module, plan: Plan) -> RepairedModel:
-    return repaired_model(
-        shorter, plan, bench.splits.calibration, batch_size=bench.config.cascade.batch_size, precision=bench.precision
-    )
-
-
-def _dense_plan(bench: Bench) -> Plan:
-    return keep_all_plan(examine(bench.model))
-
-
-def _race(bench: Bench, models: Sequence[nn.Module]) -> tuple[Timing, list[Timing]]:
-    rounds = bench.config.measure.num_rounds
-    return race(bench.model, models, bench.timing_batch(), num_rounds=rounds, precision=bench.precision)
-
-
-def _measurement(bench: Bench, model: nn.Module, plan: Plan, timing: Timing) -> Measurement:
-    accuracy = _top1(bench, model, bench.splits.val)
-    low, high = wilson_interval(accuracy, len(bench.splits.val))
-    return Measurement(
-        top1=accuracy,
-        top1_low=low,
-        top1_high=high,
-        throughput_img_s=timing.throughput_img_s,
-        speedup=timing.speedup,
-        speedup_low=timing.speedup_low,
-        speedup_high=timing.speedup_high,
-        latency_ms_p50=timing.latency_ms_p50,
-        macs=count_macs(examine(bench.model), plan),
-        params=count_params(model),
-        sparsity=sparsity_of(model),
-        **_retrieval(bench, model),
-    )
-
-
-def _retrieval(bench: Bench, model: nn.Module) -> dict[str, float]:
-    """How well the val images find training images of their class, if the recipe searches by that; else nothing."""
-    if bench.config.search.accuracy == "top1":
-        return {}
-    shown = (bench.splits.val, bench.splits.calibration, bench.splits.probe)
-    queries, *gallery = (_features(bench, model, images) for images in shown)
-    labels = torch.cat([bench.splits.calibration.labels, bench.splits.probe.labels])
-    both = queries, bench.splits.val.labels, torch.cat(gallery), labels
-    return {"recall_at_1": recall_at_1(*both), "mean_average_precision": mean_average_precision(*both)}
-
-
-def _features(bench: Bench, model: nn.Module, images: Images) -> Tensor:
-    found = features(model, images, batch_size=bench.config.cascade.batch_size, precision=bench.precision)
-    if not found.isfinite().all():
-        raise VitfrontError("the model's features are not finite")
-    return found
-
-
-def _top1(bench: Bench, model: nn.Module, images: Images) -> float:
-    logits = predict(model, images, batch_size=bench.config.cascade.batch_size, precision=bench.precision)
-    if not logits.isfinite().all():
-        raise VitfrontError("the model's logits are not finite")
-    return top1(logits, images.labels)
 
 
 def _on_cpu(tree: Any) -> Any:

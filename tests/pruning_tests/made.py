@@ -20,7 +20,7 @@ from pruning.compensation import Flow
 from pruning.data import Images
 from pruning.plan import BlockPlan, Indices, Plan, TokenReduction
 from pruning.sensitivity import measure_sensitivity
-from pruning.training import TrainSettings, train
+from pruning.training import Jitter, TrainSettings, train
 
 ARGS: dict[str, Any] = {
     "img_size": 32,
@@ -135,7 +135,7 @@ def toy_model(family: str = "vit", *, seed: int = 0, **args: Any) -> nn.Module:
 def _toy_model(family: str, seed: int, args: tuple[tuple[str, Any], ...]) -> nn.Module:
     made = model(family, seed=seed, num_classes=4, **dict(args))
     settings = TrainSettings(
-        epochs=12, batch_size=64, learning_rate=1e-2, warmup_epochs=1, max_shift=0.0, max_turn=0.0, seed=seed
+        epochs=12, batch_size=64, learning_rate=1e-2, warmup_epochs=1, jitter=Jitter(max_shift=0), seed=seed
     )
     train(made, toy_images(256, seed=1), settings)
     return made

@@ -23,7 +23,7 @@ from pruning.lottery import (
     train_masked,
 )
 from pruning.sparsity import Masks, apply_masks, magnitude_masks, sparse_layers
-from pruning.training import TrainSettings, train
+from pruning.training import Jitter, TrainSettings, train
 from tests.pruning_tests import made
 
 TRAINING = TrainSettings(epochs=2, batch_size=32, learning_rate=1e-2, warmup_epochs=1, seed=5)
@@ -230,7 +230,7 @@ def test_the_gradient_norm_is_that_of_the_surviving_weights_alone() -> None:
 
 
 def test_the_first_norm_is_that_of_the_weights_a_training_starts_from() -> None:
-    still: dict[str, Any] = {"batch_size": 1000, "max_shift": 0.0, "max_turn": 0.0}
+    still: dict[str, Any] = {"batch_size": 1000, "jitter": Jitter(max_shift=0)}
     model = fresh(0)
     masks, other = half(model), copy.deepcopy(model).requires_grad_(True)
     first, *_ = train_masked(model, masks, IMAGES, replace(TRAINING, **still))

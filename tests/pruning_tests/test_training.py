@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pruning.accuracy import predict, top1
 from pruning.errors import VitfrontError
-from pruning.training import TrainSettings, jittered, train
+from pruning.training import Jitter, TrainSettings, jittered, train
 from tests.pruning_tests import made
 
 QUICK = TrainSettings(epochs=6, batch_size=64, learning_rate=1e-2, warmup_epochs=1)
@@ -55,7 +55,7 @@ def test_the_same_seed_gives_the_same_model_and_another_another() -> None:
 def test_the_loss_of_an_epoch_is_the_mean_over_its_images(batch_size: int) -> None:
     # Nothing is learnt at a learning rate of zero, so every batch sees the model as it was.
     model, losses = trained(
-        epochs=2, learning_rate=0.0, weight_decay=0.0, max_shift=0.0, max_turn=0.0, batch_size=batch_size
+        epochs=2, learning_rate=0.0, weight_decay=0.0, jitter=Jitter(max_shift=0), batch_size=batch_size
     )
     expected = torch.nn.functional.cross_entropy(predict(model, IMAGES), IMAGES.labels).item()
     assert losses == pytest.approx([expected] * 2, rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from pruning.gates import BlockGates, FixedGates, GatedBlock, gates_of_plan, pla
 from pruning.pace import multiples
 from pruning.surgery import apply_plan, as_slim, keep_all_plan
 from pruning.training import Jitter
-from pruning.width import Lagrangian, Learned, TopShare, WidthSettings, WidthTraining
+from pruning.width import Lagrangian, Learned, RatioGradient, TopShare, WidthSettings, WidthTraining
 from tests.pruning_tests import made
 from tests.pruning_tests.test_families import batch_of, model_of, plan_of
 
@@ -41,23 +42,66 @@ def gated_logits(model: nn.Module, gates: list[BlockGates], x: Tensor) -> Tensor
     return classify(model, stream)
 
 
-def test_gradients_go_straight_through_the_mask() -> None:
+@pytest.mark.parametrize(
+    ("ratio_gradient", "expected"),
+    [
+        pytest.param("edge", 4 * ((3 + 4) / 2 + (8 + 5) / 2), id="of the last open and the first closed"),
+        pytest.param("open", 2 + 3 + 7 + 8, id="of all that are open"),
+    ],
+)
+def test_gradients_go_straight_through_the_mask(ratio_gradient: RatioGradient, expected: float) -> None:
     scores = torch.tensor([[0.1, 0.9, 0.5, 0.3], [0.4, 0.2, 0.8, 0.6]], requires_grad=True)
     ratio = torch.tensor(0.5, requires_grad=True)
-    mask = TopShare.apply(scores, ratio)
+    mask = TopShare.apply(scores, ratio, ratio_gradient)
     assert mask.tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
     weights = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
     (mask * weights).sum().backward()
     assert scores.grad is not None and ratio.grad is not None
     assert torch.equal(scores.grad, weights)  # as if the mask were the scores
-    assert ratio.grad.item() == 2 + 3 + 7 + 8  # of the gates that are open
+    assert ratio.grad.item() == expected
+
+
+def test_the_gradient_at_the_edge_is_what_one_unit_more_or_less_does_to_the_loss() -> None:
+    scores, weights = torch.arange(64.0), torch.randn(64, generator=torch.Generator().manual_seed(0))
+    ratio = torch.tensor(0.5, requires_grad=True)
+    (TopShare.apply(scores, ratio, "edge") * weights).sum().backward()
+
+    def loss(count: int) -> float:
+        return float((TopShare.apply(scores, torch.tensor(count / 64), "edge") * weights).sum())
+
+    assert ratio.grad is not None
+    reach = 4  # a sixteenth of the units, each way
+    assert ratio.grad.item() == pytest.approx((loss(32 + reach) - loss(32 - reach)) / (2 * reach / 64), rel=1e-5)
+
+
+@pytest.mark.parametrize(("ratio", "edge"), [(1.0, [3.0]), (0.25, [1.0, 2.0])])
+def test_at_the_end_of_a_row_the_edge_has_one_side(ratio: float, edge: list[float]) -> None:
+    at = torch.tensor(ratio, requires_grad=True)
+    gradients = torch.tensor([1.0, 2.0, 3.0, 3.0])
+    (TopShare.apply(torch.tensor([4.0, 3.0, 2.0, 1.0]), at, "edge") * gradients).sum().backward()
+    assert at.grad is not None and at.grad.item() == 4 * sum(edge) / len(edge)
 
 
 @pytest.mark.parametrize(("ratio", "kept"), [(1e-9, 1), (0.25, 1), (0.2501, 2), (1.0, 4)])
 def test_a_layer_keeps_as_many_units_as_its_ratio_rounded_up(ratio: float, kept: int) -> None:
-    mask = TopShare.apply(torch.tensor([3.0, 3.0, 1.0, 2.0]), torch.tensor(ratio))
+    mask = TopShare.apply(torch.tensor([3.0, 3.0, 1.0, 2.0]), torch.tensor(ratio), "edge")
     assert mask.sum() == kept
     assert mask[0] == 1  # of equal scores the first
+
+
+def test_thresholds_move_ever_less_once_the_target_is_reached() -> None:
+    settings = replace(SETTINGS, target_ratio=0.7, epochs=8, search_share=0.9)
+    training = WidthTraining(made.toy_model(), IMAGES, settings)
+    rates, reached = [], []
+    while training.plans is None:
+        training.run_epoch()
+        rates.append(training.loop.optimizer.param_groups[-1]["lr"])
+        reached.append(training.reached_step is not None)
+    first = reached.index(True)
+    assert 0 < first < len(rates) - 1
+    assert len(set(rates[:first])) == 1
+    assert all(after < before for before, after in itertools.pairwise(rates[first:-1]))
+    assert rates[-1] < rates[0] / 4
 
 
 def test_multipliers_rise_above_the_target_and_rest_below_it() -> None:
@@ -95,6 +139,17 @@ def test_target_is_hit_from_below_within_a_hundredth(count: Any, target: float) 
     else:
         share = count_params(learned.model) / count_params(model)
     assert target - 0.01 <= share <= target
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_end_is_at_the_target_wherever_the_thresholds_stand(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    training = WidthTraining(made.toy_model(), IMAGES, SETTINGS)
+    for gates in training.gates:
+        for threshold in gates.thresholds.values():
+            threshold.data.fill_(torch.randn((), generator=generator) * [3.0, 60.0][seed % 2])
+    share = training._size(training._settled()) / training.whole
+    assert SETTINGS.target_ratio - 0.01 <= share <= SETTINGS.target_ratio
 
 
 def test_share_of_open_thresholds_is_the_whole_and_has_a_gradient() -> None:

@@ -12,9 +12,10 @@ import torch
 from pruning.accuracy import predict
 from pruning.cost import count_macs, count_params
 from pruning.sparsity import sparsity_of
+from search.bench import Bench, build, confirm, prepare
 from search.config import Config
 from search.outcome import Candidate, Outcome, State
-from search.trial import Bench, Ended, Epoch, build, confirm, prepare, run_to_end, start_trial
+from search.trial import Ended, Epoch, run_to_end, start_trial
 from tests.search_tests import tiny
 
 EXITS = [2, 3]

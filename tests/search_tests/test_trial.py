@@ -19,9 +19,10 @@ from pruning.data import Images
 from pruning.errors import VitfrontError
 from pruning.pace import Pace
 from pruning.surgery import keep_all_block, keep_all_plan
+from search.bench import Bench, build, confirm, measure, prepare
 from search.config import Accuracy
 from search.outcome import Candidate, Measurement, Method, Outcome, State
-from search.trial import Bench, build, confirm, measure, prepare, run_to_end
+from search.trial import run_to_end
 from tests.pruning_tests.test_retrieval import slow
 from tests.search_tests import made, tiny
 

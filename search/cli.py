@@ -228,10 +228,8 @@ def _show_front(record: dict[str, Any], runs: Path, as_json: bool) -> None:
     accuracy = accuracy_of(record)
     others = {} if accuracy == "top1" else {accuracy: ACCURACIES[accuracy]}
     dense, points = record["dense"], record["points"]
-    table = Table(
-        title=f"Front of {record['name']}: {len(points)} of {record['trials']} trials; accuracy on val and test",
-        title_justify="left",
-    )
+    counts = f"{len(points)} models from {record['trials']} trials"
+    table = Table(title=f"Front of {record['name']}: {counts}; accuracy on val and test", title_justify="left")
     for column in ("", *others.values(), "val", "test", "speed-up", "95 %", "images/s", "ms/batch", "MACs", "exit"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
 

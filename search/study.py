@@ -248,10 +248,10 @@ def run_study(
     with Ledger(folder / "outcomes.jsonl") as book:
         found = {outcome.id: outcome for outcome in book.found}
 
-        def record_outcome(outcome: Outcome, series: str) -> None:
+        def record_outcome(outcome: Outcome, label: str) -> None:
             book.append(outcome)
             found[outcome.id] = outcome
-            tell(f"{series}: {_described(outcome)}")
+            tell(f"{label}: {_described(outcome)}")
 
         for bench_id in dict.fromkeys(variant.bench_id for variant in variants):
             group = [variant for variant in variants if variant.bench_id == bench_id]
@@ -264,7 +264,7 @@ def run_study(
                 record_outcome(_dense_outcome(bench, dense, f"dense-{bench_id}"), "dense")
             for variant in left:
                 for outcome in _outcomes(replace(bench, config=variant.config), variant, found):
-                    record_outcome(outcome, variant.series)
+                    record_outcome(outcome, _label(variant, study))
     record = _record(name, study, config, variants, found, len(inputs.splits.val))
     write_atomically(folder / "table.csv", csv_table(record["rows"]))
     write_atomically(folder / "table.md", markdown(record))
@@ -330,6 +330,12 @@ def _outcomes(bench: Bench, variant: Variant, found: Mapping[str, Outcome]) -> I
         outcome = run_to_end(bench, Candidate.from_json(asked["candidate"]), asked["id"]).outcomes[0]
         searcher.on_trial_complete("the one", {"outcomes": json.dumps([outcome.to_json()])})
         yield replace(outcome, id=f"{variant.id}-{outcome.id}")
+
+
+def _label(variant: Variant, study: Study) -> str:
+    """Its line, and what sets it apart from the others there."""
+    apart = [f"{key.split('.')[-1]} {value}" for key, value in variant.values.items() if key != study.series_by]
+    return ", ".join([variant.series, *apart])
 
 
 def _described(outcome: Outcome) -> str:

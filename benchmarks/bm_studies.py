@@ -81,20 +81,21 @@ def write(records: list[dict[str, Any]], folder: Path, command: str, config: Con
         "", "![the studies](studies.png)",
     ]  # fmt: skip
     for record in records:
+        # The share of the multiply-adds is told in any case.
+        x = {} if record["x"] == "share" else {record["x"]: record["x_label"]}
         lines += [
             "", f"## {record['question']}", "",
             f"`vitfront study {record['name']}`, after {record['source']}. {record['remark']}", "",
             f"**{record['sentence']}** ({len(record['rows'])} trials, {record['trial_seconds']:.0f} s)", "",
-            "| series | " + " | ".join([*record["lines"], "MACs", record["x_label"]]) + " |",
-            "|---" * (3 + len(record["lines"])) + "|",
+            "| series | " + " | ".join([*record["lines"], "MACs", *x.values()]) + " |",
+            "|---" * (2 + len(record["lines"]) + len(x)) + "|",
         ]  # fmt: skip
         for row in record["rows"]:
             if row["top1"] is not None:
                 shown = {"top1": f"{100 * row['top1']:.1f} %", "speedup": f"{row['speedup']:.2f}"}
-                cells = [shown[metric] for metric in record["lines"]]
-                lines.append(
-                    f"| {row['series']} | {' | '.join(cells)} | {row['share']:.1%} | {float(row[record['x']]):.3g} |"
-                )
+                cells = [*(shown[metric] for metric in record["lines"]), f"{row['share']:.1%}"]
+                cells += [f"{float(row[key]):.3g}" for key in x]
+                lines.append(f"| {row['series']} | {' | '.join(cells)} |")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "studies.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw([study_info(record) for record in records], folder / "studies.png")

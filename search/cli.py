@@ -38,6 +38,9 @@ def run(
     trials: Annotated[int | None, typer.Option(help="In all, those of an earlier run included.")] = None,
     time_budget: Annotated[str | None, typer.Option(help="No trial starts later: 90s, 10m, 2h.")] = None,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster: auto, or host:port.")] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Folder of a finished sweep: search what was recorded there, without a model.")
+    ] = None,
     sets: Sets = [],  # noqa: B006
     runs: Runs = Path("runs"),
     as_json: AsJson = False,
@@ -48,9 +51,49 @@ def run(
     from search.sweep import run_sweep
 
     config = load_config(recipe, name=name, trials=trials, time_budget=time_budget, sets=sets)
-    with ProgressLine(err) as line:
-        record = run_sweep(config, runs, line, address=address)
+    if replay is not None:
+        from search.replay import Recorded, replay_sweep
+
+        record = replay_sweep(config, runs, Recorded.read(replay, config))
+    else:
+        with ProgressLine(err) as line:
+            record = run_sweep(config, runs, line, address=address)
     _show_front(record, runs, as_json)
+
+
+@app.command()
+def compare(
+    names: Annotated[list[str], typer.Argument(help="Of sweeps; NAME-0, NAME-1, ... are one line, over its seeds.")],
+    to: Annotated[Path | None, typer.Option(help="HTML file to write the figure to.")] = None,
+    runs: Runs = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Hypervolume of several sweeps, after trials and after seconds."""
+    from search.compare import compare_sweeps
+    from search.files import write_atomically
+    from search.plots import comparison_html
+
+    record = compare_sweeps(runs, names)
+    if to is not None:
+        write_atomically(to, comparison_html(record))
+    if as_json:
+        print(json.dumps(record))
+        return
+    table = Table(title="Hypervolume: mean over the seeds, and its 95 % interval", title_justify="left")
+    for column in ("", "seeds", *(f"{count} trials" for count in record["milestones"]), "all trials", "seconds"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for curve, end in zip(record["by_trial"], record["by_second"], strict=True):
+        cells = ["-" if count > len(curve["x"]) else _with_spread(curve, count - 1) for count in record["milestones"]]
+        table.add_row(
+            curve["line"], str(curve["num_seeds"]), *cells, f"{_with_spread(curve, -1)} ({len(curve['x'])})",
+            f"{end['x'][-1]:.0f}",
+        )  # fmt: skip
+    out.print(table)
+
+
+def _with_spread(curve: dict[str, Any], index: int) -> str:
+    mean, high = curve["mean"][index], curve["high"][index]
+    return f"{mean:.4f}" if curve["num_seeds"] == 1 else f"{mean:.4f} ± {high - mean:.4f}"
 
 
 @app.command()
@@ -253,6 +296,9 @@ def _show_front(record: dict[str, Any], runs: Path, as_json: bool) -> None:
         mark = " knee" if point["id"] == record["knee"] else ""
         row(point["id"] + mark, point, str(len(point["plan"]["blocks"])))
     out.print(table)
+    limits = " and ".join(record.get("limits", ()))
+    if limits:
+        out.print(f"of the models with {limits}" if points else f"no model has {limits}", markup=False, highlight=False)
     folder = runs / record["name"]
     out.print(f"hypervolume {record['hypervolume']:.4f}; models, tables and plans are in {folder}", highlight=False)
 

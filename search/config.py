@@ -21,6 +21,7 @@ from pruning.scores.criteria import CRITERIA
 from pruning.training import Jitter, TrainSettings
 from pruning.width import RatioGradient
 from search.errors import ConfigError
+from search.limits import parse_limit
 from search.outcome import Method, Recovery
 
 Accuracy = Literal["top1", "recall_at_1", "mean_average_precision"]
@@ -77,6 +78,13 @@ def _known_pattern(text: str) -> str:
     return text
 
 
+def _known_limit(text: str) -> str:
+    try:
+        return parse_limit(text).text
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Points = Annotated[float, Field(ge=0, le=100)]
@@ -85,6 +93,7 @@ Range = Annotated[PositiveShare | tuple[PositiveShare, PositiveShare], AfterVali
 Criterion = Annotated[str, AfterValidator(_known_criterion)]
 Reduction = Annotated[str, AfterValidator(_known_reduction)]
 SparsityPattern = Annotated[str, AfterValidator(_known_pattern)]
+LimitText = Annotated[str, AfterValidator(_known_limit)]
 Multiple = Annotated[int | str, AfterValidator(_multiple_or_auto)]
 
 
@@ -231,7 +240,10 @@ class SearchConfig(_Section):
     trials: Annotated[int, Field(ge=1)] = 50
     time_budget: str | float | None = None
     """Stop starting trials after so long: seconds, or 90s, 10m, 2h."""
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["auto", "gp", "tpe", "nsga2", "random"] = "auto"
+    """auto: a Gaussian process where all that is searched are numbers and the trials are at most 200, else tpe."""
+    limits: tuple[LimitText, ...] = ()
+    """What a model must keep: `top1 >= dense - 0.01`, `macs <= 60%` (of the dense model's), `latency_ms_p50 <= 5`."""
     accuracy: Accuracy = "top1"
     """What is to be accurate: the classification, or the retrieval of training images by val images as queries."""
     seed: int = 0

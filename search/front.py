@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.errors import SweepError
+from search.limits import Limit, acceptable
 from search.outcome import Measurement, Outcome
 
 Values = NDArray[np.float64]
@@ -151,14 +152,16 @@ def hypervolume_of(outcomes: Sequence[Outcome], dense: Measurement, accuracy: st
     return (0.0, *running_hypervolume(outcomes, dense, accuracy))[-1]
 
 
-def running_hypervolume(outcomes: Sequence[Outcome], dense: Measurement, accuracy: str = "top1") -> tuple[float, ...]:
-    """Hypervolume after each outcome; it never falls."""
+def running_hypervolume(
+    outcomes: Sequence[Outcome], dense: Measurement, accuracy: str = "top1", limits: Sequence[Limit] = ()
+) -> tuple[float, ...]:
+    """Hypervolume after each outcome, of those within the limits; it never falls."""
     start = reference_point(dense, accuracy)
     reference = np.array([_oriented(objective, start[objective.name]) for objective in objectives(accuracy)])
     front, volumes = _values([], accuracy), []
     for outcome in outcomes:
-        if outcome.measurement is not None:
-            front = np.vstack((front, _values([outcome], accuracy)))
+        for each in acceptable([outcome], limits, dense):
+            front = np.vstack((front, _values([each], accuracy)))
             front = front[non_dominated(front)]
         volumes.append(hypervolume(front, reference))
     return tuple(volumes)

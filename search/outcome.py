@@ -156,6 +156,8 @@ class Outcome:
     """What the user should know of the repair: layers of which only the bias could be, for want of images."""
     seconds: float = 0.0
     """Wall-clock time of the trial."""
+    ended_s: float = 0.0
+    """When the trial ended, in seconds of searching since the sweep began; stops between runs do not count."""
     history: tuple[dict[str, float], ...] = ()
     """What was reported after each epoch of a trial that trains."""
     has_weights: bool = False
@@ -177,7 +179,8 @@ class Outcome:
             "plan": self.plan and self.plan.to_json(),
             "measurement": self.measurement and asdict(self.measurement),
         }
-        cost = {"block_drops": self.block_drops, "forward_passes": self.forward_passes, "seconds": self.seconds}
+        cost = {"block_drops": self.block_drops, "forward_passes": self.forward_passes}
+        cost |= {"seconds": self.seconds, "ended_s": self.ended_s}
         return plain | measured | cost | {"notes": self.notes, "history": self.history, "has_weights": self.has_weights}
 
     @classmethod

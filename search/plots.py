@@ -396,6 +396,52 @@ def draw_study(info: StudyInfo) -> go.Figure:
     return figure
 
 
+def comparison_html(record: dict[str, Any]) -> str:
+    """The picture of several sweeps as one HTML page that needs no other file and no network."""
+    return _page(draw_comparison(record), "Hypervolume of sweeps")
+
+
+def draw_comparison(record: dict[str, Any]) -> go.Figure:
+    """Left after trials, right after seconds; the bands are the intervals of the means.
+
+    Args:
+        record: what `search.compare.compare_sweeps` gives.
+    """
+    figure = make_subplots(cols=2, horizontal_spacing=0.08)
+    for column, key in enumerate(("by_trial", "by_second"), start=1):
+        for curve, colour in zip(record[key], cycle(STUDY_COLOURS)):  # the colours go round
+            band = {"x": [*curve["x"], *curve["x"][::-1]], "y": [*curve["high"], *curve["low"][::-1]]}
+            group = {"legendgroup": curve["line"]}
+            if curve["num_seeds"] > 1:
+                style = {"fill": "toself", "fillcolor": colour, "opacity": 0.15, "line": {"width": 0}}
+                figure.add_trace(
+                    go.Scatter(**band, **style, **group, mode="lines", hoverinfo="skip", showlegend=False),
+                    row=1, col=column,
+                )  # fmt: skip
+            name = f"{escape(curve['line'])} ({curve['num_seeds']} seed{'s' if curve['num_seeds'] > 1 else ''})"
+            line = {"color": colour, "width": 2, "shape": "hv"}
+            figure.add_trace(
+                go.Scatter(
+                    x=curve["x"], y=curve["mean"], name=name, mode="lines", line=line, showlegend=column == 1, **group
+                ),
+                row=1, col=column,
+            )  # fmt: skip
+    axis = {"gridcolor": GRID_COLOUR, "linecolor": DENSE_COLOUR, "ticks": "outside", "zeroline": False}
+    figure.update_xaxes(axis)
+    figure.update_yaxes(axis)
+    figure.update_layout(
+        title={"text": "Hypervolume of accuracy and speed-up, over the dense model's", "x": 0.02},
+        xaxis={"title": {"text": "trials"}},
+        xaxis2={"title": {"text": "seconds"}},
+        plot_bgcolor="white",
+        paper_bgcolor="white",
+        font={"family": "Helvetica, Arial, sans-serif", "size": 15, "color": DENSE_COLOUR},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
+        margin={"l": 80, "r": 30, "t": 110, "b": 70},
+    )
+    return figure
+
+
 def _spread(line: StudyLine) -> dict[str, Any] | None:
     """From the least to the largest of several variants at one x; none where there is one alone."""
     if line.low == line.high:

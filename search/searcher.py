@@ -10,51 +10,69 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Literal
 
 import optuna
-from optuna.trial import Trial, TrialState
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import Trial, TrialState, create_trial
 from ray.tune.search import Searcher
 
-from search.outcome import Candidate, Outcome, State
-from search.space import Space
+from search.limits import Limit
+from search.outcome import Candidate, Measurement, Outcome, State
+from search.space import Choice, Parameter, Space
+
+Sampler = Literal["auto", "gp", "tpe", "nsga2", "random"]
+"""auto: gp where all parameters are numbers and the trials are not too many, else tpe."""
+
+MOST_GP_TRIALS = 200
+"""A suggestion of the Gaussian process takes seconds, and the more, the more it knows."""
+
+NUM_RANDOM = 8
+"""So many trials are known before a sampler uses them."""
 
 
 class StudySearcher(Searcher):
     """Asks the study for a candidate when Ray has room for a trial, and tells it what came of it."""
 
     def __init__(
-        self, space: Space, *, known: Sequence[Outcome], sampler: Literal["tpe", "random"], seed: int,
-        unfinished: Sequence[tuple[str, Candidate]] = (), accuracy: str = "top1", deadline: float | None = None,
+        self, space: Space, *, known: Sequence[Outcome], sampler: Sampler, seed: int, num_trials: int = 0,
+        ahead: int = 0, unfinished: Sequence[tuple[str, Candidate]] = (), accuracy: str = "top1",
+        limits: Sequence[Limit] = (), dense: Measurement | None = None, deadline: float | None = None,
         on_suggest: Callable[[str, Candidate], None] | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             known: outcomes of an earlier run of the sweep; their candidates are not suggested again.
+            num_trials: how many the sweep has in all, for the choice of the sampler.
+            ahead: so many suggestions are made ready, in a thread, while trials run.
             unfinished: ids and candidates of trials that an earlier run did not end; they come first, as they were.
             accuracy: the field of `Measurement` that is told, beside the speed-up.
+            limits: what a model must keep, against what the dense one does.
             deadline: on the monotonic clock; no trial is suggested later.
             on_suggest: called with the id and candidate of every trial that is about to start.
         """
         super().__init__()
         self._space = space
-        self._accuracy = accuracy
-        self._study = _create_study(sampler, seed + len(known))
-        self._asked: dict[str, Trial] = {}
+        self._accuracy, self._limits, self._dense = accuracy, limits, dense
+        self._distributions = {name: _distribution(each) for name, each in space.parameters().items()}
+        self._study = _create_study(sampler, seed + len(known), self._distributions, num_trials)
+        self._asked: dict[str, Trial | Candidate] = {}
         self._unfinished = list(unfinished)
         taken = [outcome.trial for outcome in known] + [trial_id for trial_id, _ in unfinished]
         self._next_number = 1 + max((int(trial_id[1:]) for trial_id in taken), default=-1)
+        self._ahead, self._ready = ahead, deque[Future[Trial]]()
+        self._sampling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
         self._deadline = deadline
         self._on_suggest = on_suggest
         for outcome in known:
             if outcome.id == outcome.trial:  # what a trial found at earlier exits has the same candidate
-                self._tell(self._ask(outcome.candidate), outcome)
+                self._tell(outcome.candidate, outcome)
         tried = {outcome.candidate for outcome in known} | {candidate for _, candidate in unfinished}
-        for candidate in space.first_candidates():
-            if candidate not in tried:
-                self._study.enqueue_trial(_params(candidate))
+        self._first = [candidate for candidate in space.first_candidates() if candidate not in tried]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Ray's FINISHED is a str
         """Ray's config of the next trial: its id, its candidate, and whether it goes on where an earlier run stopped;
@@ -63,13 +81,18 @@ class StudySearcher(Searcher):
             finished: str = Searcher.FINISHED
             return finished
         is_resumed = bool(self._unfinished)
+        trial: Trial | Candidate
         if is_resumed:
             name, candidate = self._unfinished.pop(0)
-            trial = self._ask(candidate)
+            trial = candidate
         else:
-            name, trial = f"t{self._next_number:03d}", self._study.ask()
-            candidate = self._space.choose(trial)
+            name = f"t{self._next_number:03d}"
             self._next_number += 1
+            if self._first:
+                trial = candidate = self._first.pop(0)
+            else:
+                trial = self._sampled()
+                candidate = self._space.of_values(trial.params)
         self._asked[trial_id] = trial
         if self._on_suggest is not None:
             self._on_suggest(name, candidate)
@@ -80,9 +103,16 @@ class StudySearcher(Searcher):
         text = (result or {}).get("outcomes")
         self._tell(trial, None if error or text is None else Outcome.from_json(json.loads(text)[0]))
 
+    def _sampled(self) -> Trial:
+        """The next that the sampler suggests; the one after it is begun."""
+        while len(self._ready) <= self._ahead:
+            self._ready.append(self._sampling.submit(self._study.ask, self._distributions))
+        return self._ready.popleft().result()
+
     def finish(self) -> None:
-        """From now on no trial is suggested."""
+        """From now on no trial is suggested, nor made ready."""
         self._deadline = -math.inf
+        self._sampling.shutdown(wait=False, cancel_futures=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its searcher to resume by; we resume by the ledger
@@ -93,35 +123,64 @@ class StudySearcher(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: the ledger holds it all."""
 
-    def _ask(self, candidate: Candidate) -> Trial:
-        """The study's trial of a candidate that is given."""
-        self._study.enqueue_trial(_params(self._space.clip(candidate)))
-        trial = self._study.ask()
-        self._space.choose(trial)
-        return trial
+    def _tell(self, trial: Trial | Candidate, outcome: Outcome | None) -> None:
+        """A measured outcome is told with its values; everything else as failed, so that nothing stays running.
 
-    def _tell(self, trial: Trial, outcome: Outcome | None) -> None:
-        """A measured outcome is told with its values; everything else as failed, so that nothing stays running."""
-        if outcome is not None and outcome.state is State.MEASURED and outcome.measurement is not None:
-            values = [getattr(outcome.measurement, name) for name in (self._accuracy, "speedup")]
-            if all(value is not None and math.isfinite(value) for value in values):
-                self._study.tell(trial, values)
-                return
-        self._study.tell(trial, state=TrialState.FAIL)
+        trial: what the study was asked for, or a candidate that was given to it.
+        """
+        values = None if outcome is None else self._values(outcome)
+        state = TrialState.FAIL if values is None else TrialState.COMPLETE
+        excesses = {} if outcome is None or values is None else self._excesses(outcome)
+        if isinstance(trial, Trial):
+            for text, excess in excesses.items():
+                trial.set_constraint(text, excess)
+            self._study.tell(trial, values, state)
+        else:
+            params = self._space.values_of(trial)
+            self._study.add_trial(
+                create_trial(
+                    state=state, values=values, params=params, distributions=self._distributions, constraints=excesses
+                )
+            )
+
+    def _values(self, outcome: Outcome) -> list[float] | None:
+        """Of the objectives; None if the outcome has not all of them."""
+        if outcome.state is not State.MEASURED or outcome.measurement is None:
+            return None
+        values = [getattr(outcome.measurement, name) for name in (self._accuracy, "speedup")]
+        return values if all(value is not None and math.isfinite(value) for value in values) else None
+
+    def _excesses(self, outcome: Outcome) -> dict[str, float]:
+        """How far it is beyond each limit, as Optuna wants constraints: 0 or less is within."""
+        if outcome.measurement is None or self._dense is None:
+            return {}
+        return {limit.text: limit.excess(outcome.measurement, self._dense) for limit in self._limits}
 
 
-def _params(candidate: Candidate) -> dict[str, Any]:
-    """All that Optuna may ask for: what is missing it would choose itself."""
-    return candidate.to_params() | {"recovery": candidate.recovery}
+def _distribution(parameter: Parameter) -> BaseDistribution:
+    if isinstance(parameter, Choice):
+        return CategoricalDistribution(parameter.values)
+    if parameter.is_whole:
+        return IntDistribution(int(parameter.low), int(parameter.high))
+    return FloatDistribution(parameter.low, parameter.high, log=parameter.is_log)
 
 
-def _create_study(sampler: Literal["tpe", "random"], seed: int) -> optuna.Study:
+def _create_study(
+    sampler: Sampler, seed: int, distributions: Mapping[str, BaseDistribution], num_trials: int
+) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if sampler == "auto":
+        has_choices = any(isinstance(each, CategoricalDistribution) for each in distributions.values())
+        sampler = "gp" if num_trials <= MOST_GP_TRIALS and not has_choices else "tpe"
+    chosen: optuna.samplers.BaseSampler
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        chosen: optuna.samplers.BaseSampler = (
-            optuna.samplers.RandomSampler(seed=seed)
-            if sampler == "random"
-            else optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, constant_liar=True)
-        )
+        if sampler == "gp":
+            chosen = optuna.samplers.GPSampler(seed=seed, n_startup_trials=NUM_RANDOM)
+        elif sampler == "tpe":
+            chosen = optuna.samplers.TPESampler(seed=seed, n_startup_trials=NUM_RANDOM, constant_liar=True)
+        elif sampler == "nsga2":
+            chosen = optuna.samplers.NSGAIISampler(seed=seed)
+        else:
+            chosen = optuna.samplers.RandomSampler(seed=seed)
     return optuna.create_study(directions=["maximize", "maximize"], sampler=chosen)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
 from pruning.plan import TokenReduction
@@ -25,6 +25,35 @@ class Chooser(Protocol):
     def suggest_int(self, name: str, low: int, high: int) -> int: ...
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """A range, ends included."""
+
+    low: float
+    high: float
+    is_whole: bool = False
+    is_log: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One of several."""
+
+    values: tuple[Any, ...]
+
+
+Parameter = Numbers | Choice
+
+
+def ask(chooser: Chooser, name: str, parameter: Parameter) -> Any:
+    """What the chooser chooses of it."""
+    if isinstance(parameter, Choice):
+        return chooser.suggest_categorical(name, parameter.values)
+    if parameter.is_whole:
+        return chooser.suggest_int(name, int(parameter.low), int(parameter.high))
+    return chooser.suggest_float(name, parameter.low, parameter.high, log=parameter.is_log)
 
 
 class Space:
@@ -112,6 +141,26 @@ class Space:
             recovery="none" if is_learned else choice("recovery", self.recovery),
         )
 
+    def parameters(self) -> dict[str, Parameter]:
+        """All that `choose` may ask for, whatever was chosen before: by following every choice."""
+        found: dict[str, Parameter] = {}
+        paths: list[dict[str, Any]] = [{}]
+        while paths:
+            explorer = _Explorer(paths.pop())
+            self.choose(explorer)
+            found |= explorer.asked
+            paths += explorer.others
+        return found
+
+    def of_values(self, values: Mapping[str, Any]) -> Candidate:
+        """The candidate with a value for each of `parameters`; what has no effect there is ignored."""
+        return self.choose(_Given(values))
+
+    def values_of(self, candidate: Candidate) -> dict[str, Any]:
+        """The nearest value to the candidate's for each of `parameters`."""
+        nearest = _Nearest(candidate)
+        return {name: ask(nearest, name, parameter) for name, parameter in self.parameters().items()}
+
     def _choose_exit(self, chooser: Chooser) -> int:
         exits = self.exit_blocks
         if len(exits) == 1:
@@ -165,6 +214,46 @@ class Space:
                 wanted = wanted if first or method in TOKENLESS else [1.0, *wanted]
                 first += [at(target, 0.0, self.depth, method, 0.5) for target in wanted]
         return list(dict.fromkeys(first))
+
+
+class _Given:
+    """Chooses what was chosen before."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return float(self._values[name])
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        return int(self._values[name])
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._values[name]
+
+
+class _Explorer:
+    """Follows one path through the choices, and remembers those beside it. The last exit needs the most."""
+
+    def __init__(self, path: Mapping[str, Any]) -> None:
+        self._path = dict(path)
+        self.asked: dict[str, Parameter] = {}
+        self.others: list[dict[str, Any]] = []
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        self.asked[name] = Numbers(low=low, high=high, is_log=log)
+        return low
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        self.asked[name] = Numbers(low=low, high=high, is_whole=True)
+        return high
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        self.asked[name] = Choice(values=tuple(choices))
+        if name not in self._path:
+            self.others += [self._path | {name: choice} for choice in choices[1:]]
+            self._path[name] = choices[0]
+        return self._path[name]
 
 
 class _Nearest:

@@ -321,7 +321,7 @@ def _outcomes(bench: Bench, variant: Variant, found: Mapping[str, Outcome]) -> I
         return
     known = [replace(outcome, id=outcome.id.rsplit("-", 1)[1]) for outcome in _outcomes_of(variant, found)]
     searcher = StudySearcher(
-        _space(variant.config, anatomy), known=known, sampler=variant.config.search.sampler,
+        _space(variant.config, anatomy), known=known, sampler=variant.config.search.sampler, num_trials=variant.trials,
         seed=variant.config.search.seed,
     )  # fmt: skip
     for _ in range(variant.trials - len(known)):

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from pruning.artifact import Description, save, save_weights
@@ -41,6 +42,7 @@ from search.folder import Folder
 from search.front import contenders, front_record, running_hypervolume
 from search.inputs import Inputs, load_inputs
 from search.ledger import Ledger
+from search.limits import Limit, acceptable, parse_limit
 from search.outcome import Candidate, Measurement, Outcome, num_trials
 from search.plots import front_html
 from search.searcher import StudySearcher
@@ -124,32 +126,37 @@ def _run(
     if not inputs.trained:
         save_weights(fetch(bench_ref).model.state_dict(), inputs.cache)
 
-    accuracy = config.search.accuracy
+    accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
     outcomes = list(book.found)
-    tracker.sync(outcomes, running_hypervolume(outcomes, dense, accuracy))
+    tracker.sync(outcomes, running_hypervolume(outcomes, dense, accuracy, limits))
     num_done = num_trials(outcomes)
     if num_done < config.search.trials:
         budget = config.search.time_budget_s
         deadline = None if budget is None else time.monotonic() + budget
-        recorder = _Recorder(folder, book, outcomes, dense, accuracy, tracker, observer)
+        recorder = _Recorder(folder, book, outcomes, dense, accuracy, limits, tracker, observer)
         unfinished = recorder.checkpoints.read(done={outcome.trial for outcome in outcomes})
         observer.start_trials(num_done, config.search.trials, deadline)
         searcher = StudySearcher(
-            inputs.space, known=outcomes, unfinished=[(each.id, each.candidate) for each in unfinished],
-            sampler=config.search.sampler, seed=config.search.seed, accuracy=accuracy, deadline=deadline,
-            on_suggest=observer.started,
+            inputs.space, known=outcomes, sampler=config.search.sampler, seed=config.search.seed,
+            num_trials=config.search.trials, ahead=1,
+            unfinished=[(each.id, each.candidate) for each in unfinished], accuracy=accuracy, limits=limits,
+            dense=dense, deadline=deadline, on_suggest=observer.started,
         )  # fmt: skip
+        torch.set_num_threads(1)  # of the sampler, here in the driver: the cores have trials to do
         states = {each.id: each.state for each in unfinished}
         run_trials(bench_ref, searcher, config.search.trials - num_done, share, recorder, states)
+        searcher.finish()
 
     observer.stage("measuring the front once more, quietly, and on test")
-    candidates = contenders(outcomes, accuracy)
+    candidates = contenders(acceptable(outcomes, limits, dense), accuracy)
     plans = [outcome.plan for outcome in candidates if outcome.plan is not None]
     weights = [_read_weights(folder, outcome) for outcome in candidates]
     found: Confirmation = fetch(submit(confirm_remotely, share, bench_ref, plans, weights))
     confirmed = {o.id: replace(o, measurement=m) for o, m in zip(candidates, found.measured, strict=True)}
     final = [confirmed.get(outcome.id, outcome) for outcome in outcomes]
-    record = front_record(config.name, list(confirmed.values()), found.dense, accuracy) | {
+    kept = acceptable(list(confirmed.values()), limits, found.dense)
+    record = front_record(config.name, kept, found.dense, accuracy) | {
+        "limits": [limit.text for limit in limits],
         "trials": num_trials(outcomes),
         "conditions": found.conditions,
     }
@@ -163,12 +170,13 @@ class _Recorder:
 
     def __init__(
         self, folder: Folder, book: Ledger, outcomes: list[Outcome], dense: Measurement, accuracy: str,
-        tracker: Tracker, observer: Observer,
+        limits: Sequence[Limit], tracker: Tracker, observer: Observer,
     ) -> None:  # fmt: skip
         """outcomes: all of the ledger; new ones are added."""
         self._folder, self._book, self._outcomes, self._dense = folder, book, outcomes, dense
-        self._accuracy, self._tracker, self._observer = accuracy, tracker, observer
+        self._accuracy, self._limits, self._tracker, self._observer = accuracy, limits, tracker, observer
         self.checkpoints = Checkpoints(folder.checkpoints)
+        self._start = time.monotonic() - max((outcome.ended_s for outcome in outcomes), default=0.0)
 
     def epoch(self, checkpoint: Checkpoint, progress: Mapping[str, float]) -> None:
         self.checkpoints.write(checkpoint)
@@ -177,18 +185,20 @@ class _Recorder:
     def ended(self, outcomes: Sequence[Outcome], weights: Mapping[str, Weights]) -> None:
         for name, each in weights.items():
             save_weights(each, self._folder.weights_of(name))
+        outcomes = [replace(outcome, ended_s=time.monotonic() - self._start) for outcome in outcomes]
         self._book.append(*outcomes)
         self.checkpoints.remove(outcomes[0].trial)
         for outcome in outcomes:
             self._outcomes.append(outcome)
-            volume = running_hypervolume(self._outcomes, self._dense, self._accuracy)[-1]
+            volume = running_hypervolume(self._outcomes, self._dense, self._accuracy, self._limits)[-1]
             self._tracker.log(outcome, volume, len(self._outcomes))
             self._observer.finished(outcome, volume)
         self._remove_beaten_weights()
 
     def _remove_beaten_weights(self) -> None:
         """Who is beaten beyond the noise stays so: nobody will ask for its weights."""
-        asked_for = {outcome.id for outcome in contenders(self._outcomes, self._accuracy)}
+        kept = acceptable(self._outcomes, self._limits, self._dense)
+        asked_for = {outcome.id for outcome in contenders(kept, self._accuracy)}
         for path in self._folder.weights.glob("*.safetensors"):
             if path.stem not in asked_for:
                 path.unlink()

@@ -357,6 +357,14 @@ def test_resume_runs_only_what_is_left(resumed: Resumed) -> None:
     assert len({outcome.candidate for outcome in sweep.outcomes}) == start + 2
 
 
+def test_outcomes_say_when_they_ended_and_a_resume_counts_on(resumed: Resumed) -> None:
+    ends = [outcome.ended_s for outcome in resumed.sweep.outcomes]
+    assert 0 < ends[0]
+    assert ends == sorted(ends)
+    for before, outcome in zip(ends[:-1], resumed.sweep.outcomes[1:], strict=True):
+        assert outcome.ended_s - before >= outcome.seconds * 0.99  # one after the other, on one core
+
+
 def test_resume_writes_the_front_anew(resumed: Resumed) -> None:
     sweep = resumed.sweep
     assert json.loads(sweep.folder.front.read_text()) == json.loads(json.dumps(sweep.record))

@@ -254,6 +254,56 @@ def test_front_is_a_table_of_the_dense_model_and_every_point(capsys: pytest.Capt
     assert "2.00" in rows[2]
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "says"), [(OUTCOMES, "of the models with macs <= 60% and"), ([], "no model has macs <= 60% and")]
+)
+def test_front_within_limits_says_which(
+    capsys: pytest.CaptureFixture[str], sweep: Path, outcomes: list[Outcome], says: str
+) -> None:
+    told = record(outcomes) | {"limits": ["macs <= 60%", "top1 >= dense - 0.01"]}
+    Folder(sweep / "runs", "mine").front.write_text(json.dumps(told))
+    code, out, _ = call(capsys, "front", "mine")
+    assert code == 0
+    assert f"{says} top1 >= dense - 0.01" in out
+
+
+def test_a_finished_sweep_is_replayed_and_compared(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
+    tiny.write_recipe(sweep / "tiny.yaml")
+    for name in ("again-0", "again-1"):
+        code, out, _ = call(
+            capsys, "run", "tiny.yaml", "--replay", "runs/mine", "--name", name, "--trials", "12",
+            "--set", f"search.seed={name[-1]}", "--set", "search.sampler=tpe",
+        )  # fmt: skip
+        assert code == 0
+        assert f"Front of {name}: " in out
+        assert "models from 12 trials" in out
+    code, out, _ = call(capsys, "compare", "again-0", "again-1", "--to", "figure.html")
+    assert code == 0
+    row = next(line for line in out.splitlines() if "again" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")][:2] == ["again", "2"]
+    assert "±" in row and "(12)" in row
+    assert "plotly" in (sweep / "figure.html").read_text(encoding="utf-8")
+    code, out, _ = call(capsys, "compare", "again-0", "--json")
+    [curve] = json.loads(out)["by_trial"]
+    assert (code, curve["num_seeds"], len(curve["mean"])) == (0, 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "tiny.yaml", "--replay", "runs/yours", "--name", "x"], ["'yours'", "mine"]),
+        (["run", "tiny.yaml", "--replay", "runs/mine", "--name", "mine"], ["mine exists", "--name"]),
+        (["compare", "yours", "mine"], ["'yours'", "mine"]),
+        (["compare", "mine"], ["'mine'", "before the times"]),
+    ],
+)
+def test_wrong_replay_is_one_line(
+    capsys: pytest.CaptureFixture[str], sweep: Path, arguments: list[str], says: list[str]
+) -> None:
+    tiny.write_recipe(sweep / "tiny.yaml")
+    check_refused(capsys, sweep, *arguments, says=says)
+
+
 @pytest.mark.parametrize(("accuracy", "called"), [("recall_at_1", "recall@1"), ("mean_average_precision", "mAP")])
 def test_front_of_a_retrieval_sweep_is_shown_bounded_and_picked_by_its_metric(
     capsys: pytest.CaptureFixture[str], sweep: Path, accuracy: str, called: str

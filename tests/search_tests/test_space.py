@@ -14,7 +14,7 @@ from pruning.plan import TOKEN_REDUCTIONS
 from search.config import SpaceConfig
 from search.errors import ConfigError
 from search.outcome import Candidate
-from search.space import Space
+from search.space import Choice, Numbers, Space
 
 DEPTH = 12
 SEARCHED = {"cutoff_channel", "cutoff_token", "token_share", "target_ratio"}
@@ -486,3 +486,40 @@ def test_a_schedule_has_first_candidates_and_needs_tokens_to_take() -> None:
         Space(config.model_copy(update={"token_reduction": ("none", "merge")}), DEPTH)
     with pytest.raises(ConfigError, match="a schedule takes tokens alone"):
         Space(config.model_copy(update={"token_reduction": "auto"}), DEPTH, SWIN_EXITS, has_windows=True)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_parameters_are_all_that_a_chooser_may_be_asked_for(config: SpaceConfig) -> None:
+    space = Space(config, DEPTH)
+    asked: set[str] = set()
+    for seed in range(200):
+        chooser = Chooser(seed=seed)
+        space.choose(chooser)
+        asked |= chooser.asked.keys()
+    assert space.parameters().keys() >= asked
+    unreached = space.parameters().keys() - asked
+    assert not unreached, "200 draws reach every parameter of these spaces"
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_values_of_a_candidate_give_it_back(config: SpaceConfig) -> None:
+    space = Space(config, DEPTH)
+    for seed in range(20):
+        candidate = space.choose(Chooser(seed=seed))
+        values = space.values_of(candidate)
+        assert values.keys() == space.parameters().keys()
+        assert space.of_values(values) == candidate
+
+
+def test_what_has_no_effect_in_a_candidate_does_not_count() -> None:
+    space = Space(BOTH, DEPTH)
+    values = space.values_of(space.choose(Chooser(seed=1, method="global", token_reduction="none")))
+    other = values | {"drop_budget.3": 1.75, "cutoff_channel": 0.03, "criterion": "obs", "token_share": 0.9}
+    assert space.of_values(other) == space.of_values(values)
+
+
+def test_exits_of_a_swin_are_a_choice_among_its_stages() -> None:
+    space = Space(SpaceConfig(exit_block=(3, 12), token_reduction="none"), DEPTH, SWIN_EXITS, has_windows=True)
+    assert space.parameters()["exit_block"] == Choice(values=(4, 10, 12))
+    assert space.parameters()["target_ratio"] == Numbers(low=0.2, high=1.0)
+    assert space.parameters()["cutoff_channel"].is_log  # type: ignore[union-attr]

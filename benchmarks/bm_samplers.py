@@ -1,0 +1,94 @@
+"""Samplers against each other on a recorded sweep: hypervolume after so many trials, over seeds.
+
+    python benchmarks/bm_samplers.py [--quick] [--json] [--out benchmarks/results] [--table FOLDER]
+
+The table is a finished sweep of digits by random candidates (`tests/data/digits_table`); every sampler searches it with
+the same first candidates, on two simulated workers. Hypervolume is that of the search (val), as in `vitfront run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t
+
+from search.config import Config, load_config
+from search.front import hypervolume_of, running_hypervolume
+from search.replay import Recorded, replay
+from search.searcher import Sampler, StudySearcher
+
+TABLE = Path(__file__).parents[1] / "tests" / "data" / "digits_table"
+RUNS: dict[Sampler, tuple[int, ...]] = {
+    "auto": (20, 40), "tpe": (20, 40, 120), "nsga2": (20, 40, 120), "random": (20, 40, 120),
+}  # fmt: skip
+"""Sampler -> the numbers of trials after which it is read."""
+
+
+def measure(config: Config, table: Path, num_seeds: int, runs: dict[Sampler, tuple[int, ...]]) -> list[dict[str, Any]]:
+    recorded = Recorded.read(table, config)
+    rows = []
+    for sampler, milestones in runs.items():
+        start = time.monotonic()
+        found = []
+        for seed in range(num_seeds):
+            searcher = StudySearcher(
+                recorded.space, known=(), sampler=sampler, seed=seed, num_trials=milestones[-1], dense=recorded.dense
+            )
+            outcomes = [each for some in replay(recorded, searcher, milestones[-1], num_workers=2) for each in some]
+            searcher.finish()
+            volumes = running_hypervolume(outcomes, recorded.dense)
+            found.append([volumes[count - 1] for count in milestones])
+        seconds = (time.monotonic() - start) / num_seeds / milestones[-1]
+        values = np.array(found)
+        half = t.ppf(0.975, num_seeds - 1) * values.std(axis=0, ddof=1) / np.sqrt(num_seeds)
+        for count, mean, spread in zip(milestones, values.mean(axis=0), half, strict=True):
+            rows.append({
+                "sampler": sampler, "trials": count, "hypervolume": float(mean), "half_interval": float(spread),
+                "seeds": num_seeds, "seconds_a_suggestion": seconds,
+            })  # fmt: skip
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def text_of(rows: list[dict[str, Any]], command: str, num_rows: int, best: float) -> str:
+    lines = [
+        "# Samplers on a recorded sweep", "", f"    {command}", "",
+        f"{num_rows} recorded trials of digits, whose own hypervolume is {best:.4f}.",
+        "Mean over the seeds and its 95 % interval.",
+        "", "| sampler | trials | hypervolume | seeds | seconds a suggestion |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {row['sampler']} | {row['trials']} | {row['hypervolume']:.4f} ± {row['half_interval']:.4f} "
+        f"| {row['seeds']} | {row['seconds_a_suggestion']:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three seeds, fewer trials")
+    parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
+    parser.add_argument("--out", type=Path, help="folder for samplers.{md,json}")
+    parser.add_argument("--table", type=Path, default=TABLE, help="folder of a finished sweep")
+    args = parser.parse_args()
+    config = load_config("digits")
+    runs = {name: counts[:1] for name, counts in RUNS.items()} if args.quick else RUNS
+    rows = measure(config, args.table, 3 if args.quick else 10, runs)
+    recorded = Recorded.read(args.table, config)
+    whole = hypervolume_of(recorded.outcomes, recorded.dense)
+    text = text_of(rows, " ".join(["python", *sys.argv]), len(recorded.outcomes), whole)
+    if args.out is not None:
+        (args.out / "samplers.md").write_text(text)
+        (args.out / "samplers.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    print(json.dumps({"rows": rows}) if args.json else text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What a model must keep to be of use at all: `top1 >= dense - 0.01`, `macs <= 60%`, `latency_ms_p50 <= 5`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from search.errors import ConfigError
+from search.outcome import Measurement, Outcome
+
+METRICS = tuple(field.name for field in fields(Measurement) if field.name != "top1_test")
+"""All but what is measured when the search is over."""
+
+_FORM = re.compile(r"(\w+) *(<=|>=) *(?:(\d[\d.]*) *%|(dense) *(?:([+-]) *([\d.]+))?|(-?[\d.]+(?:e-?\d+)?))")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """metric <= bound, or metric >= bound; the bound is share * dense + offset."""
+
+    text: str
+    metric: str
+    is_most: bool
+    share: float
+    offset: float
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ConfigError(f"limit {self.text!r}: no metric {self.metric!r}; there are {', '.join(METRICS)}")
+
+    def bound(self, dense: Measurement) -> float:
+        """The number itself."""
+        return (self.share * float(getattr(dense, self.metric)) if self.share else 0.0) + self.offset
+
+    def excess(self, measurement: Measurement, dense: Measurement) -> float:
+        """How far the measurement is beyond the bound, as a share of the dense value; 0 or less is within."""
+        over = float(getattr(measurement, self.metric)) - self.bound(dense)
+        return (over if self.is_most else -over) / (abs(float(getattr(dense, self.metric))) or 1.0)
+
+
+def parse_limit(text: str) -> Limit:
+    """`metric <= bound` or `metric >= bound`; a bound is a number, a share of the dense model's value (`60%`), or
+    `dense`, `dense - 0.01`, `dense + 2`.
+
+    Raises:
+        ConfigError: it is of no such form, or there is no such metric; it says which there are.
+    """
+    match = _FORM.fullmatch(text.strip())
+    try:
+        if match is None:
+            raise ValueError
+        metric, relation, percent, dense, sign, offset, number = match.groups()
+        share = float(percent) / 100 if percent else float(bool(dense))
+        beside = float(number or offset or 0) * (-1 if sign == "-" else 1)
+    except ValueError:
+        raise ConfigError(
+            f"limit {text!r} is of no known form; give metric <= 5, metric <= 60% (of the dense model's) or "
+            "metric >= dense - 0.01"
+        ) from None
+    return Limit(text=text.strip(), metric=metric, is_most=relation == "<=", share=share, offset=beside)
+
+
+def acceptable(outcomes: Sequence[Outcome], limits: Sequence[Limit], dense: Measurement) -> tuple[Outcome, ...]:
+    """The measured outcomes that pass no limit."""
+    return tuple(
+        outcome
+        for outcome in outcomes
+        if outcome.measurement is not None and all(limit.excess(outcome.measurement, dense) <= 0 for limit in limits)
+    )

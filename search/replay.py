@@ -1,0 +1,148 @@
+"""A recorded sweep in the place of the models: what a search would have found, in seconds and on any machine.
+
+A candidate is answered with what was measured of the nearest one that was recorded. Workers are simulated: each is busy
+for as long as the recorded trial took, so trials end in the order in which they would, and hypervolume can be told
+against trials and against time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from search import ledger
+from search.config import Config
+from search.errors import SweepError
+from search.files import write_atomically
+from search.folder import Folder
+from search.front import front_record
+from search.ledger import Ledger
+from search.limits import acceptable, parse_limit
+from search.outcome import Candidate, Measurement, Outcome, num_trials
+from search.searcher import StudySearcher
+from search.space import Numbers, Parameter, Space
+
+
+class Recorded:
+    """The trials of a finished sweep, found by their candidates."""
+
+    def __init__(self, outcomes: Sequence[Outcome], dense: Measurement, space: Space) -> None:
+        """
+        Args:
+            outcomes: of the sweep; those that were not measured are as much an answer as the others.
+            dense: what they are compared with.
+            space: that is searched now; distances are shares of its ranges.
+        """
+        self.outcomes, self.dense, self.space = tuple(outcomes), dense, space
+        self._parameters = space.parameters()
+        by_trial: dict[str, list[Outcome]] = {}
+        for outcome in outcomes:
+            by_trial.setdefault(outcome.trial, []).append(outcome)
+        self._trials = list(by_trial.values())
+        self._rows = [self._scaled(trial[0].candidate) for trial in self._trials]
+
+    @classmethod
+    def read(cls, path: Path, config: Config) -> Recorded:
+        """A finished sweep's folder, to be searched by the space of a recipe.
+
+        Raises:
+            SweepError: there is no such sweep, or it has no front.
+            ConfigError: the space does not fit its model.
+        """
+        folder = Folder(path.parent, path.name)
+        dense = Measurement(**folder.read_front()["dense"])
+        outcomes = ledger.read(folder.ledger)
+        if not outcomes:
+            raise SweepError(f"nothing was recorded in {folder.path}")
+        depth = len(outcomes[0].candidate.drop_budget)
+        exits = sorted({outcome.candidate.exit_block for outcome in outcomes} | {depth})
+        is_windowed = all(outcome.candidate.token_reduction == "none" for outcome in outcomes)
+        return cls(outcomes, dense, Space(config.space, depth, exits, has_windows=is_windowed))
+
+    def answer(self, candidate: Candidate, trial_id: str) -> list[Outcome]:
+        """What came of the nearest recorded candidate, as if it were this one's; of equals the first."""
+        row = self._scaled(candidate)
+        nearest = min(range(len(self._rows)), key=lambda index: _distance(row, self._rows[index]))
+        first, *earlier = self._trials[nearest]
+        answers = [replace(first, id=trial_id, candidate=candidate)]
+        return answers + [
+            replace(each, id=f"{trial_id}.{each.id.split('.')[1]}", candidate=candidate) for each in earlier
+        ]
+
+    def _scaled(self, candidate: Candidate) -> dict[str, Any]:
+        """What has an effect in it: numbers as shares of their range, choices as they are."""
+        return {
+            name: _scaled(value, self._parameters[name])
+            for name, value in candidate.to_params().items()
+            if name in self._parameters
+        }
+
+
+def _scaled(value: Any, parameter: Parameter) -> Any:
+    if not isinstance(parameter, Numbers):
+        return value
+    size = math.log if parameter.is_log else float
+    low, high = size(parameter.low), size(parameter.high)
+    return (size(value) - low) / (high - low)
+
+
+def _distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Squared; another choice, or a parameter that has an effect in one alone, is as far as a whole range."""
+    total = 0.0
+    for name in one.keys() | other.keys():
+        mine, theirs = one.get(name), other.get(name)
+        if isinstance(mine, float) and isinstance(theirs, float):
+            total += (mine - theirs) ** 2
+        else:
+            total += float(mine != theirs)
+    return total
+
+
+def replay(recorded: Recorded, searcher: StudySearcher, num_trials: int, num_workers: int) -> Iterator[list[Outcome]]:
+    """What the trials of a search give, in the order in which they end; `ended_s` is by the simulated clock."""
+    running: list[tuple[float, int, list[Outcome]]] = []
+    now, num_started = 0.0, 0
+    while True:
+        while num_started < num_trials and len(running) < num_workers:
+            asked = searcher.suggest(str(num_started))
+            assert isinstance(asked, dict), "a replay has no deadline"
+            outcomes = recorded.answer(Candidate.from_json(asked["candidate"]), asked["id"])
+            heapq.heappush(running, (now + outcomes[0].seconds, num_started, outcomes))
+            num_started += 1
+        if not running:
+            return
+        now, number, outcomes = heapq.heappop(running)
+        searcher.on_trial_complete(str(number), {"outcomes": json.dumps([each.to_json() for each in outcomes])})
+        yield [replace(each, ended_s=now) for each in outcomes]
+
+
+def replay_sweep(config: Config, runs: Path, recorded: Recorded, num_workers: int = 2) -> dict[str, Any]:
+    """Searches a recorded sweep, and leaves what a sweep leaves, but for models and MLflow: ledger and front.
+
+    Raises:
+        SweepError: the folder is there already.
+    """
+    folder = Folder(runs, config.name)
+    if folder.path.exists():
+        raise SweepError(f"{folder.path} exists; take another --name")
+    accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
+    searcher = StudySearcher(
+        recorded.space, known=(), sampler=config.search.sampler, seed=config.search.seed,
+        num_trials=config.search.trials, accuracy=accuracy, limits=limits, dense=recorded.dense,
+    )  # fmt: skip
+    with Ledger(folder.ledger) as book:
+        write_atomically(folder.config, config.to_yaml())
+        found: list[Outcome] = []
+        for outcomes in replay(recorded, searcher, config.search.trials, num_workers):
+            book.append(*outcomes)
+            found += outcomes
+    searcher.finish()
+    record = front_record(config.name, acceptable(found, limits, recorded.dense), recorded.dense, accuracy)
+    record |= {"trials": num_trials(found), "limits": [limit.text for limit in limits]}
+    write_atomically(folder.front, json.dumps(record, indent=1))
+    return record

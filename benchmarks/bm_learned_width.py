@@ -15,6 +15,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from pruning.training import Jitter, TrainSettings, train
 from pruning.width import RatioGradient, WidthSettings, WidthTraining
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "cifar10-mini"
-TARGETS = (0.6, 0.4, 0.8)
+TARGETS = (0.4, 0.6, 0.8)
 DIGITS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 64, "depth": 6, "num_heads": 4}
 
 
@@ -66,7 +67,20 @@ TASKS = {"digits": digits, "cifar10-mini": cifar10}
 GRADIENTS: dict[str, tuple[RatioGradient, ...]] = {"digits": ("edge", "open"), "cifar10-mini": ("edge",)}
 
 
-def measure(task: str, targets: tuple[float, ...], quick: bool) -> list[dict[str, Any]]:
+def row_file(task: str, target: float, gradient: str, quick: bool) -> Path:
+    return Path("runs", "bm_learned_width" + "-quick" * quick, f"{task}-{target}-{gradient}.json")
+
+
+def measure(task: str, targets: Sequence[float], quick: bool) -> list[dict[str, Any]]:
+    wanted = list(itertools.product(targets, GRADIENTS[task]))
+    missing = [each for each in wanted if not row_file(task, *each, quick).exists()]
+    if missing:
+        train_rows(task, missing, quick)
+    return [json.loads(row_file(task, *each, quick).read_text()) for each in wanted]
+
+
+def train_rows(task: str, wanted: Sequence[tuple[float, RatioGradient]], quick: bool) -> None:
+    """Writes the row of each."""
     model, training, val, settings = TASKS[task](quick)
     model.requires_grad_(False)
     anatomy = examine(model)
@@ -74,12 +88,7 @@ def measure(task: str, targets: tuple[float, ...], quick: bool) -> list[dict[str
     dense_top1 = top1(predict(model, val), val.labels)
     heads = fit_exits(model, training, [round(anatomy.depth * 10 / 12)])
     batch = val.normalized(slice(0, 64))
-    rows = []
-    for target, gradient in itertools.product(targets, GRADIENTS[task]):
-        kept = Path("runs", "bm_learned_width", f"{task}-{target}-{gradient}-{settings['epochs']}.json")
-        if kept.exists():
-            rows.append(json.loads(kept.read_text()))
-            continue
+    for target, gradient in wanted:
         start = time.monotonic()
         run = WidthTraining(
             model, training, WidthSettings(target_ratio=target, ratio_gradient=gradient, **settings), heads=heads
@@ -92,7 +101,7 @@ def measure(task: str, targets: tuple[float, ...], quick: bool) -> list[dict[str
         *earlier, whole = run.finish()
         _, timings = race(model, [whole.model, *(each.model for each in earlier)], batch, num_rounds=15)
         exits = [top1(predict(each.model, val), val.labels) for each in earlier]
-        rows.append({
+        row = {
             "task": task, "target": target, "ratio_gradient": gradient,
             "reached": count_macs(anatomy, whole.plan) / dense_macs,
             "top1": top1(predict(whole.model, val), val.labels), "dense_top1": dense_top1,
@@ -100,11 +109,11 @@ def measure(task: str, targets: tuple[float, ...], quick: bool) -> list[dict[str
             "exit_block": earlier[0].plan.exit_block, "exit_top1": exits[0],
             "exit_reached": count_macs(anatomy, earlier[0].plan) / dense_macs, "exit_speedup": timings[1].speedup,
             "epochs": settings["epochs"], "seconds": seconds,
-        })  # fmt: skip
-        print(rows[-1], file=sys.stderr)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(rows[-1]))
-    return rows
+        }  # fmt: skip
+        print(row, file=sys.stderr)
+        file = row_file(task, target, gradient, quick)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(row))
 
 
 def table(rows: list[dict[str, Any]], command: str) -> str:

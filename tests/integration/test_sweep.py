@@ -359,7 +359,7 @@ def test_resume_runs_only_what_is_left(resumed: Resumed) -> None:
 
 def test_outcomes_say_when_they_ended_and_a_resume_counts_on(resumed: Resumed) -> None:
     ends = [outcome.ended_s for outcome in resumed.sweep.outcomes]
-    assert 0 < ends[0]
+    assert ends[0] > 0
     assert ends == sorted(ends)
     for before, outcome in zip(ends[:-1], resumed.sweep.outcomes[1:], strict=True):
         assert outcome.ended_s - before >= outcome.seconds * 0.99  # one after the other, on one core

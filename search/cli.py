@@ -300,7 +300,8 @@ def _show_front(record: dict[str, Any], runs: Path, as_json: bool) -> None:
     if limits:
         out.print(f"of the models with {limits}" if points else f"no model has {limits}", markup=False, highlight=False)
     folder = runs / record["name"]
-    out.print(f"hypervolume {record['hypervolume']:.4f}; models, tables and plans are in {folder}", highlight=False)
+    what = "models, tables and plans" if "conditions" in record else "outcomes and plans"  # of a replay
+    out.print(f"hypervolume {record['hypervolume']:.4f}; {what} are in {folder}", highlight=False)
 
 
 def _say(text: str) -> None:

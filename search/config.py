@@ -21,7 +21,7 @@ from pruning.scores.criteria import CRITERIA
 from pruning.training import Jitter, TrainSettings
 from pruning.width import RatioGradient
 from search.errors import ConfigError
-from search.limits import parse_limit
+from search.limits import RETRIEVAL, parse_limit
 from search.outcome import Method, Recovery
 
 Accuracy = Literal["top1", "recall_at_1", "mean_average_precision"]
@@ -251,6 +251,13 @@ class SearchConfig(_Section):
     @property
     def time_budget_s(self) -> float | None:
         return None if self.time_budget is None else parse_seconds(self.time_budget)
+
+    @model_validator(mode="after")
+    def _limits_are_measured(self) -> SearchConfig:
+        for limit in map(parse_limit, self.limits):
+            if limit.metric in RETRIEVAL and self.accuracy == "top1":
+                raise ValueError(f"limit {limit.text!r} is measured only with search.accuracy={limit.metric}")
+        return self
 
     @model_validator(mode="after")
     def _time_budget_is_a_time(self) -> SearchConfig:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, fields
 from search.errors import ConfigError
 from search.outcome import Measurement, Outcome
 
+RETRIEVAL = frozenset({"recall_at_1", "mean_average_precision"})
+"""The metrics that are measured only where the recipe searches by one of them."""
+
 METRICS = tuple(field.name for field in fields(Measurement) if field.name != "top1_test")
 """All but what is measured when the search is over."""
 
@@ -36,7 +39,8 @@ class Limit:
     def excess(self, measurement: Measurement, dense: Measurement) -> float:
         """How far the measurement is beyond the bound, as a share of the dense value; 0 or less is within."""
         over = float(getattr(measurement, self.metric)) - self.bound(dense)
-        return (over if self.is_most else -over) / (abs(float(getattr(dense, self.metric))) or 1.0)
+        share = (over if self.is_most else -over) / (abs(float(getattr(dense, self.metric))) or 1.0)
+        return round(share, 12)  # so that what is at the bound is within, whatever binary fractions make of it
 
 
 def parse_limit(text: str) -> Limit:

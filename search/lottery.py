@@ -75,27 +75,15 @@ def hold_lottery(
             on_stage=_teller(on_stage, f"seed {index + 1} of {seeds}", rounds),
         )
         rows += result.rows
-    record: dict[str, Any] = {
-        "name": config.name,
-        "sparsity": sparsity,
-        "rounds": rounds,
-        "rewind_step": rewind_step,
-        "seeds": seeds,
-        "steps": num_steps,
-        "training_images": len(images),
-        "val_images": len(splits.val),
-        "conditions": {
-            "device": device_name(device),
-            "precision": precision,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
-        "config": config.model_dump(mode="json"),
-        "arms": summaries(rows),
-        "rows": [
-            asdict(row) | {"gradient_norms": [float(f"{norm:.4g}") for norm in row.gradient_norms]} for row in rows
-        ],
-    }
+    conditions = {
+        "device": device_name(device), "precision": precision, "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }  # fmt: skip
+    record = {
+        "name": config.name, "sparsity": sparsity, "rounds": rounds, "rewind_step": rewind_step, "seeds": seeds,
+        "steps": num_steps, "training_images": len(images), "val_images": len(splits.val), "conditions": conditions,
+        "config": config.model_dump(mode="json"), "arms": summaries(rows), "rows": [_plain(row) for row in rows],
+    }  # fmt: skip
     write_atomically(folder / "table.csv", lottery_csv(rows))
     write_atomically(folder / "lottery.html", lottery_html(record))
     write_atomically(folder / "result.json", json.dumps(record))
@@ -143,6 +131,10 @@ def summaries(rows: Sequence[LotteryRow]) -> list[dict[str, Any]]:
     ]
 
 
+def _plain(row: LotteryRow) -> dict[str, Any]:
+    return asdict(row) | {"gradient_norms": [float(f"{norm:.4g}") for norm in row.gradient_norms]}
+
+
 def lottery_csv(rows: Sequence[LotteryRow]) -> str:
     """A line for each training."""
     text = io.StringIO()
@@ -152,10 +144,6 @@ def lottery_csv(rows: Sequence[LotteryRow]) -> str:
         norms = (row.gradient_norms[0], fmean(row.gradient_norms))
         writer.writerow((row.arm, row.round, row.sparsity, row.seed, row.top1, *(f"{norm:.4g}" for norm in norms)))
     return text.getvalue()
-
-
-def _four_digits(numbers: Sequence[float]) -> list[float]:
-    return [float(f"{number:.4g}") for number in numbers]
 
 
 def _teller(

@@ -21,6 +21,8 @@ FRONT_COLOUR, KNEE_COLOUR, DENSE_COLOUR = "#1f5fa8", "#d1495b", "#222222"
 FAINT_COLOUR, GRID_COLOUR = "#b9c1cb", "#e9ecef"
 ARM_COLOURS = {"dense": DENSE_COLOUR, "ticket": FRONT_COLOUR, "random": KNEE_COLOUR, "sparse-aware": "#2a9d6f"}
 
+AXIS = {"gridcolor": GRID_COLOUR, "linecolor": DENSE_COLOUR, "ticks": "outside", "zeroline": False}
+
 STUDY_COLOURS = ("#1f5fa8", "#d1495b", "#2e8b57", "#c98a00", "#7a4ea3", "#5b6770")
 
 # plotly 7 gives every page a button that uploads the figure to Plotly's cloud; ours has none.
@@ -155,11 +157,10 @@ def draw(info: FrontInfo) -> go.Figure:
         figure.add_trace(_trace(f"knee ({info.knee.name})", [info.knee], mode="markers", marker=marker))
     marker = {"color": DENSE_COLOUR, "size": 12, "symbol": "diamond"}
     figure.add_trace(_trace("dense", [info.dense], mode="markers", marker=marker))
-    axis = {"gridcolor": GRID_COLOUR, "linecolor": DENSE_COLOUR, "ticks": "outside", "zeroline": False}
     figure.update_layout(
         title={"text": info.title, "x": 0.02},
-        xaxis=axis | {"title": {"text": "throughput, measured (img/s)"}},
-        yaxis=axis | {"title": {"text": f"{info.accuracy} on val (%)"}},
+        xaxis=AXIS | {"title": {"text": "throughput, measured (img/s)"}},
+        yaxis=AXIS | {"title": {"text": f"{info.accuracy} on val (%)"}},
         plot_bgcolor="white",
         paper_bgcolor="white",
         showlegend=True,
@@ -266,9 +267,8 @@ def draw_lottery(arms: Sequence[ArmInfo], title: str) -> go.Figure:
             ),
             row=1, col=2,
         )  # fmt: skip
-    axis = {"gridcolor": GRID_COLOUR, "linecolor": DENSE_COLOUR, "ticks": "outside", "zeroline": False}
-    figure.update_xaxes(axis)
-    figure.update_yaxes(axis)
+    figure.update_xaxes(AXIS)
+    figure.update_yaxes(AXIS)
     figure.update_layout(
         title={"text": title, "x": 0.02},
         xaxis={"title": {"text": "share of the blocks' weights that are gone"}},
@@ -380,10 +380,9 @@ def draw_study(info: StudyInfo) -> go.Figure:
             )
         dash = {"color": DENSE_COLOUR, "dash": "dot", "width": 1}
         figure.add_hline(y=panel.dense, line=dash, row=1, col=column)
-        axis = {"gridcolor": GRID_COLOUR, "linecolor": DENSE_COLOUR, "ticks": "outside", "zeroline": False}
         kind = "log" if info.log_x else "linear"
-        figure.update_xaxes(**axis, type=kind, title={"text": info.x_label}, row=1, col=column)
-        figure.update_yaxes(**axis, title={"text": panel.y_label}, row=1, col=column)
+        figure.update_xaxes(**AXIS, type=kind, title={"text": info.x_label}, row=1, col=column)
+        figure.update_yaxes(**AXIS, title={"text": panel.y_label}, row=1, col=column)
     figure.update_layout(
         title={"text": f"{escape(info.title)}<br><sup>{'<br>'.join(wrap(escape(info.answer), 140))}</sup>", "x": 0.02},
         plot_bgcolor="white",
@@ -426,9 +425,8 @@ def draw_comparison(record: dict[str, Any]) -> go.Figure:
                 ),
                 row=1, col=column,
             )  # fmt: skip
-    axis = {"gridcolor": GRID_COLOUR, "linecolor": DENSE_COLOUR, "ticks": "outside", "zeroline": False}
-    figure.update_xaxes(axis)
-    figure.update_yaxes(axis)
+    figure.update_xaxes(AXIS)
+    figure.update_yaxes(AXIS)
     figure.update_layout(
         title={"text": "Hypervolume of accuracy and speed-up, over the dense model's", "x": 0.02},
         xaxis={"title": {"text": "trials"}},

@@ -59,6 +59,22 @@ def test_excess_is_a_share_of_dense_above_0_beyond_the_limit_alone() -> None:
     assert least.excess(made.measurement(0.8, 2.0), DENSE) == pytest.approx(-0.1)
 
 
+def test_what_is_at_the_bound_is_within() -> None:
+    for dense, top1 in ((0.9, 0.87), (0.3, 0.27), (0.7, 0.67)):  # 0.3 - 0.03 is above 0.27 in binary fractions
+        limit = parse_limit("top1 >= dense - 0.03")
+        assert limit.excess(made.measurement(top1, 2.0), made.measurement(dense, 1.0)) <= 0
+        assert limit.excess(made.measurement(top1 - 0.001, 2.0), made.measurement(dense, 1.0)) > 0
+
+
+def test_a_limit_on_what_the_recipe_does_not_measure_is_refused() -> None:
+    record = tiny.config().model_dump(mode="json")
+    record["search"]["limits"] = ["recall_at_1 >= 0.5"]
+    with pytest.raises(ConfigError, match=r"measured only with search\.accuracy=recall_at_1"):
+        Config.from_dict(record)
+    record["search"]["accuracy"] = "recall_at_1"
+    assert Config.from_dict(record).search.limits == ("recall_at_1 >= 0.5",)
+
+
 def test_acceptable_is_what_was_measured_and_keeps_all_limits() -> None:
     limits = [parse_limit("top1 >= 0.7"), parse_limit("speedup >= 1.5")]
     outcomes = [made.outcome("t000", 0.75, 1.6), made.outcome("t001", 0.65, 3.0), made.outcome("t002", 0.9, 1.2)]

@@ -426,7 +426,9 @@ def draw_comparison(record: dict[str, Any]) -> go.Figure:
                 row=1, col=column,
             )  # fmt: skip
     figure.update_xaxes(AXIS)
-    figure.update_yaxes(AXIS)
+    # By the means: the interval of two seeds may be many times the figure.
+    most = max(value for curve in record["by_trial"] for value in curve["mean"])
+    figure.update_yaxes(AXIS, range=[0, 1.1 * most if most > 0 else 1])
     figure.update_layout(
         title={"text": "Hypervolume of accuracy and speed-up, over the dense model's", "x": 0.02},
         xaxis={"title": {"text": "trials"}},

@@ -110,7 +110,8 @@ def measure_profile(
             continue
         trial = repaired_model(model, plan, calibration, sensitivity, batch_size=batch_size, precision=precision)
         logits = predict(trial.model, probe, batch_size=batch_size, precision=precision)
-        scales.append(max(1.0, divergence(dense, logits) / max(sum(_predicted(profile, anatomy, plan)), 1e-9)))
+        predicted = sum(map(sum, block_costs(profile, anatomy, plan)))  # still unscaled
+        scales.append(max(1.0, divergence(dense, logits) / max(predicted, 1e-9)))
     # Sensitivity 3, curves 1, the dense stream 1, a trial 3; probed tokens, and the answers of the models.
     probe_share, probed = len(probe) / len(calibration), len(SHARES) * (anatomy.depth + 1) / 2 + 1 if reduces else 0
     return replace(
@@ -294,8 +295,8 @@ class _Search:
 
     def cost(self, plan: Plan) -> float:
         """Predicted, in nats an image."""
-        of_channels, of_tokens = _predicted(self.profile, self.anatomy, plan)
-        return self.channel_scale * of_channels + self.profile.token_scale * of_tokens
+        costs = block_costs(replace(self.profile, channel_scale=self.channel_scale), self.anatomy, plan)
+        return sum(map(sum, costs))
 
     def _tokens(self, index: int) -> list[int]:
         """The counts, with the prefix tokens, at a block."""
@@ -352,18 +353,22 @@ class _Search:
         )
 
 
-def _predicted(profile: Profile, anatomy: Anatomy, plan: Plan) -> tuple[float, float]:
-    """The predicted cost of a plan's channels, and of its tokens, before scaling."""
-    of_channels, of_tokens, entering = 0.0, 0.0, anatomy.blocks[0].num_patches
-    # Behind an exit the profile has more blocks than the model.
+def block_costs(profile: Profile, anatomy: Anatomy, plan: Plan) -> list[tuple[float, float]]:
+    """The predicted cost of each block's channels, and of its tokens, in nats an image.
+
+    Args:
+        anatomy: of the profiled model, or of its first blocks behind an exit.
+    """
+    costs, entering = [], anatomy.blocks[0].num_patches
     for block, kept, curves, tokens in zip(anatomy.blocks, plan.blocks, profile.channels, profile.tokens, strict=False):
-        shape = kept.shape
-        of_channels += float(curves.qk[block.head_dim - shape.qk_width] + curves.v[block.head_dim - shape.v_width])
+        shape, of_tokens = kept.shape, 0.0
+        of_channels = float(curves.qk[block.head_dim - shape.qk_width] + curves.v[block.head_dim - shape.v_width])
         of_channels += float(curves.hidden[block.num_hidden - shape.num_hidden])
         if tokens and shape.num_tokens < entering:
-            of_tokens += float(_cost_at(tokens, np.array(1 - shape.num_tokens / entering)))
+            of_tokens = float(_cost_at(tokens, np.array(1 - shape.num_tokens / entering)))
+        costs.append((profile.channel_scale * of_channels, profile.token_scale * of_tokens))
         entering = shape.num_tokens
-    return of_channels, of_tokens
+    return costs
 
 
 def _kept(order: Tensor, count: int) -> tuple[tuple[int, ...], ...]:

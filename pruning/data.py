@@ -61,6 +61,8 @@ class Splits:
     """What the search sees as accuracy."""
     test: Images | None
     """Touched once, for the final front."""
+    confirm: Images | None = None
+    """More of `val`, to confirm the final front on."""
 
     @property
     def training(self) -> Images:

@@ -44,8 +44,7 @@ class Bench:
     splits: Splits
     precision: Precision
     profiles: dict[TokenReduction, Profile]
-    """Of the whole dense model, for `method: global`; one for each token reduction that the space allows."""
-
+    """Of the whole dense model, for `method: global` and for proposals; by token reduction."""
     paces: dict[TokenReduction, tuple[Pace, ...]]
     """Of every block of the dense model on this device, for `round_to: auto`; likewise."""
 
@@ -68,13 +67,15 @@ class Bench:
 
 
 def prepare(
-    config: Config, model: nn.Module, splits: Splits, exit_blocks: Sequence[int], *, trained: bool
-) -> tuple[Bench, Measurement]:
+    config: Config, model: nn.Module, splits: Splits, exit_blocks: Sequence[int], *, trained: bool,
+    profiles: Mapping[TokenReduction, Profile] | None = None,
+) -> tuple[Bench, Measurement]:  # fmt: skip
     """Trains the dense model if the recipe says so, fits the exits and measures the dense model: once a sweep.
 
     Args:
         model: on the device to work on.
         trained: its weights are final; else the recipe's training is done here, in place.
+        profiles: known ones; if given, all of `profiled` are there in the end, else those that a trial needs.
 
     Returns:
         The bench, and what the dense model does.
@@ -95,22 +96,28 @@ def prepare(
     )  # fmt: skip
     anatomy = examine(model)
     space = Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows)
-    profiles = {
-        kind: measure_profile(
-            model, splits.calibration, splits.probe, token_reduction=kind, batch_size=config.cascade.batch_size,
-            precision=chosen,
-        )
-        for kind in (space.token_reduction if "global" in space.method else ())
-    }  # fmt: skip
+    known = dict(profiles or {})
+    for kind in profiled(space) if profiles is not None or "global" in space.method else ():
+        if kind not in known:
+            known[kind] = measure_profile(
+                model, splits.calibration, splits.probe, token_reduction=kind, batch_size=config.cascade.batch_size,
+                precision=chosen,
+            )  # fmt: skip
     paces = {
         kind: measure_paces(model, config.measure.batch_size, token_reduction=kind, precision=chosen)
         for kind in (_reductions(space) if "auto" in space.round_to else ())
     }
-    bench = Bench(
-        config=config, model=model, heads=heads, splits=splits, precision=chosen, profiles=profiles, paces=paces
-    )
-    timing, _ = _race(bench, [])
+    bench = Bench(config=config, model=model, heads=heads, splits=splits, precision=chosen, profiles=known, paces=paces)
+    timing, _ = _race(bench, [], config.measure.num_rounds)
     return bench, _measurement(bench, model, _dense_plan(bench), timing)
+
+
+def profiled(space: Space) -> tuple[TokenReduction, ...]:
+    """The token reductions for which the dense model has a profile: all of method `global`, which allocates by it; one
+    where the cascade alone begins with what it says."""
+    if "global" in space.method:
+        return space.token_reduction
+    return space.token_reduction[:1] if "cascade" in space.method else ()
 
 
 def _reductions(space: Space) -> tuple[TokenReduction, ...]:
@@ -121,7 +128,7 @@ def _reductions(space: Space) -> tuple[TokenReduction, ...]:
 
 def measure(bench: Bench, model: nn.Module, plan: Plan) -> Measurement:
     """Accuracy on val, throughput against dense, and cost of one model."""
-    _, (timing,) = _race(bench, [model])
+    _, (timing,) = _race(bench, [model], bench.config.measure.num_rounds)
     return _measurement(bench, model, plan, timing)
 
 
@@ -137,15 +144,22 @@ class Confirmation:
     """What the figures hold for: device, precision, threads, batch size, torch."""
 
 
+CONFIRMING = 3
+"""The front is timed for so many times the rounds of a trial."""
+
+
 def confirm(bench: Bench, plans: Sequence[Plan], weights: Sequence[Weights | None] = ()) -> Confirmation:
-    """Builds the models of several plans and measures them and the dense one again, in one run, and on `test`.
+    """Builds the models of several plans and measures them and the dense one again, in one longer run, on the images
+    to confirm with if the recipe has any, and on `test`.
 
     Args:
         weights: of each model whose weights do not follow from its plan; by default of none.
     """
+    if bench.splits.confirm is not None:
+        bench = replace(bench, splits=replace(bench.splits, val=bench.splits.confirm))
     known = weights or [None] * len(plans)
     models = [build(bench, plan, each) for plan, each in zip(plans, known, strict=True)]
-    dense_timing, timings = _race(bench, models)
+    dense_timing, timings = _race(bench, models, CONFIRMING * bench.config.measure.num_rounds)
     measured = [_measurement(bench, bench.model, _dense_plan(bench), dense_timing)]
     measured += [_measurement(bench, *each) for each in zip(models, plans, timings, strict=True)]
     if bench.splits.test is not None:
@@ -182,9 +196,8 @@ def _dense_plan(bench: Bench) -> Plan:
     return keep_all_plan(examine(bench.model))
 
 
-def _race(bench: Bench, models: Sequence[nn.Module]) -> tuple[Timing, list[Timing]]:
-    rounds = bench.config.measure.num_rounds
-    return race(bench.model, models, bench.timing_batch(), num_rounds=rounds, precision=bench.precision)
+def _race(bench: Bench, models: Sequence[nn.Module], num_rounds: int) -> tuple[Timing, list[Timing]]:
+    return race(bench.model, models, bench.timing_batch(), num_rounds=num_rounds, precision=bench.precision)
 
 
 def _measurement(bench: Bench, model: nn.Module, plan: Plan, timing: Timing) -> Measurement:

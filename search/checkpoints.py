@@ -5,7 +5,6 @@ A file is what `torch.save` writes of plain containers and tensors; it is read w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from search.errors import SweepError
+from search.files import write_by
 from search.outcome import Candidate
 
 
@@ -39,15 +39,13 @@ class Checkpoints:
         Raises:
             SweepError: the disk refuses.
         """
-        path = self._path(checkpoint.id)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save({"candidate": asdict(checkpoint.candidate), "state": dict(checkpoint.state)}, draft)
-            os.replace(draft, path)
-        except (OSError, RuntimeError) as error:  # torch's own for a full disk
-            draft.unlink(missing_ok=True)
-            raise SweepError(f"cannot write {path}: {' '.join(str(error).split())}") from error
+        record = {"candidate": asdict(checkpoint.candidate), "state": dict(checkpoint.state)}
+
+        def write(draft: Path) -> None:
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(record, draft)
+
+        write_by(self._path(checkpoint.id), write)
 
     def remove(self, trial_id: str) -> None:
         """The trial has ended."""

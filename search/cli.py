@@ -38,6 +38,9 @@ def run(
     trials: Annotated[int | None, typer.Option(help="In all, those of an earlier run included.")] = None,
     time_budget: Annotated[str | None, typer.Option(help="No trial starts later: 90s, 10m, 2h.")] = None,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster: auto, or host:port.")] = None,
+    earlier: Annotated[
+        list[str], typer.Option("--from", metavar="NAME", help="Of an earlier sweep of the same model to learn from.")
+    ] = [],  # noqa: B006
     replay: Annotated[
         Path | None, typer.Option(help="Folder of a finished sweep: search what was recorded there, without a model.")
     ] = None,
@@ -50,7 +53,7 @@ def run(
     from search.progress import ProgressLine
     from search.sweep import run_sweep
 
-    config = load_config(recipe, name=name, trials=trials, time_budget=time_budget, sets=sets)
+    config = load_config(recipe, name=name, trials=trials, time_budget=time_budget, earlier=earlier, sets=sets)
     if replay is not None:
         from search.replay import Recorded, replay_sweep
 
@@ -296,6 +299,14 @@ def _show_front(record: dict[str, Any], runs: Path, as_json: bool) -> None:
         mark = " knee" if point["id"] == record["knee"] else ""
         row(point["id"] + mark, point, str(len(point["plan"]["blocks"])))
     out.print(table)
+    why = {
+        "time": "the time was up",
+        "saturation": "the hypervolume had stopped to grow",
+        "interrupt": "it was interrupted",
+        "exhaustion": "there was nothing new to try",
+    }
+    if record.get("ended_by") in why:
+        out.print(f"ended after {record['trials']} trials: {why[record['ended_by']]}", highlight=False)
     limits = " and ".join(record.get("limits", ()))
     if limits:
         out.print(f"of the models with {limits}" if points else f"no model has {limits}", markup=False, highlight=False)

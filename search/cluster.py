@@ -30,14 +30,16 @@ from ray import tune
 from ray.exceptions import RayError, RaySystemError, RayTaskError
 from torch import nn
 
+from pruning.allocation import Profile
 from pruning.errors import VitfrontError
-from pruning.plan import Plan
+from pruning.plan import Plan, TokenReduction
 from search.bench import Bench, Confirmation, Weights, confirm, prepare
 from search.checkpoints import Checkpoint
 from search.config import Config
 from search.errors import ConfigError, SweepError
 from search.inputs import Inputs
 from search.outcome import Candidate, Measurement, Outcome, State
+from search.proposals import propose
 from search.searcher import StudySearcher
 from search.trial import Epoch, start_trial
 
@@ -202,11 +204,16 @@ def run_trials(
         raise bookkeeper.error
 
 
-def prepare_remotely(config: Config, inputs: Inputs, exit_blocks: list[int]) -> tuple[Bench, Measurement]:
-    """`prepare` on a worker's device; the bench comes back on the CPU, where every worker can take it from."""
+def prepare_remotely(
+    config: Config, inputs: Inputs, profiles: Mapping[TokenReduction, Profile]
+) -> tuple[Bench, Measurement, list[Candidate]]:
+    """`prepare` on a worker's device, and what it proposes; the bench comes back on the CPU, where every worker can
+    take it from."""
     model: nn.Module = inputs.model.to(_device())
-    bench, dense = prepare(config, model, inputs.splits, exit_blocks, trained=inputs.trained)
-    return bench.to("cpu"), dense
+    bench, dense = prepare(
+        config, model, inputs.splits, inputs.space.exit_blocks, trained=inputs.trained, profiles=profiles
+    )
+    return bench.to("cpu"), dense, propose(bench, inputs.space)
 
 
 def confirm_remotely(bench: Bench, plans: list[Plan], weights: list[Weights | None]) -> Confirmation:

@@ -5,6 +5,7 @@ A recipe is a YAML file or a shipped name (`search/recipes/`). Relative paths in
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from importlib import resources
@@ -25,6 +26,9 @@ from search.limits import RETRIEVAL, parse_limit
 from search.outcome import Method, Recovery
 
 Accuracy = Literal["top1", "recall_at_1", "mean_average_precision"]
+
+FREE = ("trials", "time_budget", "earlier", "patience", "min_gain")
+"""Keys of the search that make no other outcomes: a sweep may go on with others."""
 
 
 class _Section(BaseModel):
@@ -175,6 +179,8 @@ class DataConfig(_Section):
     """Training images, other ones, on which the cascade measures what a step costs. Exits are fitted on both."""
     val_images: Annotated[int, Field(ge=8)] | None = None
     """At most so many images of val; all by default."""
+    confirm_images: Annotated[int, Field(ge=8)] | None = None
+    """The final front is confirmed on so many images of val; by default on those that the search saw."""
     test_images: Annotated[int, Field(ge=8)] | None = None
     mean: tuple[float, ...] | None = None
     """Of each channel, in [0, 1]; by default what timm knows of the model. So are the next three."""
@@ -240,8 +246,14 @@ class SearchConfig(_Section):
     trials: Annotated[int, Field(ge=1)] = 50
     time_budget: str | float | None = None
     """Stop starting trials after so long: seconds, or 90s, 10m, 2h."""
-    sampler: Literal["auto", "gp", "tpe", "nsga2", "random"] = "auto"
+    sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
     """auto: a Gaussian process where all that is searched are numbers and the trials are at most 200, else tpe."""
+    earlier: tuple[str, ...] = ()
+    """Names of sweeps of the same model and images, from which this one learns; their fronts are tried first."""
+    patience: Annotated[int, Field(ge=0)] = 40
+    """Stop when the hypervolume has grown by less than `min_gain` over so many measured trials; 0 never stops."""
+    min_gain: Share = 0.01
+    """As a share of the hypervolume."""
     limits: tuple[LimitText, ...] = ()
     """What a model must keep: `top1 >= dense - 0.01`, `macs <= 60%` (of the dense model's), `latency_ms_p50 <= 5`."""
     accuracy: Accuracy = "top1"
@@ -361,14 +373,14 @@ class Config(_Section):
     def differences(self, other: Config) -> list[str]:
         """Keys that would make other outcomes; how long the search goes on and on what machines do not."""
         mine, theirs = (flat(config.model_dump(mode="json")) for config in (self, other))
-        free = ("name", "search.trials", "search.time_budget", "resources.")
+        free = ("name", "resources.", *(f"search.{key}" for key in FREE))
         keys = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
         return [key for key in keys if not key.startswith(free)]
 
 
 def load_config(
     recipe: str, *, name: str | None = None, trials: int | None = None, time_budget: str | None = None,
-    sets: Sequence[str] = (),
+    earlier: Sequence[str] = (), sets: Sequence[str] = (),
 ) -> Config:  # fmt: skip
     """A recipe with the command line's changes.
 
@@ -384,6 +396,7 @@ def load_config(
     changes = [*sets]
     changes += [f"search.trials={trials}"] if trials is not None else []
     changes += [f"search.time_budget={time_budget}"] if time_budget is not None else []
+    changes += [f"search.earlier={json.dumps(earlier)}"] if earlier else []
     for change in changes:
         _set(record, change)
     if name is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,17 +17,31 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         SweepError: the file cannot be written; the old one is untouched.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+
+    def write(draft: Path) -> None:
         with draft.open("w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+
+    write_by(path, write)
+    sync_folder(path.parent)
+
+
+def write_by(path: Path, write: Callable[[Path], None]) -> None:
+    """Has a function write a draft, which then takes the place of `path`.
+
+    Raises:
+        SweepError: the file cannot be written; the old one is untouched.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(draft)
         os.replace(draft, path)
-        sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's own for a full disk
         draft.unlink(missing_ok=True)
-        raise SweepError(f"cannot write {path}: {error.strerror}") from error
+        told = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise SweepError(f"cannot write {path}: {told}") from error
 
 
 def sync_folder(folder: Path) -> None:

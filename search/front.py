@@ -138,6 +138,35 @@ def contenders(outcomes: Sequence[Outcome], accuracy: str = "top1") -> tuple[Out
     return tuple(own for own in measured if not any(beaten(own, other) for other in measured))
 
 
+def distinct(front: Sequence[Outcome], dense: Measurement, accuracy: str = "top1") -> tuple[Outcome, ...]:
+    """The points of a front that noise does not make: without those that can be told neither from the dense model nor
+    from a point before them, in no objective.
+
+    Two values are told apart if they differ by more than the root of the sum of their squared half-intervals.
+
+    Args:
+        front: the slowest first, as `front_of` gives it; of points that are the same, the most accurate stays.
+    """
+    kept, found = [dense], list[Outcome]()
+    for outcome in front:
+        own = outcome.measurement
+        assert own is not None
+        if all(_differ(own, other, accuracy) or _differ(own, other, "speedup") for other in kept):
+            kept.append(own)
+            found.append(outcome)
+    return tuple(found)
+
+
+def _differ(one: Measurement, other: Measurement, metric: str) -> bool:
+    """Beyond the noise; a metric without an interval is taken to be exact."""
+    values = [getattr(each, metric) for each in (one, other)]
+    noise = [
+        (getattr(each, f"{metric}_high", value) - getattr(each, f"{metric}_low", value)) / 2
+        for each, value in zip((one, other), values, strict=True)
+    ]
+    return bool(abs(values[0] - values[1]) > np.hypot(*noise))
+
+
 def reference_point(dense: Measurement, accuracy: str = "top1") -> dict[str, float]:
     """Where the hypervolume starts: half the accuracy of the dense model, at its speed.
 
@@ -168,14 +197,15 @@ def running_hypervolume(
 
 
 def front_record(name: str, outcomes: Sequence[Outcome], dense: Measurement, accuracy: str = "top1") -> dict[str, Any]:
-    """What `front.json` holds: the front of the sweep `name` and what it is compared with."""
-    front = front_of(outcomes, accuracy)
+    """What `front.json` holds: the distinct points of the front of the sweep `name`, the hypervolume of the whole front,
+    and what it is compared with."""
+    front = distinct(front_of(outcomes, accuracy), dense, accuracy)
     return {
         "name": name,
         "objectives": [asdict(objective) for objective in objectives(accuracy)],
         "dense": asdict(dense),
         "reference_point": reference_point(dense, accuracy),
-        "hypervolume": hypervolume_of(front, dense, accuracy),
+        "hypervolume": hypervolume_of(outcomes, dense, accuracy),
         "knee": front[knee(_values(front, accuracy))].id if front else None,
         "points": [_point(outcome) for outcome in front],
     }

@@ -18,6 +18,9 @@ from search.config import Config, input_spec
 from search.errors import ConfigError
 from search.space import Space
 
+NO_TRAINING = ("val", "test", "val_images", "confirm_images", "test_images", "noise")
+"""Keys of the data that no training depends on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
@@ -88,6 +91,7 @@ def load_splits(config: Config, spec: InputSpec, num_classes: int) -> Splits:
         calibration=_noisy(train.take(slice(0, num_calibration)), data.noise, data.seed),
         probe=train.take(slice(num_calibration, None)),
         val=load(data.val, data.val_images),
+        confirm=None if data.confirm_images is None else load(data.val, data.confirm_images),
         test=None if data.test is None else load(data.test, data.test_images),
     )
 
@@ -103,6 +107,6 @@ def _noisy(images: Images, std: float, seed: int) -> Images:
 
 def _training_hash(config: Config) -> str:
     """Of all that the trained weights depend on."""
-    data = config.data.model_dump(mode="json", exclude={"val", "test", "val_images", "test_images", "noise"})
+    data = config.data.model_dump(mode="json", exclude={*NO_TRAINING})
     told = json.dumps([config.model.model_dump(mode="json"), data], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -74,6 +74,9 @@ class ProgressLine:
         if not self._console.is_terminal or outcome.state is State.FAILED:
             self._console.print(f"{self._num_done}/{self._num_trials} {describe(outcome)}", highlight=False)
 
+    def interrupted(self) -> None:
+        self._console.print("no further trial starts; waiting for those that run (Ctrl-C again leaves at once)")
+
     def _render(self) -> Text:
         if not self._num_trials:
             return Text(f"{self._stage} ... {_clock(time.monotonic() - self._since)}")

@@ -25,8 +25,9 @@ from search.limits import Limit
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.space import Choice, Parameter, Space
 
-Sampler = Literal["auto", "gp", "tpe", "nsga2", "random"]
-"""auto: gp where all parameters are numbers and the trials are not too many, else tpe."""
+Sampler = Literal["auto", "gp", "tpe", "nsga2", "random", "grid"]
+"""auto: gp where all parameters are numbers and the trials are not too many, else tpe. grid: as fine as the trials
+allow, in random order."""
 
 MOST_GP_TRIALS = 200
 """A suggestion of the Gaussian process takes seconds, and the more, the more it knows."""
@@ -34,20 +35,26 @@ MOST_GP_TRIALS = 200
 NUM_RANDOM = 8
 """So many trials are known before a sampler uses them."""
 
+MOST_REPEATS = 20
+"""So many suggestions in a row that were tried before end a search: the space is exhausted, or so is the sampler."""
+
 
 class StudySearcher(Searcher):
     """Asks the study for a candidate when Ray has room for a trial, and tells it what came of it."""
 
     def __init__(
         self, space: Space, *, known: Sequence[Outcome], sampler: Sampler, seed: int, num_trials: int = 0,
-        ahead: int = 0, unfinished: Sequence[tuple[str, Candidate]] = (), accuracy: str = "top1",
-        limits: Sequence[Limit] = (), dense: Measurement | None = None, deadline: float | None = None,
+        first: Sequence[Candidate] | None = None, learned: Sequence[Outcome] = (), ahead: int = 0,
+        unfinished: Sequence[tuple[str, Candidate]] = (), accuracy: str = "top1", limits: Sequence[Limit] = (),
+        dense: Measurement | None = None, deadline: float | None = None,
         on_suggest: Callable[[str, Candidate], None] | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             known: outcomes of an earlier run of the sweep; their candidates are not suggested again.
-            num_trials: how many the sweep has in all, for the choice of the sampler.
+            num_trials: how many the sweep has in all, for the choice of the sampler and the fineness of a grid.
+            first: candidates to begin with; by default the space's own.
+            learned: outcomes of other sweeps, which the sampler learns from.
             ahead: so many suggestions are made ready, in a thread, while trials run.
             unfinished: ids and candidates of trials that an earlier run did not end; they come first, as they were.
             accuracy: the field of `Measurement` that is told, beside the speed-up.
@@ -61,6 +68,8 @@ class StudySearcher(Searcher):
         self._distributions = {name: _distribution(each) for name, each in space.parameters().items()}
         self._study = _create_study(sampler, seed + len(known), self._distributions, num_trials)
         self._asked: dict[str, Trial | Candidate] = {}
+        self._answers: dict[Candidate, Outcome | None] = {}
+        """What came of each candidate; None while it runs."""
         self._unfinished = list(unfinished)
         taken = [outcome.trial for outcome in known] + [trial_id for trial_id, _ in unfinished]
         self._next_number = 1 + max((int(trial_id[1:]) for trial_id in taken), default=-1)
@@ -68,32 +77,36 @@ class StudySearcher(Searcher):
         self._sampling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
         self._deadline = deadline
         self._on_suggest = on_suggest
+        for outcome in learned:
+            self._tell(outcome.candidate, outcome)
         for outcome in known:
             if outcome.id == outcome.trial:  # what a trial found at earlier exits has the same candidate
                 self._tell(outcome.candidate, outcome)
-        tried = {outcome.candidate for outcome in known} | {candidate for _, candidate in unfinished}
-        self._first = [candidate for candidate in space.first_candidates() if candidate not in tried]
+                self._answers[outcome.candidate] = outcome
+        self._answers |= {candidate: None for _, candidate in unfinished}
+        self._given = list(space.first_candidates() if first is None else first)
+        self._has_sampler = sampler != "grid"
+        if not self._has_sampler:
+            self._given += space.grid(num_trials, seed)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Ray's FINISHED is a str
         """Ray's config of the next trial: its id, its candidate, and whether it goes on where an earlier run stopped;
-        `FINISHED` once the time is up."""
+        `FINISHED` once the time is up, or nothing new is found."""
+        is_resumed = bool(self._unfinished)
+        found: tuple[Trial | Candidate, Candidate] | None
         if self._deadline is not None and time.monotonic() >= self._deadline:
+            found = None
+        elif is_resumed:
+            name, candidate = self._unfinished.pop(0)
+            found = candidate, candidate
+        else:
+            name, found = f"t{self._next_number:03d}", self._next()
+            self._next_number += 1
+        if found is None:
             finished: str = Searcher.FINISHED
             return finished
-        is_resumed = bool(self._unfinished)
-        trial: Trial | Candidate
-        if is_resumed:
-            name, candidate = self._unfinished.pop(0)
-            trial = candidate
-        else:
-            name = f"t{self._next_number:03d}"
-            self._next_number += 1
-            if self._first:
-                trial = candidate = self._first.pop(0)
-            else:
-                trial = self._sampled()
-                candidate = self._space.of_values(trial.params)
-        self._asked[trial_id] = trial
+        self._asked[trial_id], candidate = found
+        self._answers[candidate] = None
         if self._on_suggest is not None:
             self._on_suggest(name, candidate)
         return {"id": name, "candidate": asdict(candidate), "is_resumed": is_resumed}
@@ -101,7 +114,24 @@ class StudySearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial = self._asked.pop(trial_id)
         text = (result or {}).get("outcomes")
-        self._tell(trial, None if error or text is None else Outcome.from_json(json.loads(text)[0]))
+        outcome = None if error or text is None else Outcome.from_json(json.loads(text)[0])
+        self._tell(trial, outcome)
+        if outcome is not None:
+            self._answers[outcome.candidate] = outcome
+
+    def _next(self) -> tuple[Trial | Candidate, Candidate] | None:
+        """What to try next, that was not tried before: for the study, and as a candidate."""
+        while self._given:
+            candidate = self._given.pop(0)
+            if candidate not in self._answers:
+                return candidate, candidate
+        for _ in range(MOST_REPEATS if self._has_sampler else 0):
+            trial = self._sampled()
+            candidate = self._space.of_values(trial.params)
+            if candidate not in self._answers:
+                return trial, candidate
+            self._tell(trial, self._answers[candidate])
+        return None
 
     def _sampled(self) -> Trial:
         """The next that the sampler suggests; the one after it is begun."""
@@ -109,9 +139,13 @@ class StudySearcher(Searcher):
             self._ready.append(self._sampling.submit(self._study.ask, self._distributions))
         return self._ready.popleft().result()
 
+    def stop(self) -> None:
+        """From now on no trial is suggested; a signal handler may call it."""
+        self._deadline = -math.inf
+
     def finish(self) -> None:
         """From now on no trial is suggested, nor made ready."""
-        self._deadline = -math.inf
+        self.stop()
         self._sampling.shutdown(wait=False, cancel_futures=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -181,6 +215,6 @@ def _create_study(
             chosen = optuna.samplers.TPESampler(seed=seed, n_startup_trials=NUM_RANDOM, constant_liar=True)
         elif sampler == "nsga2":
             chosen = optuna.samplers.NSGAIISampler(seed=seed)
-        else:
+        else:  # of a grid nothing is ever asked
             chosen = optuna.samplers.RandomSampler(seed=seed)
     return optuna.create_study(directions=["maximize", "maximize"], sampler=chosen)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
@@ -15,6 +17,12 @@ T = TypeVar("T")
 
 PAPER_CUTOFF_CHANNEL, PAPER_CUTOFF_TOKEN = 0.1, 0.85
 """VTC-LFC's, for DeiT."""
+
+PAPER_POINTS = 9.5
+"""Accuracy points that VTC-LFC's blocks may cost together."""
+
+REPEATED = 100
+"""A grid is searched for so many points for each candidate that is wanted."""
 
 
 class Chooser(Protocol):
@@ -35,6 +43,14 @@ class Numbers:
     high: float
     is_whole: bool = False
     is_log: bool = False
+
+    def levels(self, count: int) -> tuple[float, ...]:
+        """So many values, evenly spread, from end to end; fewer whole numbers if there are not so many."""
+        parts = [index / (count - 1) for index in range(count)]
+        if self.is_log:
+            return tuple(self.low * (self.high / self.low) ** part for part in parts)
+        values = [self.low + part * (self.high - self.low) for part in parts]
+        return tuple(dict.fromkeys(round(value) for value in values) if self.is_whole else values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +177,33 @@ class Space:
         nearest = _Nearest(candidate)
         return {name: ask(nearest, name, parameter) for name, parameter in self.parameters().items()}
 
+    def grid(self, count: int, seed: int) -> list[Candidate]:
+        """Up to `count` candidates of a grid over `parameters`, in random order, none twice.
+
+        The grid has every choice, and of every number as many values as leave it at most `count` points; at least 2.
+        """
+        parameters = self.parameters()
+
+        def axes(levels: int) -> list[tuple[Any, ...]]:
+            return [each.values if isinstance(each, Choice) else each.levels(levels) for each in parameters.values()]
+
+        levels = 2
+        while levels < count and math.prod(map(len, axes(levels + 1))) <= count:
+            levels += 1
+        chosen = axes(levels)
+        size = math.prod(map(len, chosen))
+        found: dict[Candidate, None] = {}
+        # What has no effect makes one candidate of several points. The grid may be too large to be listed.
+        for place in random.Random(seed).sample(range(size), min(size, REPEATED * count)):
+            values = {}
+            for name, axis in zip(parameters, chosen, strict=True):
+                place, index = divmod(place, len(axis))
+                values[name] = axis[index]
+            found[self.of_values(values)] = None
+            if len(found) == count:
+                break
+        return list(found)
+
     def _choose_exit(self, chooser: Chooser) -> int:
         exits = self.exit_blocks
         if len(exits) == 1:
@@ -173,25 +216,30 @@ class Space:
         """The nearest candidate within the space; a choice that is not allowed becomes the first that is."""
         return self.choose(_Nearest(candidate))
 
-    def first_candidates(self) -> list[Candidate]:
-        """What to try before the search knows anything: the dense model, and the papers' settings.
+    def holds(self, candidate: Candidate) -> bool:
+        """Whether it is one of this space; what is of a model with another depth is not."""
+        return len(candidate.drop_budget) == self.depth and self.clip(candidate) == candidate
+
+    def first_candidates(self, proposed: Sequence[Candidate] = ()) -> list[Candidate]:
+        """What to try before the search knows anything: the dense model, then what is proposed, or else the papers'
+        settings. All within the space, none twice.
 
         VTC-LFC: cut-offs 0.1 and 0.85, 9.5 points spread evenly over the blocks, 0.56 of them for tokens; here with
         the target at a quarter, half and three quarters of its range. WDPruning's depth: an exit at 10 of 12 blocks,
         nothing else pruned; and the first exit there is. Method `global`: the profile's own weights at the same three
-        targets, all blocks kept; so is learned width. All within the space, none twice.
+        targets, all blocks kept; so is learned width. Proposals take the place of all but the middle target of VTC-LFC,
+        of each method that they are for.
         """
         low, high = self.target_ratio
-        points = 9.5 / self.depth
         targets = [low + part * (high - low) for part in (0.5, 0.25, 0.75)]
 
-        def at(target_ratio: float, budget: float, exit_block: int, method: Method, token_share: float) -> Candidate:
+        def at(target_ratio: float, points: float, exit_block: int, method: Method, token_share: float) -> Candidate:
             return self.clip(
                 Candidate(
                     method=method,
                     cutoff_channel=PAPER_CUTOFF_CHANNEL,
                     cutoff_token=PAPER_CUTOFF_TOKEN,
-                    drop_budget=(budget,) * self.depth,
+                    drop_budget=(points / self.depth,) * self.depth,
                     token_share=token_share,
                     target_ratio=target_ratio,
                     exit_block=exit_block,
@@ -201,13 +249,15 @@ class Space:
         first: list[Candidate] = []
         if "cascade" in self.method:
             dense = at(1.0, 0.0, self.depth, "cascade", 0.56)
-            papers = [at(target, points, self.depth, "cascade", 0.56) for target in targets]
+            papers = [at(target, PAPER_POINTS, self.depth, "cascade", 0.56) for target in targets]
             exits = (round(self.depth * 10 / 12), self.exit_blocks[0])
             depth_only = [at(1.0, 0.0, exit_block, "cascade", 0.56) for exit_block in exits]
-            first += [dense, papers[0], *depth_only, *papers[1:]]
+            others = [papers[0]] if proposed else [papers[0], *depth_only, *papers[1:]]
+            first += [dense, *[each for each in proposed if each.method == "cascade"], *others]
         if "global" in self.method:
             dense_too = [] if first else [at(1.0, 0.0, self.depth, "global", 0.5)]
-            first += dense_too + [at(target, 0.0, self.depth, "global", 0.5) for target in targets]
+            whole = [at(target, 0.0, self.depth, "global", 0.5) for target in targets]
+            first += dense_too + ([each for each in proposed if each.method == "global"] or whole)
         for method in self.method:
             if method in SCHEDULES | TOKENLESS:
                 wanted = targets if method == "learned" else [targets[0]]

@@ -10,7 +10,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from pruning.artifact import Description, save, save_weights
 from pruning.models import read_weights
 from pruning.plan import Plan
 from search import ledger
-from search.bench import Confirmation, Weights
+from search.bench import Bench, Confirmation, Weights, profiled
 from search.checkpoints import Checkpoint, Checkpoints
 from search.cluster import (
     check_resources,
@@ -36,16 +36,19 @@ from search.cluster import (
     trial_share,
 )
 from search.config import Config, flat
+from search.ending import calling_on_interrupt, is_saturated
 from search.errors import SweepError
 from search.files import write_atomically
 from search.folder import Folder
-from search.front import contenders, front_record, running_hypervolume
+from search.front import contenders, front_of, front_record, running_hypervolume
 from search.inputs import Inputs, load_inputs
 from search.ledger import Ledger
 from search.limits import Limit, acceptable, parse_limit
-from search.outcome import Candidate, Measurement, Outcome, num_trials
+from search.outcome import Candidate, Measurement, Outcome, State, num_trials
 from search.plots import front_html
+from search.profiles import ProfileCache
 from search.searcher import StudySearcher
+from search.space import Space
 from search.tracking import Tracker, default_uri
 
 
@@ -67,6 +70,9 @@ class Observer(Protocol):
     def finished(self, outcome: Outcome, hypervolume: float) -> None:
         """An outcome of a trial that ended; the hypervolume of all of them so far."""
 
+    def interrupted(self) -> None:
+        """No further trial starts; those that run are finished."""
+
 
 def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | None = None) -> dict[str, Any]:
     """Runs a sweep, or what is left of it, and gives the record of its front (`front.json`).
@@ -81,7 +87,7 @@ def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | 
     """
     folder = Folder(runs, config.name)
     _check_same_settings(config, folder)
-    finished = read_finished(folder, config.search.trials)
+    finished = read_finished(folder, config)
     if finished is not None:
         return finished
     observer.stage("loading the model and the images")
@@ -103,13 +109,17 @@ def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | 
     return record
 
 
-def read_finished(folder: Folder, wanted: int) -> dict[str, Any] | None:
-    """The front of a sweep that has all its trials, if it was written after the last of them."""
+def read_finished(folder: Folder, config: Config) -> dict[str, Any] | None:
+    """The front of a sweep that has ended, if it was written after the last of its trials."""
     num_done = num_trials(ledger.read(folder.ledger))
-    if num_done < wanted or not folder.front.is_file():
+    if not folder.front.is_file():
         return None
-    record = folder.read_front()
-    return record if record["trials"] == num_done else None
+    record, search = folder.read_front(), config.search
+    has_all = num_done >= search.trials
+    if record.get("ended_by") == "saturation":  # older sweeps do not tell
+        before = folder.read_config().search
+        has_all |= (search.patience, search.min_gain) == (before.patience, before.min_gain)
+    return record if has_all and record["trials"] == num_done else None
 
 
 def _run(
@@ -119,33 +129,46 @@ def _run(
     # process takes one, digits train in 65 s with one thread and in 220 s with two.
     share = trial_share(config)
     observer.stage("preparing the dense model" if inputs.trained else "training the dense model")
-    bench_ref, dense_ref = submit(
-        prepare_remotely, share, config, inputs, list(inputs.space.exit_blocks), num_returns=2
-    )
+    kinds = profiled(inputs.space)
+    cache = ProfileCache(inputs.cache.parent, config, inputs.model.state_dict(), inputs.splits)
+    known = cache.read(kinds) if inputs.trained else {}
+    bench_ref, dense_ref, proposed_ref = submit(prepare_remotely, share, config, inputs, known, num_returns=3)
     dense = fetch(dense_ref)
-    if not inputs.trained:
-        save_weights(fetch(bench_ref).model.state_dict(), inputs.cache)
+    if not inputs.trained or len(known) < len(kinds):
+        bench: Bench = fetch(bench_ref)
+        if not inputs.trained:
+            save_weights(bench.model.state_dict(), inputs.cache)
+            cache = ProfileCache(inputs.cache.parent, config, bench.model.state_dict(), inputs.splits)
+        cache.write(bench.profiles)
 
     accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
     outcomes = list(book.found)
     tracker.sync(outcomes, running_hypervolume(outcomes, dense, accuracy, limits))
-    num_done = num_trials(outcomes)
+    num_done, ended_by = num_trials(outcomes), "trials"
     if num_done < config.search.trials:
         budget = config.search.time_budget_s
         deadline = None if budget is None else time.monotonic() + budget
-        recorder = _Recorder(folder, book, outcomes, dense, accuracy, limits, tracker, observer)
-        unfinished = recorder.checkpoints.read(done={outcome.trial for outcome in outcomes})
+        learned = _read_earlier(config, folder.path.parent, inputs.space)
+        first = [outcome.candidate for outcome in front_of(acceptable(learned, limits, dense), accuracy)]
+        first += inputs.space.first_candidates(fetch(proposed_ref))
+        checkpoints = Checkpoints(folder.checkpoints)
+        unfinished = checkpoints.read(done={outcome.trial for outcome in outcomes})
         observer.start_trials(num_done, config.search.trials, deadline)
         searcher = StudySearcher(
             inputs.space, known=outcomes, sampler=config.search.sampler, seed=config.search.seed,
-            num_trials=config.search.trials, ahead=1,
+            num_trials=config.search.trials, first=first, learned=learned, ahead=1,
             unfinished=[(each.id, each.candidate) for each in unfinished], accuracy=accuracy, limits=limits,
             dense=dense, deadline=deadline, on_suggest=observer.started,
         )  # fmt: skip
+        recorder = _Recorder(
+            config, folder, book, outcomes, dense, limits, checkpoints, tracker, observer, searcher.stop
+        )
         torch.set_num_threads(1)  # of the sampler, here in the driver: the cores have trials to do
         states = {each.id: each.state for each in unfinished}
-        run_trials(bench_ref, searcher, config.search.trials - num_done, share, recorder, states)
+        with calling_on_interrupt(recorder.interrupt):
+            run_trials(bench_ref, searcher, config.search.trials - num_done, share, recorder, states)
         searcher.finish()
+        ended_by = recorder.ended_by(deadline)
 
     observer.stage("measuring the front once more, quietly, and on test")
     candidates = contenders(acceptable(outcomes, limits, dense), accuracy)
@@ -158,6 +181,7 @@ def _run(
     record = front_record(config.name, kept, found.dense, accuracy) | {
         "limits": [limit.text for limit in limits],
         "trials": num_trials(outcomes),
+        "ended_by": ended_by,
         "conditions": found.conditions,
     }
     _write_front(folder, config, inputs, record, dict(zip(confirmed, found.models, strict=True)))
@@ -165,21 +189,73 @@ def _run(
     return record
 
 
+def _read_earlier(config: Config, runs: Path, space: Space) -> list[Outcome]:
+    """What the sweeps that the recipe names found within this space.
+
+    Raises:
+        SweepError: there is no such sweep, or it is of another model or other images, or measured otherwise.
+    """
+    found: list[Outcome] = []
+    for name in config.search.earlier:
+        folder = Folder(runs, name)
+        same = ("model.", "data.", "exits.", "measure.batch_size", "measure.precision", "search.accuracy")
+        different = [key for key in config.differences(folder.read_config()) if key.startswith(same)]
+        if different:
+            raise SweepError(
+                f"nothing can be learned from sweep {name!r}: its settings differ ({', '.join(different)})"
+            )
+        found += [each for each in ledger.read(folder.ledger) if each.id == each.trial]
+    return [outcome for outcome in found if space.holds(outcome.candidate)]
+
+
 class _Recorder:
     """Keeps what comes of the trials: weights, then the ledger, then MLflow; only then the observer hears of it."""
 
     def __init__(
-        self, folder: Folder, book: Ledger, outcomes: list[Outcome], dense: Measurement, accuracy: str,
-        limits: Sequence[Limit], tracker: Tracker, observer: Observer,
+        self, config: Config, folder: Folder, book: Ledger, outcomes: list[Outcome], dense: Measurement,
+        limits: Sequence[Limit], checkpoints: Checkpoints, tracker: Tracker, observer: Observer,
+        stop: Callable[[], None],
     ) -> None:  # fmt: skip
-        """outcomes: all of the ledger; new ones are added."""
-        self._folder, self._book, self._outcomes, self._dense = folder, book, outcomes, dense
-        self._accuracy, self._limits, self._tracker, self._observer = accuracy, limits, tracker, observer
-        self.checkpoints = Checkpoints(folder.checkpoints)
+        """
+        Args:
+            outcomes: all of the ledger; new ones are added.
+            stop: lets no further trial start.
+        """
+        self._search, self._folder, self._book, self._outcomes, self._dense = (
+            config.search,
+            folder,
+            book,
+            outcomes,
+            dense,
+        )
+        self._accuracy, self._limits, self._tracker, self._observer = config.search.accuracy, limits, tracker, observer
+        self._checkpoints, self._stop = checkpoints, stop
         self._start = time.monotonic() - max((outcome.ended_s for outcome in outcomes), default=0.0)
+        self._is_interrupted = False
+        volumes = running_hypervolume(outcomes, dense, self._accuracy, limits)
+        self._volumes = [volume for each, volume in zip(outcomes, volumes, strict=True) if _counts(each)]
+
+    def interrupt(self) -> None:
+        """The user has seen enough: what runs is finished."""
+        self._is_interrupted = True
+        self._stop()
+        self._observer.interrupted()
+
+    def ended_by(self, deadline: float | None) -> str:
+        """Why the trials ended: `interrupt`, `saturation`, `trials`, `time`, or `exhaustion` of what can be tried."""
+        if self._is_interrupted:
+            return "interrupt"
+        if num_trials(self._outcomes) >= self._search.trials:
+            return "trials"
+        if self._is_saturated():
+            return "saturation"
+        return "exhaustion" if deadline is None or time.monotonic() < deadline else "time"
+
+    def _is_saturated(self) -> bool:
+        return is_saturated(self._volumes, self._search.patience, self._search.min_gain)
 
     def epoch(self, checkpoint: Checkpoint, progress: Mapping[str, float]) -> None:
-        self.checkpoints.write(checkpoint)
+        self._checkpoints.write(checkpoint)
         self._observer.epoch(checkpoint.id, progress)
 
     def ended(self, outcomes: Sequence[Outcome], weights: Mapping[str, Weights]) -> None:
@@ -187,12 +263,15 @@ class _Recorder:
             save_weights(each, self._folder.weights_of(name))
         outcomes = [replace(outcome, ended_s=time.monotonic() - self._start) for outcome in outcomes]
         self._book.append(*outcomes)
-        self.checkpoints.remove(outcomes[0].trial)
+        self._checkpoints.remove(outcomes[0].trial)
         for outcome in outcomes:
             self._outcomes.append(outcome)
             volume = running_hypervolume(self._outcomes, self._dense, self._accuracy, self._limits)[-1]
             self._tracker.log(outcome, volume, len(self._outcomes))
             self._observer.finished(outcome, volume)
+            self._volumes += [volume] if _counts(outcome) else []
+        if self._is_saturated():
+            self._stop()
         self._remove_beaten_weights()
 
     def _remove_beaten_weights(self) -> None:
@@ -202,6 +281,11 @@ class _Recorder:
         for path in self._folder.weights.glob("*.safetensors"):
             if path.stem not in asked_for:
                 path.unlink()
+
+
+def _counts(outcome: Outcome) -> bool:
+    """Whether it is a trial that was measured, not what a trial gave beside."""
+    return outcome.state is State.MEASURED and outcome.id == outcome.trial
 
 
 def _read_weights(folder: Folder, outcome: Outcome) -> Weights | None:

@@ -89,3 +89,6 @@ class Watcher:
         self.finished_ids.append(outcome.id)
         self.hypervolumes.append(hypervolume)
         self._on_finished(outcome)
+
+    def interrupted(self) -> None:
+        self.num_stages += 1

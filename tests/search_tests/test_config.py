@@ -111,7 +111,7 @@ def test_bounds_upside_down_are_named(key: str, bounds: list[float]) -> None:
         ("space.token_reduction", ["lfe", "auto"]),
         ("space.criterion", 3),
         ("search.trials", 0),
-        ("search.sampler", "grid"),
+        ("search.sampler", "annealing"),
         ("data.calibration_images", 7),
         ("data.crop_pct", 1.1),
         ("data.interpolation", "cubic"),

@@ -15,6 +15,7 @@ from search.front import (
     Values,
     accuracy_of,
     contenders,
+    distinct,
     front_of,
     front_record,
     hypervolume,
@@ -276,6 +277,37 @@ def test_contenders_are_those_not_beaten_beyond_the_noise() -> None:
         made.failed("t005"),
     ]
     assert [outcome.id for outcome in contenders(outcomes)] == ["t000", "t001", "t003", "t004"]
+
+
+def test_points_within_the_noise_of_one_before_them_are_not_points_of_their_own() -> None:
+    # top-1 by 0.01 each way, speed-ups by 5 %: two differ from 0.0141 on, and from 7 % on
+    front = [
+        made.outcome("t000", 0.95, 1.5),
+        made.outcome("t001", 0.94, 1.55),
+        made.outcome("t002", 0.93, 1.6),
+        made.outcome("t003", 0.925, 1.9),
+    ]
+    assert [outcome.id for outcome in distinct(front, made.DENSE)] == ["t000", "t002", "t003"]
+    record = front_record("digits", front, made.DENSE)
+    assert [point["id"] for point in record["points"]] == ["t000", "t002", "t003"]
+
+
+def test_point_within_the_noise_of_the_dense_model_is_not_called_faster() -> None:
+    dense = made.measurement(0.9, 1.0, speedup_low=1.0, speedup_high=1.0)
+    same, faster, better = (
+        made.outcome("t000", 0.9, 1.04),
+        made.outcome("t001", 0.9, 1.06),
+        made.outcome("t002", 0.92, 1.0),
+    )
+    assert distinct([same], dense) == ()
+    assert distinct([faster], dense) == (faster,)
+    assert distinct([better], dense) == (better,)
+
+
+def test_metric_without_an_interval_is_exact() -> None:
+    front = [made.outcome("t000", 0.9, 1.5, recall_at_1=0.5), made.outcome("t001", 0.9, 1.51, recall_at_1=0.499)]
+    dense = made.measurement(0.9, 1.0, recall_at_1=0.6)
+    assert distinct(front, dense, "recall_at_1") == tuple(front)
 
 
 def test_front_lies_within_the_contenders() -> None:

@@ -335,10 +335,67 @@ def test_suggestions_are_made_ready_while_trials_run() -> None:
     source.finish()
 
 
-def test_space_without_a_choice_gives_its_one_candidate() -> None:
+def test_space_without_a_choice_gives_its_one_candidate_and_ends() -> None:
     fixed = SpaceConfig(cutoff_channel=0.1, cutoff_token=0.5, drop_budget=1, token_share=0, target_ratio=0.5)
     space = Space(fixed, depth=3)
-    assert {candidate for _, candidate in suggest(searcher(space), 3)} == set(space.first_candidates())
+    source = searcher(space)
+    assert [candidate for _, candidate in suggest(source, 1)] == space.first_candidates()
+    assert source.suggest("another") == Searcher.FINISHED
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_no_candidate_runs_twice_and_a_space_that_is_exhausted_ends_the_search(sampler: str) -> None:
+    config = SpaceConfig(
+        method="decreasing", token_reduction=("merge", "lfe-merge"), target_ratio=0.5, cutoff_token=0.5
+    )
+    space = Space(config.model_copy(update={"exit_block": (1, 3)}), depth=3)
+    source, seen = searcher(space, sampler=sampler), list[Candidate]()
+    while isinstance(asked := source.suggest(f"ray-{len(seen)}"), dict):
+        candidate = Candidate.from_json(asked["candidate"])
+        tell(source, len(seen), measured(asked["id"], candidate, top1=1 / candidate.exit_block))
+        seen.append(candidate)
+    assert 4 <= len(set(seen)) == len(seen) <= 6  # the last may be missed: 20 draws in a row found nothing new
+    told = [trial for trial in trials(source) if trial.state == TrialState.COMPLETE]
+    assert len(told) > len(seen)  # repeats are told what came of the first of them
+    for trial in told:
+        assert trial.values[0] == pytest.approx(1 / space.of_values(trial.params).exit_block)
+
+
+def test_repeat_of_a_trial_that_runs_is_not_told_as_measured() -> None:
+    space = Space(
+        SpaceConfig(method="decreasing", token_reduction="merge", target_ratio=0.5, exit_block=(1, 2)), depth=2
+    )
+    source = searcher(space, sampler="random")
+    suggest(source, 2)
+    assert source.suggest("another") == Searcher.FINISHED
+    assert {trial.state for trial in trials(source) if trial.state.is_finished()} == {TrialState.FAIL}
+
+
+def test_candidates_to_begin_with_may_be_given() -> None:
+    drawn = [candidate for _, candidate in suggest(searcher(sampler="random"), len(FIRST) + 3)][-3:]
+    assert [candidate for _, candidate in suggest(searcher(first=drawn), 3)] == drawn
+
+
+def test_what_is_learned_from_other_sweeps_is_told_but_may_be_tried_here() -> None:
+    learned = [measured(f"t{number:03d}", candidate, top1=0.5) for number, candidate in enumerate(FIRST)]
+    source = searcher(learned=learned)
+    assert [trial.values for trial in trials(source)] == [[0.5, 1.5]] * len(FIRST)
+    assert suggest(source, len(FIRST)) == [(f"t{number:03d}", each) for number, each in enumerate(FIRST)]
+
+
+def test_grid_has_all_ends_in_random_order_and_ends() -> None:
+    space = Space(SpaceConfig(method="global", token_reduction="merge", target_ratio=(0.25, 1.0)), depth=3)
+    source = searcher(space, sampler="grid", num_trials=20, first=[])
+    found = []
+    while isinstance(asked := source.suggest(f"ray-{len(found)}"), dict):
+        found.append(Candidate.from_json(asked["candidate"]))
+    levels = [0.0, 1 / 3, 2 / 3, 1.0]  # 4 x 4 is what 20 trials have room for
+    expected = {(share, 0.25 + 0.75 * part) for share in levels for part in levels}
+    assert len(found) == 16
+    assert {(round(c.token_share, 9), c.target_ratio) for c in found} == {(round(s, 9), t) for s, t in expected}
+    other = searcher(space, sampler="grid", num_trials=20, first=[], seed=1)
+    assert [each for _, each in suggest(other, 16)] != found
+    assert set(found) == {each for _, each in suggest(searcher(space, sampler="grid", num_trials=20, first=[]), 16)}
 
 
 def test_tune_may_pickle_it() -> None:

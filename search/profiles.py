@@ -1,0 +1,77 @@
+"""Profiles on the disk: what a dense model told once is not asked again, by any sweep of it and its images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruning.allocation import Profile
+from pruning.curves import BlockCurves
+from pruning.data import Splits
+from pruning.plan import TokenReduction
+from pruning.sensitivity import BlockSensitivity, StreamSensitivity
+from search.config import Config
+from search.errors import SweepError
+from search.files import write_by
+
+CLASSES: list[Any] = [Profile, BlockCurves, BlockSensitivity, StreamSensitivity]
+"""All that a file may hold beside tensors and plain containers; anything else in it is not unpickled."""
+
+
+class ProfileCache:
+    """The profiles of one model, its images and its settings."""
+
+    def __init__(self, folder: Path, config: Config, weights: Mapping[str, Tensor], splits: Splits) -> None:
+        """
+        Args:
+            folder: of the files; made when one is written.
+            weights: of the dense model, in the end.
+        """
+        told = hashlib.sha256(repr([config.model.name, config.model.args, config.cascade.batch_size]).encode())
+        told.update(config.measure.precision.encode())
+        images = [each for split in (splits.calibration, splits.probe) for each in (split.pixels, split.labels)]
+        for tensor in (*weights.values(), *images):
+            told.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        self._folder, self._key = folder, told.hexdigest()[:16]
+
+    def read(self, kinds: Collection[TokenReduction]) -> dict[TokenReduction, Profile]:
+        """Those that were written before.
+
+        Raises:
+            SweepError: a file cannot be read.
+        """
+        found: dict[TokenReduction, Profile] = {}
+        for kind in kinds:
+            path = self._path(kind)
+            if not path.is_file():
+                continue
+            try:
+                with torch.serialization.safe_globals(CLASSES):
+                    found[kind] = torch.load(path, weights_only=True)
+            except Exception as error:  # unpickling has errors of its own
+                raise SweepError(f"cannot read {path} ({error}); remove it, and it is made again") from error
+        return found
+
+    def write(self, profiles: Mapping[TokenReduction, Profile]) -> None:
+        """Those that are not there yet.
+
+        Raises:
+            SweepError: the disk refuses.
+        """
+        for kind, profile in profiles.items():
+            if not self._path(kind).is_file():
+                write_by(self._path(kind), partial(_save, profile))
+
+    def _path(self, kind: TokenReduction) -> Path:
+        return self._folder / f"profile-{self._key}-{kind}.pt"
+
+
+def _save(profile: Profile, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(profile, path)

@@ -247,13 +247,17 @@ class SearchConfig(_Section):
     time_budget: str | float | None = None
     """Stop starting trials after so long: seconds, or 90s, 10m, 2h."""
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
-    """auto: a Gaussian process where all that is searched are numbers and the trials are at most 200, else tpe."""
+    """auto: a Gaussian process where all that is searched are numbers, the trials are at most 200 and none is stopped
+    at a rung, else tpe. random, nsga2 and grid are there to compare with."""
     earlier: tuple[str, ...] = ()
     """Names of sweeps of the same model and images, from which this one learns; their fronts are tried first."""
     patience: Annotated[int, Field(ge=0)] = 40
     """Stop when the hypervolume has grown by less than `min_gain` over so many measured trials; 0 never stops."""
     min_gain: Share = 0.01
     """As a share of the hypervolume."""
+    reduction_factor: Annotated[float, Field(ge=1)] = 1.0
+    """Of the trials that come to a rung, one in so many goes on; 1 stops none. Rungs: the model of a quarter of the
+    images; for trials that train then the model before the training, and after parts of its epochs."""
     limits: tuple[LimitText, ...] = ()
     """What a model must keep: `top1 >= dense - 0.01`, `macs <= 60%` (of the dense model's), `latency_ms_p50 <= 5`."""
     accuracy: Accuracy = "top1"

@@ -69,6 +69,41 @@ def non_dominated(values: Values) -> NDArray[np.intp]:
     return np.sort(np.array(front, dtype=np.intp))
 
 
+def selection_order(values: Values) -> NDArray[np.intp]:
+    """Rows, the best first: by non-dominated rank, within a rank by crowding distance (NSGA-II, Deb et al. 2002).
+
+    The first rank is the front, the next the front of the rest, and so on. The distance of a point is the perimeter of
+    the box between its neighbours of the same rank, each objective scaled to its range there; ends come first. Equal
+    points keep their order, each at a rank of its own; a point with a NaN comes last.
+
+    Args:
+        values: (n, m), all maximised.
+    """
+    is_number = ~np.isnan(values).any(axis=1)
+    rows = np.arange(len(values))
+    as_good = (values[:, None] >= values[None]).all(axis=2)  # (n, n): of a row against a column
+    beats = as_good & (~as_good.T | (rows[:, None] < rows[None]))
+    num_better, is_left, order = beats.sum(axis=0), is_number.copy(), list[int]()
+    while is_left.any():
+        front = rows[is_left & (num_better == 0)]
+        order += front[np.argsort(-_crowding(values[front]), kind="stable")].tolist()
+        is_left[front] = False
+        num_better = num_better - beats[front].sum(axis=0)
+    return np.array([*order, *rows[~is_number]], dtype=np.intp)
+
+
+def _crowding(values: Values) -> Values:
+    """(n, m) -> (n,)"""
+    distance = np.zeros(len(values))
+    for column in values.T:
+        order = np.argsort(column, kind="stable")
+        span = column[order[-1]] - column[order[0]]
+        distance[order[[0, -1]]] = np.inf
+        if span > 0:
+            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / span
+    return distance
+
+
 def hypervolume(values: Values, reference: Values) -> float:
     """Volume that the points dominate above the reference, exactly.
 
@@ -197,8 +232,8 @@ def running_hypervolume(
 
 
 def front_record(name: str, outcomes: Sequence[Outcome], dense: Measurement, accuracy: str = "top1") -> dict[str, Any]:
-    """What `front.json` holds: the distinct points of the front of the sweep `name`, the hypervolume of the whole front,
-    and what it is compared with."""
+    """What `front.json` holds: the distinct points of the front of the sweep `name`, the hypervolume of all of it, and
+    what it is compared with."""
     front = distinct(front_of(outcomes, accuracy), dense, accuracy)
     return {
         "name": name,

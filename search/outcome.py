@@ -158,6 +158,8 @@ class Outcome:
     """Wall-clock time of the trial."""
     ended_s: float = 0.0
     """When the trial ended, in seconds of searching since the sweep began; stops between runs do not count."""
+    rungs: tuple[tuple[float, float], ...] = ()
+    """Accuracy and speed-up at each rung that it passed, or where it was stopped."""
     history: tuple[dict[str, float], ...] = ()
     """What was reported after each epoch of a trial that trains."""
     has_weights: bool = False
@@ -181,7 +183,8 @@ class Outcome:
         }
         cost = {"block_drops": self.block_drops, "forward_passes": self.forward_passes}
         cost |= {"seconds": self.seconds, "ended_s": self.ended_s}
-        return plain | measured | cost | {"notes": self.notes, "history": self.history, "has_weights": self.has_weights}
+        course = {"notes": self.notes, "rungs": self.rungs, "history": self.history, "has_weights": self.has_weights}
+        return plain | measured | cost | course
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Outcome:
@@ -194,6 +197,7 @@ class Outcome:
                 "measurement": record["measurement"] and Measurement(**record["measurement"]),
                 "block_drops": tuple(record["block_drops"]),
                 "notes": tuple(record.get("notes", ())),
+                "rungs": tuple(map(tuple, record.get("rungs", ()))),
                 "history": tuple(record.get("history", ())),
             }
         )

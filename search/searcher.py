@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Literal
@@ -26,14 +26,20 @@ from search.outcome import Candidate, Measurement, Outcome, State
 from search.space import Choice, Parameter, Space
 
 Sampler = Literal["auto", "gp", "tpe", "nsga2", "random", "grid"]
-"""auto: gp where all parameters are numbers and the trials are not too many, else tpe. grid: as fine as the trials
-allow, in random order."""
+"""auto: gp where all parameters are numbers, the trials are not too many and none is stopped, else tpe. grid: as fine
+as the trials allow, in random order."""
 
 MOST_GP_TRIALS = 200
 """A suggestion of the Gaussian process takes seconds, and the more, the more it knows."""
 
 NUM_RANDOM = 8
 """So many trials are known before a sampler uses them."""
+
+LIMIT_KEEPERS = ("tpe", "nsga2")
+"""Samplers that look at the values of trials within the limits alone; gp models the others' too."""
+
+STOPPED = "stopped at a rung"
+"""The limit that a stopped trial is beyond."""
 
 MOST_REPEATS = 20
 """So many suggestions in a row that were tried before end a search: the space is exhausted, or so is the sampler."""
@@ -45,6 +51,7 @@ class StudySearcher(Searcher):
     def __init__(
         self, space: Space, *, known: Sequence[Outcome], sampler: Sampler, seed: int, num_trials: int = 0,
         first: Sequence[Candidate] | None = None, learned: Sequence[Outcome] = (), ahead: int = 0,
+        has_rungs: bool = False,
         unfinished: Sequence[tuple[str, Candidate]] = (), accuracy: str = "top1", limits: Sequence[Limit] = (),
         dense: Measurement | None = None, deadline: float | None = None,
         on_suggest: Callable[[str, Candidate], None] | None = None,
@@ -55,6 +62,7 @@ class StudySearcher(Searcher):
             num_trials: how many the sweep has in all, for the choice of the sampler and the fineness of a grid.
             first: candidates to begin with; by default the space's own.
             learned: outcomes of other sweeps, which the sampler learns from.
+            has_rungs: trials may be stopped.
             ahead: so many suggestions are made ready, in a thread, while trials run.
             unfinished: ids and candidates of trials that an earlier run did not end; they come first, as they were.
             accuracy: the field of `Measurement` that is told, beside the speed-up.
@@ -66,7 +74,11 @@ class StudySearcher(Searcher):
         self._space = space
         self._accuracy, self._limits, self._dense = accuracy, limits, dense
         self._distributions = {name: _distribution(each) for name, each in space.parameters().items()}
-        self._study = _create_study(sampler, seed + len(known), self._distributions, num_trials)
+        if sampler == "auto":
+            has_choices = any(isinstance(each, CategoricalDistribution) for each in self._distributions.values())
+            sampler = "gp" if num_trials <= MOST_GP_TRIALS and not has_choices and not has_rungs else "tpe"
+        self._has_rungs, self._sampler = has_rungs, sampler
+        self._study = _create_study(sampler, seed + len(known))
         self._asked: dict[str, Trial | Candidate] = {}
         self._answers: dict[Candidate, Outcome | None] = {}
         """What came of each candidate; None while it runs."""
@@ -85,8 +97,7 @@ class StudySearcher(Searcher):
                 self._answers[outcome.candidate] = outcome
         self._answers |= {candidate: None for _, candidate in unfinished}
         self._given = list(space.first_candidates() if first is None else first)
-        self._has_sampler = sampler != "grid"
-        if not self._has_sampler:
+        if sampler == "grid":
             self._given += space.grid(num_trials, seed)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Ray's FINISHED is a str
@@ -125,7 +136,7 @@ class StudySearcher(Searcher):
             candidate = self._given.pop(0)
             if candidate not in self._answers:
                 return candidate, candidate
-        for _ in range(MOST_REPEATS if self._has_sampler else 0):
+        for _ in range(0 if self._sampler == "grid" else MOST_REPEATS):
             trial = self._sampled()
             candidate = self._space.of_values(trial.params)
             if candidate not in self._answers:
@@ -160,11 +171,18 @@ class StudySearcher(Searcher):
     def _tell(self, trial: Trial | Candidate, outcome: Outcome | None) -> None:
         """A measured outcome is told with its values; everything else as failed, so that nothing stays running.
 
+        What was stopped at a rung is told to `LIMIT_KEEPERS` as beyond a limit: they learn that it was no good, but
+        do not take its values for final ones. To others it has failed.
+
         trial: what the study was asked for, or a candidate that was given to it.
         """
         values = None if outcome is None else self._values(outcome)
-        state = TrialState.FAIL if values is None else TrialState.COMPLETE
         excesses = {} if outcome is None or values is None else self._excesses(outcome)
+        if self._has_rungs and values is not None:
+            excesses |= {STOPPED: 0.0}
+        if outcome is not None and outcome.state is State.STOPPED and self._sampler in LIMIT_KEEPERS:
+            values, excesses = list(outcome.rungs[-1]), {STOPPED: 1.0}
+        state = TrialState.FAIL if values is None else TrialState.COMPLETE
         if isinstance(trial, Trial):
             for text, excess in excesses.items():
                 trial.set_constraint(text, excess)
@@ -199,13 +217,8 @@ def _distribution(parameter: Parameter) -> BaseDistribution:
     return FloatDistribution(parameter.low, parameter.high, log=parameter.is_log)
 
 
-def _create_study(
-    sampler: Sampler, seed: int, distributions: Mapping[str, BaseDistribution], num_trials: int
-) -> optuna.Study:
+def _create_study(sampler: Sampler, seed: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if sampler == "auto":
-        has_choices = any(isinstance(each, CategoricalDistribution) for each in distributions.values())
-        sampler = "gp" if num_trials <= MOST_GP_TRIALS and not has_choices else "tpe"
     chosen: optuna.samplers.BaseSampler
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

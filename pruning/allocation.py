@@ -32,6 +32,7 @@ from pruning.precision import Precision, autocast
 from pruning.sensitivity import BlockSensitivity, measure_sensitivity
 from pruning.surgery import as_slim, keep_all_block, keep_all_plan, slim_block
 from pruning.tokens import Schedule, schedule
+from pruning.turns import in_turns
 
 SHARES = (1 / 24, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 11 / 12)
 """Shares of the tokens whose removal from one block is measured."""
@@ -143,7 +144,7 @@ def _token_costs(
             for block in blocks:
                 streams.append(block(streams[-1]))
             dense = classify(model, streams.pop()).float()
-            for index, x in enumerate(streams):
+            for index, x in enumerate(in_turns(streams)):  # each costs some passes
                 for column, count in enumerate(kept):
                     y = slim_block(
                         blocks[index], keep_all_block(each[index], count), each[index],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,14 @@ from pruning.errors import VitfrontError
 from pruning.exits import ExitHead, fit_exits, truncate
 from pruning.pace import Pace, measure_paces
 from pruning.plan import Plan, TokenReduction
-from pruning.precision import Precision, fastest_precision
+from pruning.precision import Precision, fastest_precision, synchronize
 from pruning.retrieval import features, mean_average_precision, recall_at_1
 from pruning.sparsity import sparsity_of
-from pruning.stopwatch import Timing, device_name, race
+from pruning.stopwatch import Timing, device_id, device_name, race
 from pruning.surgery import apply_plan, keep_all_plan
 from pruning.training import train
 from search.config import Config
+from search.lease import Lease, lease_of
 from search.outcome import TOKENLESS, Measurement
 from search.space import Space
 
@@ -54,6 +56,11 @@ class Bench:
         return next(self.model.parameters()).device
 
     @property
+    def lease(self) -> Lease:
+        """Of the device that the bench is on now."""
+        return lease_on(self.device)
+
+    @property
     def dense_macs(self) -> int:
         return count_macs(examine(self.model), keep_all_plan(examine(self.model)))
 
@@ -67,10 +74,17 @@ class Bench:
         return self.splits.val.normalized(torch.arange(size) % len(self.splits.val), self.device)
 
 
+def lease_on(device: torch.device) -> Lease:
+    """This process's lease of a device."""
+    return lease_of(device_id(device), partial(synchronize, device))
+
+
 def prepare(
     config: Config, model: nn.Module, splits: Splits, exit_blocks: Sequence[int], *, trained: bool
 ) -> tuple[Bench, Measurement]:
     """Trains the dense model if the recipe says so, fits the exits and measures the dense model: once a sweep.
+
+    All of it under a lease of the device, alone where it takes times.
 
     Args:
         model: on the device to work on.
@@ -82,35 +96,41 @@ def prepare(
     Raises:
         VitfrontError: the training diverged, or the dense model's logits are not finite.
     """
-    batch = splits.val.normalized(slice(0, config.measure.batch_size), next(model.parameters()).device)
-    if config.model.training is not None and not trained:
-        train(model, splits.training, config.model.training.settings())
-    model.eval().requires_grad_(False)
-    precision = config.measure.precision
-    chosen: Precision = fastest_precision(model, batch) if precision == "auto" else precision
-    heads = fit_exits(
-        model, splits.training, exit_blocks,
-        epochs=config.exits.epochs, learning_rate=config.exits.learning_rate,
-        distillation=config.exits.distillation, precision=chosen, seed=config.data.seed,
-    )  # fmt: skip
-    anatomy = examine(model)
-    space = Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows)
-    profiles = {
-        kind: measure_profile(
-            model, splits.calibration, splits.probe, token_reduction=kind, batch_size=config.cascade.batch_size,
-            precision=chosen,
+    device = next(model.parameters()).device
+    lease = lease_on(device)
+    with lease.shared():
+        batch = splits.val.normalized(slice(0, config.measure.batch_size), device)
+        if config.model.training is not None and not trained:
+            train(model, splits.training, config.model.training.settings())
+        model.eval().requires_grad_(False)
+        precision = config.measure.precision
+        if precision == "auto":
+            with lease.exclusive():
+                precision = fastest_precision(model, batch)
+        heads = fit_exits(
+            model, splits.training, exit_blocks,
+            epochs=config.exits.epochs, learning_rate=config.exits.learning_rate,
+            distillation=config.exits.distillation, precision=precision, seed=config.data.seed,
+        )  # fmt: skip
+        anatomy = examine(model)
+        space = Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows)
+        profiles = {
+            kind: measure_profile(
+                model, splits.calibration, splits.probe, token_reduction=kind, batch_size=config.cascade.batch_size,
+                precision=precision,
+            )
+            for kind in (space.token_reduction if "global" in space.method else ())
+        }  # fmt: skip
+        with lease.exclusive():
+            paces = {
+                kind: measure_paces(model, config.measure.batch_size, token_reduction=kind, precision=precision)
+                for kind in (_reductions(space) if "auto" in space.round_to else ())
+            }
+        bench = Bench(
+            config=config, model=model, heads=heads, splits=splits, precision=precision, profiles=profiles, paces=paces
         )
-        for kind in (space.token_reduction if "global" in space.method else ())
-    }  # fmt: skip
-    paces = {
-        kind: measure_paces(model, config.measure.batch_size, token_reduction=kind, precision=chosen)
-        for kind in (_reductions(space) if "auto" in space.round_to else ())
-    }
-    bench = Bench(
-        config=config, model=model, heads=heads, splits=splits, precision=chosen, profiles=profiles, paces=paces
-    )
-    timing, _ = _race(bench, [])
-    return bench, _measurement(bench, model, _dense_plan(bench), timing)
+        timing, _ = _race(bench, [])
+        return bench, _measurement(bench, model, _dense_plan(bench), timing)
 
 
 def _reductions(space: Space) -> tuple[TokenReduction, ...]:
@@ -143,14 +163,15 @@ def confirm(bench: Bench, plans: Sequence[Plan], weights: Sequence[Weights | Non
     Args:
         weights: of each model whose weights do not follow from its plan; by default of none.
     """
-    known = weights or [None] * len(plans)
-    models = [build(bench, plan, each) for plan, each in zip(plans, known, strict=True)]
-    dense_timing, timings = _race(bench, models)
-    measured = [_measurement(bench, bench.model, _dense_plan(bench), dense_timing)]
-    measured += [_measurement(bench, *each) for each in zip(models, plans, timings, strict=True)]
-    if bench.splits.test is not None:
-        tested = [_top1(bench, model, bench.splits.test) for model in (bench.model, *models)]
-        measured = [replace(old, top1_test=share) for old, share in zip(measured, tested, strict=True)]
+    with bench.lease.shared():
+        known = weights or [None] * len(plans)
+        models = [build(bench, plan, each) for plan, each in zip(plans, known, strict=True)]
+        dense_timing, timings = _race(bench, models)
+        measured = [_measurement(bench, bench.model, _dense_plan(bench), dense_timing)]
+        measured += [_measurement(bench, *each) for each in zip(models, plans, timings, strict=True)]
+        if bench.splits.test is not None:
+            tested = [_top1(bench, model, bench.splits.test) for model in (bench.model, *models)]
+            measured = [replace(old, top1_test=share) for old, share in zip(measured, tested, strict=True)]
     conditions: dict[str, str | int] = {
         "device": device_name(bench.device),
         "precision": bench.precision,
@@ -183,8 +204,9 @@ def _dense_plan(bench: Bench) -> Plan:
 
 
 def _race(bench: Bench, models: Sequence[nn.Module]) -> tuple[Timing, list[Timing]]:
-    rounds = bench.config.measure.num_rounds
-    return race(bench.model, models, bench.timing_batch(), num_rounds=rounds, precision=bench.precision)
+    rounds, batch = bench.config.measure.num_rounds, bench.timing_batch()
+    with bench.lease.exclusive():
+        return race(bench.model, models, batch, num_rounds=rounds, precision=bench.precision)
 
 
 def _measurement(bench: Bench, model: nn.Module, plan: Plan, timing: Timing) -> Measurement:

@@ -86,7 +86,8 @@ class TrialActor(tune.Trainable):
         self.events = start_trial(self.bench, Candidate.from_json(config["candidate"]), self.id, state)
 
     def step(self) -> dict[str, Any]:
-        event = next(self.events)
+        with self.bench.lease.shared():  # between two steps an actor may have nothing to do
+            event = next(self.events)
         if isinstance(event, Epoch):
             ray.get(self.mailbox.put.remote(self.id, event.state()))
             return {"progress": event.progress, "done": False}

@@ -144,8 +144,8 @@ def _token_costs(
             for block in blocks:
                 streams.append(block(streams[-1]))
             dense = classify(model, streams.pop()).float()
-            for index, x in enumerate(in_turns(streams)):  # each costs some passes
-                for column, count in enumerate(kept):
+            for index, x in enumerate(streams):
+                for column, count in enumerate(in_turns(kept)):
                     y = slim_block(
                         blocks[index], keep_all_block(each[index], count), each[index],
                         num_tokens_in=each[index].num_patches,

@@ -32,6 +32,7 @@ from pruning.precision import Precision, autocast
 from pruning.sensitivity import BlockSensitivity, measure_sensitivity
 from pruning.surgery import as_slim, keep_all_block, keep_all_plan, slim_block
 from pruning.tokens import Schedule, schedule
+from pruning.turns import in_turns
 
 SHARES = (1 / 24, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 11 / 12)
 """Shares of the tokens whose removal from one block is measured."""
@@ -145,7 +146,7 @@ def _token_costs(
                 streams.append(block(streams[-1]))
             dense = classify(model, streams.pop()).float()
             for index, x in enumerate(streams):
-                for column, count in enumerate(kept):
+                for column, count in enumerate(in_turns(kept)):
                     y = slim_block(
                         blocks[index], keep_all_block(each[index], count), each[index],
                         num_tokens_in=each[index].num_patches,

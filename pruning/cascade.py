@@ -35,6 +35,7 @@ from pruning.sensitivity import measure_sensitivity
 from pruning.spectrum import low_pass
 from pruning.surgery import as_slim, keep_all_block, keep_all_from, slim_block
 from pruning.tokens import merges
+from pruning.turns import give_way, in_turns
 
 Order = Literal["bottom-up", "top-down"]
 
@@ -318,6 +319,7 @@ class _Work:
                 return False
             if not left:
                 return True
+            give_way()
             before = self.is_right[probe.num_seen :][: self.settings.batch_size]
             self._run_batch(probe)
             likely = probe.num_right + int(self.is_right[probe.num_seen :].sum())
@@ -373,7 +375,7 @@ class _Work:
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         self.block_images += len(x)
         with autocast(x.device, self.settings.precision):
-            return _cat(block(batch) for batch in x.split(self.settings.batch_size))
+            return _cat(block(batch) for batch in in_turns(x.split(self.settings.batch_size)))
 
 
 class _WorkDown(_Work):

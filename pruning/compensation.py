@@ -33,6 +33,7 @@ from pruning.plan import BlockPlan, Plan, TokenReduction
 from pruning.precision import Precision, autocast
 from pruning.sensitivity import BlockSensitivity, StreamSensitivity, measure_sensitivity
 from pruning.surgery import as_slim, check_plan, keep_all_block, slim_block
+from pruning.turns import in_turns
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Tried for every regression, as shares of the features' mean variance."""
@@ -92,7 +93,7 @@ class Flow:
         self._attentions: dict[tuple[object, ...], tuple[dict[str, Tensor], list[str]]] = {}
         block = as_slim(self.blocks[index], self.anatomy, is_last=False)
         with autocast(dense.device, self.precision):
-            mids, outs = zip(*(block.halves(x) for x in dense.split(self.batch_size)), strict=True)
+            mids, outs = zip(*(block.halves(x) for x in in_turns(dense.split(self.batch_size))), strict=True)
         self.dense_mid, self.dense_out = torch.cat(mids).float(), torch.cat(outs).float()
 
     @property
@@ -177,7 +178,7 @@ class Flow:
         """The images in batches, each halted after the attention of the current block."""
         if not isinstance(block, SlimBlock):
             block = as_slim(block, self.anatomy, is_last=self.index == len(self.blocks) - 1)
-        for start in range(0, len(self.x), self.batch_size):
+        for start in in_turns(range(0, len(self.x), self.batch_size)):
             yield Stage(self, block, slice(start, start + self.batch_size))
 
 

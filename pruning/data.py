@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pruning.errors import DataError
+from pruning.turns import in_turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Images:
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images (b, channels, height, width) float32 and labels (b,), in order, on the device."""
-        for start in range(0, len(self), size):
+        for start in in_turns(range(0, len(self), size)):
             yield self.normalized(slice(start, start + size), device), self.labels[start : start + size].to(device)
 
     def normalized(self, indices: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:

@@ -20,6 +20,7 @@ from pruning.anatomy import TAIL_PREFIXES, Anatomy, blocks_of, classify, embed, 
 from pruning.data import Images
 from pruning.errors import PlanError
 from pruning.precision import Precision, autocast
+from pruning.turns import in_turns
 
 ExitHead = dict[str, Tensor]
 """The parameters of one exit's tail, by the names they have in the model."""
@@ -137,7 +138,7 @@ def _fit(
     generator = torch.Generator().manual_seed(seed)
     target = dense_logits.log_softmax(dim=1)
     for _ in range(epochs):
-        for chosen in torch.randperm(len(features), generator=generator).split(size):
+        for chosen in in_turns(torch.randperm(len(features), generator=generator).split(size)):
             chosen = chosen.to(features.device)
             logits = classify(tail, features[chosen])
             hard = F.cross_entropy(logits, labels[chosen])

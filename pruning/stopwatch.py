@@ -84,6 +84,14 @@ def device_name(device: torch.device) -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+def device_id(device: torch.device) -> str:
+    """Tells a device from all others of this machine, in any process: a GPU by its UUID; the CPUs are one."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return f"cuda-{getattr(properties, 'uuid', properties.name)}".replace("/", "-")  # no UUID before torch 2.4
+
+
 def _lap(model: nn.Module, batch: Tensor, num_calls: int) -> float:
     """Seconds a call."""
     synchronize(batch.device)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pruning.data import Images
 from pruning.errors import VitfrontError
 from pruning.precision import Precision, autocast
+from pruning.turns import in_turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,8 @@ class Loop:
             VitfrontError: the loss is not finite (names step and learning rate).
         """
         loss_sum = 0.0
-        for chosen in torch.randperm(len(self.images), generator=self.generator).split(self.settings.batch_size):
+        order = torch.randperm(len(self.images), generator=self.generator)
+        for chosen in in_turns(order.split(self.settings.batch_size)):
             if before_step is not None:
                 before_step(self.step)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,14 @@ from pruning.errors import VitfrontError
 from pruning.exits import ExitHead, fit_exits, truncate
 from pruning.pace import Pace, measure_paces
 from pruning.plan import Plan, TokenReduction
-from pruning.precision import Precision, fastest_precision
+from pruning.precision import Precision, fastest_precision, synchronize
 from pruning.retrieval import features, mean_average_precision, recall_at_1
 from pruning.sparsity import sparsity_of
-from pruning.stopwatch import Timing, device_name, race
+from pruning.stopwatch import Timing, device_id, device_name, race
 from pruning.surgery import apply_plan, keep_all_plan
 from pruning.training import train
 from search.config import Config
+from search.lease import Lease, lease_of
 from search.outcome import TOKENLESS, Measurement
 from search.space import Space
 
@@ -53,6 +55,11 @@ class Bench:
         return next(self.model.parameters()).device
 
     @property
+    def lease(self) -> Lease:
+        """Of the device that the bench is on now."""
+        return lease_on(self.device)
+
+    @property
     def dense_macs(self) -> int:
         return count_macs(examine(self.model), keep_all_plan(examine(self.model)))
 
@@ -64,6 +71,11 @@ class Bench:
         """The images that models are timed on: (batch size, ...); the val images over and over if there are few."""
         size = self.config.measure.batch_size
         return self.splits.val.normalized(torch.arange(size) % len(self.splits.val), self.device)
+
+
+def lease_on(device: torch.device) -> Lease:
+    """This process's lease of a device."""
+    return lease_of(device_id(device), partial(synchronize, device))
 
 
 def prepare(
@@ -83,16 +95,19 @@ def prepare(
     Raises:
         VitfrontError: the training diverged, or the dense model's logits are not finite.
     """
-    batch = splits.val.normalized(slice(0, config.measure.batch_size), next(model.parameters()).device)
+    device = next(model.parameters()).device
+    batch = splits.val.normalized(slice(0, config.measure.batch_size), device)
     if config.model.training is not None and not trained:
         train(model, splits.training, config.model.training.settings())
     model.eval().requires_grad_(False)
     precision = config.measure.precision
-    chosen: Precision = fastest_precision(model, batch) if precision == "auto" else precision
+    if precision == "auto":
+        with lease_on(device).exclusive():
+            precision = fastest_precision(model, batch)
     heads = fit_exits(
         model, splits.training, exit_blocks,
         epochs=config.exits.epochs, learning_rate=config.exits.learning_rate,
-        distillation=config.exits.distillation, precision=chosen, seed=config.data.seed,
+        distillation=config.exits.distillation, precision=precision, seed=config.data.seed,
     )  # fmt: skip
     anatomy = examine(model)
     space = Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows)
@@ -101,13 +116,16 @@ def prepare(
         if kind not in known:
             known[kind] = measure_profile(
                 model, splits.calibration, splits.probe, token_reduction=kind, batch_size=config.cascade.batch_size,
-                precision=chosen,
+                precision=precision,
             )  # fmt: skip
-    paces = {
-        kind: measure_paces(model, config.measure.batch_size, token_reduction=kind, precision=chosen)
-        for kind in (_reductions(space) if "auto" in space.round_to else ())
-    }
-    bench = Bench(config=config, model=model, heads=heads, splits=splits, precision=chosen, profiles=known, paces=paces)
+    with lease_on(device).exclusive():
+        paces = {
+            kind: measure_paces(model, config.measure.batch_size, token_reduction=kind, precision=precision)
+            for kind in (_reductions(space) if "auto" in space.round_to else ())
+        }
+    bench = Bench(
+        config=config, model=model, heads=heads, splits=splits, precision=precision, profiles=known, paces=paces
+    )
     timing, _ = _race(bench, [], config.measure.num_rounds)
     return bench, _measurement(bench, model, _dense_plan(bench), timing)
 
@@ -197,7 +215,9 @@ def _dense_plan(bench: Bench) -> Plan:
 
 
 def _race(bench: Bench, models: Sequence[nn.Module], num_rounds: int) -> tuple[Timing, list[Timing]]:
-    return race(bench.model, models, bench.timing_batch(), num_rounds=num_rounds, precision=bench.precision)
+    batch = bench.timing_batch()
+    with bench.lease.exclusive():
+        return race(bench.model, models, batch, num_rounds=num_rounds, precision=bench.precision)
 
 
 def _measurement(bench: Bench, model: nn.Module, plan: Plan, timing: Timing) -> Measurement:

@@ -33,7 +33,7 @@ from torch import nn
 from pruning.allocation import Profile
 from pruning.errors import VitfrontError
 from pruning.plan import Plan, TokenReduction
-from search.bench import Bench, Confirmation, Weights, confirm, prepare
+from search.bench import Bench, Confirmation, Weights, confirm, lease_on, prepare
 from search.checkpoints import Checkpoint
 from search.config import Config
 from search.errors import ConfigError, SweepError
@@ -88,7 +88,8 @@ class TrialActor(tune.Trainable):
         self.events = start_trial(self.bench, Candidate.from_json(config["candidate"]), self.id, state)
 
     def step(self) -> dict[str, Any]:
-        event = next(self.events)
+        with self.bench.lease.shared():  # between two steps an actor may have nothing to do
+            event = next(self.events)
         if isinstance(event, Epoch):
             ray.get(self.mailbox.put.remote(self.id, event.state()))
             return {"progress": event.progress, "done": False}
@@ -227,7 +228,8 @@ def submit(function: Callable[..., Any], share: Share, *args: Any, num_returns: 
 
     def task(*arguments: Any) -> Any:
         torch.set_num_threads(share.cpus)
-        return function(*arguments)
+        with lease_on(_device()).shared():
+            return function(*arguments)
 
     options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "num_returns": num_returns, "max_retries": 0}
     return ray.remote(task).options(**options).remote(*args)

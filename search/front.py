@@ -83,11 +83,11 @@ def selection_order(values: Values) -> NDArray[np.intp]:
     rows = np.arange(len(values))
     as_good = (values[:, None] >= values[None]).all(axis=2)  # (n, n): of a row against a column
     beats = as_good & (~as_good.T | (rows[:, None] < rows[None]))
-    num_better, is_left, order = beats.sum(axis=0), is_number.copy(), list[int]()
-    while is_left.any():
-        front = rows[is_left & (num_better == 0)]
+    num_better, left, order = beats.sum(axis=0), rows[is_number], list[int]()
+    while len(left):
+        is_front = num_better[left] == 0
+        front, left = left[is_front], left[~is_front]
         order += front[np.argsort(-_crowding(values[front]), kind="stable")].tolist()
-        is_left[front] = False
         num_better = num_better - beats[front].sum(axis=0)
     return np.array([*order, *rows[~is_number]], dtype=np.intp)
 

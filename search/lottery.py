@@ -18,6 +18,7 @@ from pruning.lottery import Arm, LotteryRow, LotterySettings, run_lottery
 from pruning.models import create_model
 from pruning.precision import Precision
 from pruning.stopwatch import device_name
+from search.bench import lease_on
 from search.config import Config
 from search.errors import ConfigError
 from search.files import write_atomically
@@ -65,15 +66,16 @@ def hold_lottery(
     rows: list[LotteryRow] = []
     for index in range(seeds):
         seed = training.seed + index
-        result = run_lottery(
-            seeded_model(config, seed).to(device),
-            images,
-            splits.val,
-            replace(settings, training=replace(settings.training, seed=seed)),
-            fresh=lambda seed: seeded_model(config, seed, untouched=True),
-            precision=precision,
-            on_stage=_teller(on_stage, f"seed {index + 1} of {seeds}", rounds),
-        )
+        with lease_on(device).shared():  # nothing is timed here, but a sweep on this device may be timing
+            result = run_lottery(
+                seeded_model(config, seed).to(device),
+                images,
+                splits.val,
+                replace(settings, training=replace(settings.training, seed=seed)),
+                fresh=lambda seed: seeded_model(config, seed, untouched=True),
+                precision=precision,
+                on_stage=_teller(on_stage, f"seed {index + 1} of {seeds}", rounds),
+            )
         rows += result.rows
     conditions = {
         "device": device_name(device), "precision": precision, "threads": torch.get_num_threads(),

@@ -107,7 +107,8 @@ def start_trial(
 
 def run_to_end(bench: Bench, candidate: Candidate, trial_id: str) -> Ended:
     """What comes of one candidate."""
-    *_, ended = start_trial(bench, candidate, trial_id)
+    with bench.lease.shared():
+        *_, ended = start_trial(bench, candidate, trial_id)
     assert isinstance(ended, Ended)
     return ended
 

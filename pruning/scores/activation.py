@@ -11,6 +11,7 @@ from torch import Tensor
 from pruning.anatomy import parts_of
 from pruning.precision import autocast
 from pruning.scores.channel import ChannelScores, Scene
+from pruning.turns import in_turns
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def score(scene: Scene) -> ChannelScores:
     ]
     try:
         with autocast(scene.x.device, scene.precision):
-            for batch in scene.x.split(scene.batch_size):
+            for batch in in_turns(scene.x.split(scene.batch_size)):
                 scene.blocks[0](batch)
     finally:
         for hook in hooks:

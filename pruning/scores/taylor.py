@@ -15,6 +15,7 @@ from torch import Tensor
 from pruning.anatomy import classify, parts_of
 from pruning.precision import autocast
 from pruning.scores.channel import ChannelScores, Scene
+from pruning.turns import in_turns
 
 Loss = Callable[[Tensor, Tensor, slice], Tensor]
 """The loss of a batch, summed over its images, from what leaves the block (B, N, C), the logits, and which images."""
@@ -54,7 +55,7 @@ def taylor_scores(scene: Scene, x: Tensor, loss: Loss) -> ChannelScores:
 
 def _mean_gradients(scene: Scene, x: Tensor, loss: Loss, weights: Sequence[Tensor]) -> list[Tensor]:
     gradients = [torch.zeros_like(weight) for weight in weights]
-    for start in range(0, len(x), scene.batch_size):
+    for start in in_turns(range(0, len(x), scene.batch_size)):
         batch = slice(start, start + scene.batch_size)
         with autocast(x.device, scene.precision):
             after = scene.blocks[0](x[batch])

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pruning.anatomy import Anatomy, blocks_of, classify, embed, examine, summary_token, with_blocks
 from pruning.compensation import REPAIR_PASSES, Flow, Repaired, RepairedModel, repaired_model
@@ -31,11 +32,12 @@ from pruning.precision import Precision, autocast
 from pruning.ranking import Ranking
 from pruning.scores.channel import ChannelScores, Scene
 from pruning.scores.criteria import CRITERIA
-from pruning.sensitivity import measure_sensitivity
+from pruning.sensitivity import BlockSensitivity, measure_sensitivity
 from pruning.spectrum import low_pass
 from pruning.surgery import as_slim, keep_all_block, keep_all_from, slim_block
 from pruning.tokens import merges
 from pruning.turns import give_way, in_turns
+from pruning.walks import Threshold, Walks
 
 Order = Literal["bottom-up", "top-down"]
 
@@ -89,7 +91,15 @@ class CascadeResult:
     """Layers of which only the bias could be repaired, for want of calibration images."""
 
 
-def cascade(model: nn.Module, probe: Images, calibration: Images, settings: CascadeSettings) -> CascadeResult:
+def cascade(
+    model: nn.Module,
+    probe: Images,
+    calibration: Images,
+    settings: CascadeSettings,
+    *,
+    sensitivity: list[BlockSensitivity] | None = None,
+    walks: Walks[Walk] | None = None,
+) -> CascadeResult:
     """Prunes a dense model block by block; the model is left as it was.
 
     Top-down, the blocks before the current one are dense, and those after it are pruned already: they were repaired on
@@ -101,6 +111,9 @@ def cascade(model: nn.Module, probe: Images, calibration: Images, settings: Casc
         model: dense, in eval mode, on the device to work on.
         probe: images whose accuracy the budgets are about.
         calibration: images for the scores and the repair.
+        sensitivity: of the dense model on the calibration images; measured if it is not given.
+        walks: of earlier calls with this model, cut at any exit, and these images; a call that begins as one of them
+            goes on from there. The result is the same, and its cost counts as if nothing had been known.
 
     Raises:
         SettingError: not one budget a block, or a negative one; or a token reduction top-down.
@@ -118,29 +131,71 @@ def cascade(model: nn.Module, probe: Images, calibration: Images, settings: Casc
         return CascadeResult(
             plan=dense, model=copy.deepcopy(model), block_drops=(0.0,) * anatomy.depth, forward_passes=0.0, notes=()
         )
-    work = (_WorkDown if is_down else _Work)(model, anatomy, probe, calibration, settings)
-    plans, built = list(dense.blocks), list[nn.Module]()
-    drops, notes = [0.0] * anatomy.depth, list[str]()
-    while len(built) < anatomy.depth and count_macs(anatomy, _plan(settings, plans)) > settings.target_macs:
-        index, before = work.index, work.correct
-        plans, repaired = _prune_block(work, plans, index, budgets[index])
-        built.append(repaired.block)
-        notes += repaired.notes
-        drops[index] = (before - work.correct) / len(probe) * 100
-        work.advance(repaired.block)
-    plan = _plan(settings, plans)
+    spending = _Spending(settings, len(probe))
+    key = anatomy, replace(settings, drop_budget=(), target_macs=0, token_share=0.0)
+    known = None if walks is None else walks.farthest(key, spending.thresholds)
+    if known is None:
+        work = (_WorkDown if is_down else _Work)(model, anatomy, probe, calibration, settings, sensitivity)
+        walk = Walk(work=work, plans=dense.blocks, drops=(0.0,) * anatomy.depth)
+        _keep(walks, key, spending, walk)
+    else:
+        walk = known.copy()
+    while len(walk.built) < anatomy.depth and not spending.target.reaches(
+        count_macs(anatomy, _plan(settings, walk.plans))
+    ):
+        walk = _prune_block(walk, spending)
+        _keep(walks, key, spending, walk)
+    plan, work = _plan(settings, walk.plans), walk.work
     if isinstance(work, _WorkDown):
         again = work.repair_all(plan)
-        made, notes = again.model, list(again.notes)
+        made, notes = again.model, again.notes
     else:
-        made = with_blocks(model, [*built, *_whole_blocks(model, anatomy, plan, len(built))])
+        built = copy.deepcopy(walk.built)  # those of the walk may be kept
+        made, notes = with_blocks(model, [*built, *_whole_blocks(model, anatomy, plan, len(built))]), walk.notes
     return CascadeResult(
         plan=plan,
         model=made,
-        block_drops=tuple(drops),
+        block_drops=walk.drops,
         forward_passes=work.block_images / (anatomy.depth * len(probe)),
-        notes=tuple(notes),
+        notes=notes,
     )
+
+
+class _Spending:
+    """What a walk may spend, as the numbers that it asks."""
+
+    def __init__(self, settings: CascadeSettings, num_probe: int) -> None:
+        allowed = [budget / 100 * num_probe for budget in settings.drop_budget]
+        self.target = Threshold(settings.target_macs)
+        self.tokens = [Threshold(_whole(settings.token_share * images)) for images in allowed]
+        """Probe images that each block's tokens may cost."""
+        self.channels = [Threshold(_whole(images)) for images in allowed]
+        """The same for its tokens and channels together."""
+
+    @property
+    def thresholds(self) -> list[Threshold]:
+        return [self.target, *self.tokens, *self.channels]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """A cascade between two blocks."""
+
+    work: _Work
+    plans: tuple[BlockPlan, ...]
+    built: tuple[nn.Module, ...] = ()
+    """The blocks that are done, in the order of the walk."""
+    drops: tuple[float, ...]
+    notes: tuple[str, ...] = ()
+
+    def copy(self) -> Walk:
+        """The same walk, to go on from without changing this one."""
+        return replace(self, work=self.work.copy())
+
+
+def _keep(walks: Walks[Walk] | None, key: Hashable, spending: _Spending, walk: Walk) -> None:
+    if walks is not None:
+        walks.keep(key, spending.thresholds, len(walk.built), walk.copy(), walk.work.num_bytes)
 
 
 def _whole_blocks(model: nn.Module, anatomy: Anatomy, plan: Plan, start: int) -> list[nn.Module]:
@@ -159,11 +214,11 @@ def _plan(settings: CascadeSettings, blocks: Sequence[BlockPlan]) -> Plan:
     return Plan(blocks=tuple(blocks), cutoff_token=settings.cutoff_token, token_reduction=settings.token_reduction)
 
 
-def _prune_block(work: _Work, plans: list[BlockPlan], index: int, budget: float) -> tuple[list[BlockPlan], Repaired]:
-    """The plans with block `index` pruned as far as its budget and the target allow, and that block, built."""
+def _prune_block(walk: Walk, spending: _Spending) -> Walk:
+    """The walk with the next block pruned as far as its budget and the target allow; its work goes on."""
+    work, plans = walk.work, list(walk.plans)
+    index, before = work.index, work.correct
     anatomy, settings, block = work.anatomy, work.settings, work.anatomy.blocks[index]
-    before = work.correct
-    allowed = budget / 100 * work.num_probe
     num_tokens = plans[index].num_tokens
     best = Repaired(block=work.flow.slim(plans[index]))
 
@@ -173,9 +228,9 @@ def _prune_block(work: _Work, plans: list[BlockPlan], index: int, budget: float)
         return [*plans[:index], plan, *later]
 
     def reaches_target(plan: BlockPlan) -> bool:
-        return count_macs(anatomy, _plan(settings, with_block(plan))) <= settings.target_macs
+        return spending.target.reaches(count_macs(anatomy, _plan(settings, with_block(plan))))
 
-    def search(kind: str, most: int, make: Callable[[int], BlockPlan], at_least: int) -> BlockPlan | None:
+    def search(kind: str, most: int, make: Callable[[int], BlockPlan], budget: Threshold) -> BlockPlan | None:
         """The plan that removes most of what is within budget; None if nothing is."""
         nonlocal best
         probes: dict[BlockPlan, _Probe] = {}
@@ -183,7 +238,7 @@ def _prune_block(work: _Work, plans: list[BlockPlan], index: int, budget: float)
         def probe_of(removed: int) -> _Probe:
             plan = make(removed)
             if plan not in probes:  # rounding makes one plan of several counts
-                probes[plan] = _Probe(work.repair(plan), at_least)
+                probes[plan] = _Probe(work.repair(plan), lambda num_right: budget.reaches(before - num_right))
             return probes[plan]
 
         levels = _levels(most, settings.num_levels, lambda n: reaches_target(make(n)))
@@ -204,7 +259,7 @@ def _prune_block(work: _Work, plans: list[BlockPlan], index: int, budget: float)
 
     plan = plans[index]
     if settings.token_reduction != "none":
-        plan = search("tokens", num_tokens - 1, fewer_tokens, before - _whole(settings.token_share * allowed)) or plan
+        plan = search("tokens", num_tokens - 1, fewer_tokens, spending.tokens[index]) or plan
     if not reaches_target(plan):
         tokens_left = plan.num_tokens
         ranking = Ranking(
@@ -215,8 +270,14 @@ def _prune_block(work: _Work, plans: list[BlockPlan], index: int, budget: float)
         def fewer_channels(removed: int) -> BlockPlan:
             return ranking.plan(removed, tokens_left)
 
-        plan = search("channels", ranking.max_removed, fewer_channels, before - _whole(allowed)) or plan
-    return with_block(plan), best
+        plan = search("channels", ranking.max_removed, fewer_channels, spending.channels[index]) or plan
+    plans, drops = with_block(plan), list(walk.drops)
+    drops[index] = (before - work.correct) / work.num_probe * 100
+    work.advance(best.block)
+    return Walk(
+        work=work, plans=tuple(plans), built=(*walk.built, best.block), drops=tuple(drops),
+        notes=(*walk.notes, *best.notes),
+    )  # fmt: skip
 
 
 @dataclass
@@ -224,8 +285,8 @@ class _Probe:
     """A block that is being tried: the probe images that it has run on so far, in their order."""
 
     repaired: Repaired
-    at_least: int
-    """Images that have to come out right."""
+    is_enough: Callable[[int], bool]
+    """Whether so many images that come out right are within budget."""
     is_right: list[Tensor] = field(default_factory=list)
     margins: list[Tensor] = field(default_factory=list)
     num_seen: int = 0
@@ -236,17 +297,21 @@ class _Work:
     """The state of a walk through the blocks: what enters the current one, and what the walk has cost so far."""
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, probe: Images, calibration: Images, settings: CascadeSettings
-    ) -> None:
+        self, model: nn.Module, anatomy: Anatomy, probe: Images, calibration: Images, settings: CascadeSettings,
+        sensitivity: list[BlockSensitivity] | None,
+    ) -> None:  # fmt: skip
         self.model, self.anatomy, self.settings = model, anatomy, settings
         self.paces = settings.paces or [multiples(block, 1) for block in anatomy.blocks]
         self.probe, self.calibration = probe, calibration
         self.num_probe = len(probe)
         self.block_images = float(SENSITIVITY_PASSES * anatomy.depth * len(calibration))
         """Blocks run, times images; a backward pass counts as two forward passes."""
+        if sensitivity is None:
+            sensitivity = measure_sensitivity(
+                model, calibration, batch_size=settings.batch_size, precision=settings.precision
+            )
         self.flow = Flow(
-            model, calibration,
-            measure_sensitivity(model, calibration, batch_size=settings.batch_size, precision=settings.precision),
+            model, calibration, sensitivity,
             token_reduction=settings.token_reduction, cutoff_token=settings.cutoff_token,
             batch_size=settings.batch_size, precision=settings.precision,
         )  # fmt: skip
@@ -256,11 +321,23 @@ class _Work:
         self.order = torch.arange(self.num_probe, device=self.x.device)
         """(B,): what `accept` made of the order of the probe images."""
         self._begin()
-        dense = _Probe(Repaired(block=self.dense), at_least=0)
+        dense = _Probe(Repaired(block=self.dense), lambda num_right: True)
         self.is_right = torch.zeros(self.num_probe, dtype=torch.bool, device=self.x.device)
         """(B,): probe images that come out right as the model is now."""
         self.is_within(dense, surely=True)
         self.accept(dense)
+
+    def copy(self) -> _Work:
+        """The same state, between two blocks, to go on from; they share the tensors, which nobody changes."""
+        made = copy.copy(self)
+        made.flow, made.guesses = self.flow.copy(), dict(self.guesses)
+        return made
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the activations."""
+        leaves = tree_leaves([vars(self), vars(self.flow)])
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
     def _begin(self) -> None:
         self._turn_to(0)
@@ -315,7 +392,7 @@ class _Work:
         """
         while True:
             left = self.num_probe - probe.num_seen
-            if probe.num_right + left < probe.at_least:
+            if not probe.is_enough(probe.num_right + left):
                 return False
             if not left:
                 return True
@@ -323,7 +400,7 @@ class _Work:
             before = self.is_right[probe.num_seen :][: self.settings.batch_size]
             self._run_batch(probe)
             likely = probe.num_right + int(self.is_right[probe.num_seen :].sum())
-            if not surely and likely >= probe.at_least and bool((probe.is_right[-1] == before).all()):
+            if not surely and probe.is_enough(likely) and bool((probe.is_right[-1] == before).all()):
                 return True
 
     @torch.no_grad()

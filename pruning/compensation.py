@@ -19,6 +19,7 @@ B images, N tokens, C model width, H heads, D dense head width, n features, k ke
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -95,6 +96,12 @@ class Flow:
         with autocast(dense.device, self.precision):
             mids, outs = zip(*(block.halves(x) for x in in_turns(dense.split(self.batch_size))), strict=True)
         self.dense_mid, self.dense_out = torch.cat(mids).float(), torch.cat(outs).float()
+
+    def copy(self) -> Flow:
+        """The images where they are now; nothing fitted for the current block."""
+        made = copy.copy(self)
+        made._factors, made._attentions = None, {}
+        return made
 
     @property
     def anatomy(self) -> BlockAnatomy:

@@ -9,7 +9,7 @@ B images, N tokens, P prefix tokens, C model width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,9 @@ class StreamSensitivity:
     prefix_share: float
     """Share of the gradients' energy that lies on the prefix tokens, in [0, 1]."""
 
+    def to(self, device: torch.device | str) -> StreamSensitivity:
+        return replace(self, metric=self.metric.to(device))
+
     def token_weights(self, num_tokens: int, num_prefix: int) -> Tensor:
         """(N,), float32, sum 1: what an error in each token counts."""
         share = self.prefix_share if num_prefix else 0.0
@@ -50,6 +53,9 @@ class BlockSensitivity:
     """After attention."""
     out: StreamSensitivity
     """After the MLP."""
+
+    def to(self, device: torch.device | str) -> BlockSensitivity:
+        return BlockSensitivity(mid=self.mid.to(device), out=self.out.to(device))
 
 
 @torch.enable_grad()

@@ -39,7 +39,10 @@ from search.errors import ConfigError, SweepError
 from search.inputs import Inputs
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.searcher import StudySearcher
-from search.trial import Epoch, start_trial
+from search.trial import Ended, Epoch, start_trial
+
+StartTrial = Callable[[Bench, Candidate, str, Mapping[str, Any] | None], Iterator[Epoch | Ended]]
+"""`search.trial.start_trial`, or what stands in for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +72,14 @@ class Mailbox:
 class TrialActor(tune.Trainable):
     """A worker: keeps the bench on its device and runs trial after trial, a step an epoch where they train."""
 
-    def setup(self, config: dict[str, Any], bench: Sequence[Any] = (), mailbox: Any = None, cpus: int = 1) -> None:
+    def setup(
+        self, config: dict[str, Any], bench: Sequence[Any] = (), mailbox: Any = None, cpus: int = 1,
+        start: StartTrial = start_trial,
+    ) -> None:  # fmt: skip
         torch.set_num_threads(cpus)
         # Behind a list, Tune hands the reference on instead of storing the bench a second time.
         self.bench: Bench = ray.get(bench[0]).to(_device())
-        self.mailbox = mailbox
+        self.mailbox, self.start_trial = mailbox, start
         self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -83,7 +89,7 @@ class TrialActor(tune.Trainable):
     def _start(self, config: dict[str, Any]) -> None:
         self.id = config["id"]
         state = ray.get(self.mailbox.take.remote(self.id)) if config["is_resumed"] else None
-        self.events = start_trial(self.bench, Candidate.from_json(config["candidate"]), self.id, state)
+        self.events = self.start_trial(self.bench, Candidate.from_json(config["candidate"]), self.id, state)
 
     def step(self) -> dict[str, Any]:
         event = next(self.events)
@@ -162,6 +168,8 @@ def run_trials(
     share: Share,
     recorder: Recorder,
     states: Mapping[str, Mapping[str, Any]],
+    *,
+    start: StartTrial = start_trial,
 ) -> None:
     """Runs trials until there are so many, or until the searcher has no more to suggest.
 
@@ -169,6 +177,7 @@ def run_trials(
         bench_ref: reference to the bench.
         recorder: called in the driver; if it raises, no further trial starts.
         states: of the trials that an earlier run did not end, by id.
+        start: what a worker does with a candidate.
 
     Raises:
         VitfrontError: what `recorder` raised.
@@ -177,7 +186,7 @@ def run_trials(
     for trial_id, state in states.items():
         ray.get(mailbox.put.remote(trial_id, state))
     bookkeeper = _Bookkeeper(recorder, mailbox, searcher.finish)
-    trainable = tune.with_parameters(TrialActor, bench=[bench_ref], mailbox=mailbox, cpus=share.cpus)
+    trainable = tune.with_parameters(TrialActor, bench=[bench_ref], mailbox=mailbox, cpus=share.cpus, start=start)
     # Tune keeps what it would resume by; we resume by the ledger.
     with tempfile.TemporaryDirectory(prefix="vitfront.", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(

@@ -26,6 +26,7 @@ from search import ledger
 from search.bench import Confirmation, Weights
 from search.checkpoints import Checkpoint, Checkpoints
 from search.cluster import (
+    StartTrial,
     check_resources,
     confirm_remotely,
     fetch,
@@ -46,7 +47,9 @@ from search.limits import Limit, acceptable, parse_limit
 from search.outcome import Candidate, Measurement, Outcome, num_trials
 from search.plots import front_html
 from search.searcher import StudySearcher
+from search.space import Space
 from search.tracking import Tracker, default_uri
+from search.trial import start_trial
 
 
 class Observer(Protocol):
@@ -126,27 +129,8 @@ def _run(
     if not inputs.trained:
         save_weights(fetch(bench_ref).model.state_dict(), inputs.cache)
 
+    outcomes = run_search(config, folder, inputs.space, bench_ref, dense, book, tracker, observer)
     accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
-    outcomes = list(book.found)
-    tracker.sync(outcomes, running_hypervolume(outcomes, dense, accuracy, limits))
-    num_done = num_trials(outcomes)
-    if num_done < config.search.trials:
-        budget = config.search.time_budget_s
-        deadline = None if budget is None else time.monotonic() + budget
-        recorder = _Recorder(folder, book, outcomes, dense, accuracy, limits, tracker, observer)
-        unfinished = recorder.checkpoints.read(done={outcome.trial for outcome in outcomes})
-        observer.start_trials(num_done, config.search.trials, deadline)
-        searcher = StudySearcher(
-            inputs.space, known=outcomes, sampler=config.search.sampler, seed=config.search.seed,
-            num_trials=config.search.trials, ahead=1,
-            unfinished=[(each.id, each.candidate) for each in unfinished], accuracy=accuracy, limits=limits,
-            dense=dense, deadline=deadline, on_suggest=observer.started,
-        )  # fmt: skip
-        torch.set_num_threads(1)  # of the sampler, here in the driver: the cores have trials to do
-        states = {each.id: each.state for each in unfinished}
-        run_trials(bench_ref, searcher, config.search.trials - num_done, share, recorder, states)
-        searcher.finish()
-
     observer.stage("measuring the front once more, quietly, and on test")
     candidates = contenders(acceptable(outcomes, limits, dense), accuracy)
     plans = [outcome.plan for outcome in candidates if outcome.plan is not None]
@@ -163,6 +147,41 @@ def _run(
     _write_front(folder, config, inputs, record, dict(zip(confirmed, found.models, strict=True)))
     tracker.finish(record, final, front_html(record, final), front_csv(record))
     return record
+
+
+def run_search(
+    config: Config, folder: Folder, space: Space, bench_ref: Any, dense: Measurement, book: Ledger, tracker: Tracker,
+    observer: Observer, *, start: StartTrial = start_trial,
+) -> list[Outcome]:  # fmt: skip
+    """Runs the trials that a sweep lacks; gives all its outcomes, those of earlier runs first.
+
+    Args:
+        bench_ref: Ray's reference to the bench.
+        start: what a worker does with a candidate.
+    """
+    accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
+    outcomes = list(book.found)
+    tracker.sync(outcomes, running_hypervolume(outcomes, dense, accuracy, limits))
+    num_done = num_trials(outcomes)
+    if num_done < config.search.trials:
+        budget = config.search.time_budget_s
+        deadline = None if budget is None else time.monotonic() + budget
+        recorder = _Recorder(folder, book, outcomes, dense, accuracy, limits, tracker, observer)
+        unfinished = recorder.checkpoints.read(done={outcome.trial for outcome in outcomes})
+        observer.start_trials(num_done, config.search.trials, deadline)
+        searcher = StudySearcher(
+            space, known=outcomes, sampler=config.search.sampler, seed=config.search.seed,
+            num_trials=config.search.trials, ahead=1,
+            unfinished=[(each.id, each.candidate) for each in unfinished], accuracy=accuracy, limits=limits,
+            dense=dense, deadline=deadline, on_suggest=observer.started,
+        )  # fmt: skip
+        torch.set_num_threads(1)  # of the sampler, here in the driver: the cores have trials to do
+        states = {each.id: each.state for each in unfinished}
+        run_trials(
+            bench_ref, searcher, config.search.trials - num_done, trial_share(config), recorder, states, start=start
+        )  # fmt: skip
+        searcher.finish()
+    return outcomes
 
 
 class _Recorder:

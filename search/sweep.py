@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from search.config import Config, flat
 from search.errors import SweepError
 from search.files import write_atomically
 from search.folder import Folder
-from search.front import contenders, front_record, running_hypervolume
+from search.front import GrowingFront, contenders, front_record, running_hypervolume
 from search.inputs import Inputs, load_inputs
 from search.ledger import Ledger
 from search.limits import Limit, acceptable, parse_limit
@@ -177,10 +178,13 @@ def run_search(
         )  # fmt: skip
         torch.set_num_threads(1)  # of the sampler, here in the driver: the cores have trials to do
         states = {each.id: each.state for each in unfinished}
-        run_trials(
-            bench_ref, searcher, config.search.trials - num_done, trial_share(config), recorder, states, start=start
-        )  # fmt: skip
-        searcher.finish()
+        try:
+            run_trials(
+                bench_ref, searcher, config.search.trials - num_done, trial_share(config), recorder, states, start=start
+            )  # fmt: skip
+        finally:
+            searcher.finish()
+            recorder.close()
     return outcomes
 
 
@@ -195,6 +199,12 @@ class _Recorder:
         self._folder, self._book, self._outcomes, self._dense = folder, book, outcomes, dense
         self._accuracy, self._limits, self._tracker, self._observer = accuracy, limits, tracker, observer
         self.checkpoints = Checkpoints(folder.checkpoints)
+        self._front = GrowingFront(dense, accuracy, limits)
+        for outcome in outcomes:
+            self._front.add(outcome)
+        self._contenders = contenders(acceptable(outcomes, limits, dense), accuracy)
+        self._writing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+        self._written: list[Future[None]] = []
         self._start = time.monotonic() - max((outcome.ended_s for outcome in outcomes), default=0.0)
 
     def epoch(self, checkpoint: Checkpoint, progress: Mapping[str, float]) -> None:
@@ -209,15 +219,23 @@ class _Recorder:
         self.checkpoints.remove(outcomes[0].trial)
         for outcome in outcomes:
             self._outcomes.append(outcome)
-            volume = running_hypervolume(self._outcomes, self._dense, self._accuracy, self._limits)[-1]
-            self._tracker.log(outcome, volume, len(self._outcomes))
+            volume = self._front.add(outcome)
+            # In a thread: a tenth of a second and more, in which the worker would wait for its next trial.
+            self._written.append(self._writing.submit(self._tracker.log, outcome, volume, len(self._outcomes)))
             self._observer.finished(outcome, volume)
-        self._remove_beaten_weights()
+        self._remove_beaten_weights(outcomes)
 
-    def _remove_beaten_weights(self) -> None:
+    def close(self) -> None:
+        """Waits for MLflow."""
+        self._writing.shutdown()
+        for each in self._written:
+            each.result()
+
+    def _remove_beaten_weights(self, new: Sequence[Outcome]) -> None:
         """Who is beaten beyond the noise stays so: nobody will ask for its weights."""
-        kept = acceptable(self._outcomes, self._limits, self._dense)
-        asked_for = {outcome.id for outcome in contenders(kept, self._accuracy)}
+        kept = [*self._contenders, *acceptable(new, self._limits, self._dense)]
+        self._contenders = contenders(kept, self._accuracy)
+        asked_for = {outcome.id for outcome in self._contenders}
         for path in self._folder.weights.glob("*.safetensors"):
             if path.stem not in asked_for:
                 path.unlink()

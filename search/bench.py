@@ -52,8 +52,8 @@ class Bench:
     """Of every block of the dense model on this device, for `round_to: auto`; likewise."""
 
     sensitivities: dict[int, list[BlockSensitivity]]
-    """Of the dense model cut at every exit, for the methods that repair in closed form. Each is 2 float64 matrices of the
-    model's width a block: at 12 blocks 7 MB for a ViT-Tiny, 113 MB for a ViT-Base."""
+    """Of the dense model cut at every exit, for the methods that repair in closed form. Each is 2 float64 matrices of
+    the model's width a block: at 12 blocks 7 MB for a ViT-Tiny, 113 MB for a ViT-Base."""
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # read at import: no CSV and JSON file a trial
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables are printed whatever `verbose` says
@@ -40,8 +40,12 @@ from search.errors import ConfigError, SweepError
 from search.inputs import Inputs
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.proposals import propose
+from search.recorder import Recorder
 from search.searcher import StudySearcher
-from search.trial import Epoch, start_trial
+from search.trial import Ended, Epoch, start_trial
+
+StartTrial = Callable[[Bench, Candidate, str, Mapping[str, Any] | None], Iterator[Epoch | Ended]]
+"""`search.trial.start_trial`, or what stands in for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +75,14 @@ class Mailbox:
 class TrialActor(tune.Trainable):
     """A worker: keeps the bench on its device and runs trial after trial, a step an epoch where they train."""
 
-    def setup(self, config: dict[str, Any], bench: Sequence[Any] = (), mailbox: Any = None, cpus: int = 1) -> None:
+    def setup(
+        self, config: dict[str, Any], bench: Sequence[Any] = (), mailbox: Any = None, cpus: int = 1,
+        start: StartTrial = start_trial,
+    ) -> None:  # fmt: skip
         torch.set_num_threads(cpus)
         # Behind a list, Tune hands the reference on instead of storing the bench a second time.
         self.bench: Bench = ray.get(bench[0]).to(_device())
-        self.mailbox = mailbox
+        self.mailbox, self.start_trial = mailbox, start
         self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -85,7 +92,7 @@ class TrialActor(tune.Trainable):
     def _start(self, config: dict[str, Any]) -> None:
         self.id = config["id"]
         state = ray.get(self.mailbox.take.remote(self.id)) if config["is_resumed"] else None
-        self.events = start_trial(self.bench, Candidate.from_json(config["candidate"]), self.id, state)
+        self.events = self.start_trial(self.bench, Candidate.from_json(config["candidate"]), self.id, state)
 
     def step(self) -> dict[str, Any]:
         with self.bench.lease.shared():  # between two steps an actor may have nothing to do
@@ -96,16 +103,6 @@ class TrialActor(tune.Trainable):
         if event.weights:
             ray.get(self.mailbox.put.remote(self.id, event.weights))
         return {"outcomes": json.dumps([outcome.to_json() for outcome in event.outcomes]), "done": True}
-
-
-class Recorder(Protocol):
-    """Who keeps what comes of the trials, in the driver."""
-
-    def epoch(self, checkpoint: Checkpoint, progress: Mapping[str, float]) -> None:
-        """A trial has trained one more epoch."""
-
-    def ended(self, outcomes: Sequence[Outcome], weights: Mapping[str, Weights]) -> None:
-        """A trial has ended: what came of it, and the weights that do not follow from a plan, by the outcomes' ids."""
 
 
 class _Bookkeeper(tune.Callback):
@@ -126,6 +123,8 @@ class _Bookkeeper(tune.Callback):
             call(*args)
         except VitfrontError as error:  # Tune would log it, take the trial for failed and go on
             self.error = error
+            self._give_up()
+        if self._recorder.is_saturated:
             self._give_up()
 
     def on_trial_result(
@@ -165,6 +164,8 @@ def run_trials(
     share: Share,
     recorder: Recorder,
     states: Mapping[str, Mapping[str, Any]],
+    *,
+    start: StartTrial = start_trial,
 ) -> None:
     """Runs trials until there are so many, or until the searcher has no more to suggest.
 
@@ -172,6 +173,7 @@ def run_trials(
         bench_ref: reference to the bench.
         recorder: called in the driver; if it raises, no further trial starts.
         states: of the trials that an earlier run did not end, by id.
+        start: what a worker does with a candidate.
 
     Raises:
         VitfrontError: what `recorder` raised.
@@ -180,7 +182,7 @@ def run_trials(
     for trial_id, state in states.items():
         ray.get(mailbox.put.remote(trial_id, state))
     bookkeeper = _Bookkeeper(recorder, mailbox, searcher.finish)
-    trainable = tune.with_parameters(TrialActor, bench=[bench_ref], mailbox=mailbox, cpus=share.cpus)
+    trainable = tune.with_parameters(TrialActor, bench=[bench_ref], mailbox=mailbox, cpus=share.cpus, start=start)
     # Tune keeps what it would resume by; we resume by the ledger.
     with tempfile.TemporaryDirectory(prefix="vitfront.", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(

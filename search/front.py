@@ -165,12 +165,10 @@ def contenders(outcomes: Sequence[Outcome], accuracy: str = "top1") -> tuple[Out
     Out is who is beaten beyond the noise: by one at least as accurate whose speed-up interval lies above its own.
     """
     measured = [outcome for outcome in outcomes if outcome.measurement is not None]
-
-    def beaten(own: Outcome, other: Outcome) -> bool:
-        is_faster = _metric(other, "speedup_low") > _metric(own, "speedup_high")
-        return is_faster and _metric(other, accuracy) >= _metric(own, accuracy)
-
-    return tuple(own for own in measured if not any(beaten(own, other) for other in measured))
+    names = ("speedup_low", "speedup_high", accuracy)
+    low, high, top = np.array([[_metric(outcome, name) for outcome in measured] for name in names])
+    is_beaten = ((low > high[:, None]) & (top >= top[:, None])).any(axis=1)
+    return tuple(outcome for outcome, beaten in zip(measured, is_beaten, strict=True) if not beaten)
 
 
 def distinct(front: Sequence[Outcome], dense: Measurement, accuracy: str = "top1") -> tuple[Outcome, ...]:
@@ -220,15 +218,29 @@ def running_hypervolume(
     outcomes: Sequence[Outcome], dense: Measurement, accuracy: str = "top1", limits: Sequence[Limit] = ()
 ) -> tuple[float, ...]:
     """Hypervolume after each outcome, of those within the limits; it never falls."""
-    start = reference_point(dense, accuracy)
-    reference = np.array([_oriented(objective, start[objective.name]) for objective in objectives(accuracy)])
-    front, volumes = _values([], accuracy), []
-    for outcome in outcomes:
-        for each in acceptable([outcome], limits, dense):
-            front = np.vstack((front, _values([each], accuracy)))
-            front = front[non_dominated(front)]
-        volumes.append(hypervolume(front, reference))
-    return tuple(volumes)
+    growing = GrowingFront(dense, accuracy, limits)
+    return tuple(growing.add(outcome) for outcome in outcomes)
+
+
+class GrowingFront:
+    """The front of outcomes that come one by one."""
+
+    def __init__(self, dense: Measurement, accuracy: str, limits: Sequence[Limit]) -> None:
+        start = reference_point(dense, accuracy)
+        self._reference = np.array([_oriented(objective, start[objective.name]) for objective in objectives(accuracy)])
+        self._dense, self._accuracy, self._limits = dense, accuracy, limits
+        self._values = _values([], accuracy)
+        self._hypervolume = 0.0
+
+    def add(self, outcome: Outcome) -> float:
+        """The hypervolume of all outcomes within the limits, this one included; it never falls."""
+        for each in acceptable([outcome], self._limits, self._dense):
+            values = _values([each], self._accuracy)
+            if not (self._values >= values).all(axis=1).any():
+                front = np.vstack((self._values, values))
+                self._values = front[non_dominated(front)]
+                self._hypervolume = hypervolume(self._values, self._reference)
+        return self._hypervolume
 
 
 def front_record(name: str, outcomes: Sequence[Outcome], dense: Measurement, accuracy: str = "top1") -> dict[str, Any]:

@@ -10,11 +10,12 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from threading import Event
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,8 +25,8 @@ from pruning.models import read_weights
 from pruning.plan import Plan
 from search import ledger
 from search.bench import Bench, Confirmation, Weights, profiled
-from search.checkpoints import Checkpoint, Checkpoints
 from search.cluster import (
+    StartTrial,
     check_resources,
     confirm_remotely,
     fetch,
@@ -36,42 +37,22 @@ from search.cluster import (
     trial_share,
 )
 from search.config import Config, flat
-from search.ending import calling_on_interrupt, is_saturated
+from search.ending import calling_on_interrupt
 from search.errors import SweepError
 from search.files import write_atomically
 from search.folder import Folder
-from search.front import contenders, front_of, front_record, running_hypervolume
+from search.front import contenders, front_of, front_record
 from search.inputs import Inputs, load_inputs
 from search.ledger import Ledger
-from search.limits import Limit, acceptable, parse_limit
-from search.outcome import Candidate, Measurement, Outcome, State, num_trials
+from search.limits import acceptable, parse_limit
+from search.outcome import Candidate, Measurement, Outcome, num_trials
 from search.plots import front_html
 from search.profiles import ProfileCache
+from search.recorder import Observer, Recorder
 from search.searcher import StudySearcher
 from search.space import Space
 from search.tracking import Tracker, default_uri
-
-
-class Observer(Protocol):
-    """Who watches a sweep; the command line's progress line is one."""
-
-    def stage(self, text: str) -> None:
-        """Something starts that takes a while."""
-
-    def start_trials(self, num_done: int, num_trials: int, deadline: float | None) -> None:
-        """The trials start; `num_done` of them were done by an earlier run; `deadline` on the monotonic clock."""
-
-    def started(self, trial_id: str, candidate: Candidate) -> None:
-        """A trial starts."""
-
-    def epoch(self, trial_id: str, progress: Mapping[str, float]) -> None:
-        """A trial has trained one more epoch."""
-
-    def finished(self, outcome: Outcome, hypervolume: float) -> None:
-        """An outcome of a trial that ended; the hypervolume of all of them so far."""
-
-    def interrupted(self) -> None:
-        """No further trial starts; those that run are finished."""
+from search.trial import start_trial
 
 
 def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | None = None) -> dict[str, Any]:
@@ -141,35 +122,10 @@ def _run(
             cache = ProfileCache(inputs.cache.parent, config, bench.model.state_dict(), inputs.splits)
         cache.write(bench.profiles)
 
+    outcomes, ended_by = run_search(
+        config, folder, inputs.space, bench_ref, dense, book, tracker, observer, proposed=fetch(proposed_ref)
+    )
     accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
-    outcomes = list(book.found)
-    tracker.sync(outcomes, running_hypervolume(outcomes, dense, accuracy, limits))
-    num_done, ended_by = num_trials(outcomes), "trials"
-    if num_done < config.search.trials:
-        budget = config.search.time_budget_s
-        deadline = None if budget is None else time.monotonic() + budget
-        learned = _read_earlier(config, folder.path.parent, inputs.space)
-        first = [outcome.candidate for outcome in front_of(acceptable(learned, limits, dense), accuracy)]
-        first += inputs.space.first_candidates(fetch(proposed_ref))
-        checkpoints = Checkpoints(folder.checkpoints)
-        unfinished = checkpoints.read(done={outcome.trial for outcome in outcomes})
-        observer.start_trials(num_done, config.search.trials, deadline)
-        searcher = StudySearcher(
-            inputs.space, known=outcomes, sampler=config.search.sampler, seed=config.search.seed,
-            num_trials=config.search.trials, first=first, learned=learned, ahead=1,
-            unfinished=[(each.id, each.candidate) for each in unfinished], accuracy=accuracy, limits=limits,
-            dense=dense, deadline=deadline, on_suggest=observer.started,
-        )  # fmt: skip
-        recorder = _Recorder(
-            config, folder, book, outcomes, dense, limits, checkpoints, tracker, observer, searcher.stop
-        )
-        torch.set_num_threads(1)  # of the sampler, here in the driver: the cores have trials to do
-        states = {each.id: each.state for each in unfinished}
-        with calling_on_interrupt(recorder.interrupt):
-            run_trials(bench_ref, searcher, config.search.trials - num_done, share, recorder, states)
-        searcher.finish()
-        ended_by = recorder.ended_by(deadline)
-
     observer.stage("measuring the front once more, quietly, and on test")
     candidates = contenders(acceptable(outcomes, limits, dense), accuracy)
     plans = [outcome.plan for outcome in candidates if outcome.plan is not None]
@@ -189,6 +145,64 @@ def _run(
     return record
 
 
+def run_search(
+    config: Config, folder: Folder, space: Space, bench_ref: Any, dense: Measurement, book: Ledger, tracker: Tracker,
+    observer: Observer, *, proposed: Sequence[Candidate] = (), start: StartTrial = start_trial,
+) -> tuple[list[Outcome], str]:  # fmt: skip
+    """Runs the trials that a sweep lacks.
+
+    Args:
+        bench_ref: Ray's reference to the bench.
+        proposed: candidates to begin with.
+        start: what a worker does with a candidate.
+
+    Returns:
+        All outcomes of the sweep, those of earlier runs first; and what ended it: `trials`, `time`, `saturation` of the
+        hypervolume, `interrupt`, or `exhaustion` of what can be tried.
+    """
+    search, recorder = config.search, Recorder(config, folder, book, dense, tracker, observer)
+    num_done = num_trials(recorder.outcomes)
+    if num_done >= search.trials or recorder.is_saturated:
+        recorder.close()
+        return recorder.outcomes, "trials" if num_done >= search.trials else "saturation"
+    deadline = None if search.time_budget_s is None else time.monotonic() + search.time_budget_s
+    learned = _read_earlier(config, folder.path.parent, space)
+    limits = [parse_limit(text) for text in search.limits]
+    first = [outcome.candidate for outcome in front_of(acceptable(learned, limits, dense), search.accuracy)]
+    unfinished = recorder.checkpoints.read(done={outcome.trial for outcome in recorder.outcomes})
+    observer.start_trials(num_done, search.trials, deadline)
+    searcher = StudySearcher(
+        space, known=list(recorder.outcomes), sampler=search.sampler, seed=search.seed, num_trials=search.trials,
+        first=first + space.first_candidates(proposed), learned=learned, has_rungs=search.reduction_factor > 1, ahead=1,
+        unfinished=[(each.id, each.candidate) for each in unfinished], accuracy=search.accuracy, limits=limits,
+        dense=dense, deadline=deadline, on_suggest=observer.started,
+    )  # fmt: skip
+    interrupted = Event()
+
+    def interrupt() -> None:
+        interrupted.set()
+        searcher.stop()
+        observer.interrupted()
+
+    torch.set_num_threads(1)  # of the sampler, here in the driver: the cores have trials to do
+    states = {each.id: each.state for each in unfinished}
+    try:
+        with calling_on_interrupt(interrupt):
+            run_trials(
+                bench_ref, searcher, search.trials - num_done, trial_share(config), recorder, states, start=start
+            )
+    finally:
+        searcher.finish()
+        recorder.close()
+    if interrupted.is_set():
+        return recorder.outcomes, "interrupt"
+    if num_trials(recorder.outcomes) >= search.trials:
+        return recorder.outcomes, "trials"
+    if recorder.is_saturated:
+        return recorder.outcomes, "saturation"
+    return recorder.outcomes, "exhaustion" if deadline is None or time.monotonic() < deadline else "time"
+
+
 def _read_earlier(config: Config, runs: Path, space: Space) -> list[Outcome]:
     """What the sweeps that the recipe names found within this space.
 
@@ -201,91 +215,9 @@ def _read_earlier(config: Config, runs: Path, space: Space) -> list[Outcome]:
         same = ("model.", "data.", "exits.", "measure.batch_size", "measure.precision", "search.accuracy")
         different = [key for key in config.differences(folder.read_config()) if key.startswith(same)]
         if different:
-            raise SweepError(
-                f"nothing can be learned from sweep {name!r}: its settings differ ({', '.join(different)})"
-            )
+            raise SweepError(f"sweep {name!r} teaches nothing here: its settings differ ({', '.join(different)})")
         found += [each for each in ledger.read(folder.ledger) if each.id == each.trial]
     return [outcome for outcome in found if space.holds(outcome.candidate)]
-
-
-class _Recorder:
-    """Keeps what comes of the trials: weights, then the ledger, then MLflow; only then the observer hears of it."""
-
-    def __init__(
-        self, config: Config, folder: Folder, book: Ledger, outcomes: list[Outcome], dense: Measurement,
-        limits: Sequence[Limit], checkpoints: Checkpoints, tracker: Tracker, observer: Observer,
-        stop: Callable[[], None],
-    ) -> None:  # fmt: skip
-        """
-        Args:
-            outcomes: all of the ledger; new ones are added.
-            stop: lets no further trial start.
-        """
-        self._search, self._folder, self._book, self._outcomes, self._dense = (
-            config.search,
-            folder,
-            book,
-            outcomes,
-            dense,
-        )
-        self._accuracy, self._limits, self._tracker, self._observer = config.search.accuracy, limits, tracker, observer
-        self._checkpoints, self._stop = checkpoints, stop
-        self._start = time.monotonic() - max((outcome.ended_s for outcome in outcomes), default=0.0)
-        self._is_interrupted = False
-        volumes = running_hypervolume(outcomes, dense, self._accuracy, limits)
-        self._volumes = [volume for each, volume in zip(outcomes, volumes, strict=True) if _counts(each)]
-
-    def interrupt(self) -> None:
-        """The user has seen enough: what runs is finished."""
-        self._is_interrupted = True
-        self._stop()
-        self._observer.interrupted()
-
-    def ended_by(self, deadline: float | None) -> str:
-        """Why the trials ended: `interrupt`, `saturation`, `trials`, `time`, or `exhaustion` of what can be tried."""
-        if self._is_interrupted:
-            return "interrupt"
-        if num_trials(self._outcomes) >= self._search.trials:
-            return "trials"
-        if self._is_saturated():
-            return "saturation"
-        return "exhaustion" if deadline is None or time.monotonic() < deadline else "time"
-
-    def _is_saturated(self) -> bool:
-        return is_saturated(self._volumes, self._search.patience, self._search.min_gain)
-
-    def epoch(self, checkpoint: Checkpoint, progress: Mapping[str, float]) -> None:
-        self._checkpoints.write(checkpoint)
-        self._observer.epoch(checkpoint.id, progress)
-
-    def ended(self, outcomes: Sequence[Outcome], weights: Mapping[str, Weights]) -> None:
-        for name, each in weights.items():
-            save_weights(each, self._folder.weights_of(name))
-        outcomes = [replace(outcome, ended_s=time.monotonic() - self._start) for outcome in outcomes]
-        self._book.append(*outcomes)
-        self._checkpoints.remove(outcomes[0].trial)
-        for outcome in outcomes:
-            self._outcomes.append(outcome)
-            volume = running_hypervolume(self._outcomes, self._dense, self._accuracy, self._limits)[-1]
-            self._tracker.log(outcome, volume, len(self._outcomes))
-            self._observer.finished(outcome, volume)
-            self._volumes += [volume] if _counts(outcome) else []
-        if self._is_saturated():
-            self._stop()
-        self._remove_beaten_weights()
-
-    def _remove_beaten_weights(self) -> None:
-        """Who is beaten beyond the noise stays so: nobody will ask for its weights."""
-        kept = acceptable(self._outcomes, self._limits, self._dense)
-        asked_for = {outcome.id for outcome in contenders(kept, self._accuracy)}
-        for path in self._folder.weights.glob("*.safetensors"):
-            if path.stem not in asked_for:
-                path.unlink()
-
-
-def _counts(outcome: Outcome) -> bool:
-    """Whether it is a trial that was measured, not what a trial gave beside."""
-    return outcome.state is State.MEASURED and outcome.id == outcome.trial
 
 
 def _read_weights(folder: Folder, outcome: Outcome) -> Weights | None:

@@ -42,8 +42,6 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 EXPERIMENT = "vitfront"
 MAX_REASON_CHARS = 5000  # MLflow's own limit for a tag
 MAX_PARAM_CHARS = 6000
-MAX_PARAMS_A_BATCH = 100
-MAX_METRICS_A_BATCH = 1000
 
 
 def default_uri(runs: Path) -> str:
@@ -180,8 +178,7 @@ class Tracker:
         texts = {key: str(value)[:MAX_PARAM_CHARS] for key, value in params.items()}
         there = self._parent.data.params
         new = [Param(key, text) for key, text in texts.items() if key not in there]
-        for start in range(0, len(new), MAX_PARAMS_A_BATCH):
-            self._client.log_batch(self.run_id, params=new[start : start + MAX_PARAMS_A_BATCH])
+        self._client.log_batch(self.run_id, params=new)
         for key, text in texts.items():
             if there.get(key, text) != text:
                 self._client.set_tag(self.run_id, f"vitfront.resumed.{key}", text)
@@ -218,9 +215,7 @@ class Tracker:
         for epoch, progress in enumerate(outcome.history, start=1):
             metrics += [Metric(f"train_{name}", value, ended, epoch) for name, value in progress.items()]
         params = [Param(key, str(value)) for key, value in outcome.candidate.to_params().items()]
-        self._client.log_batch(run_id, params=params)
-        for start in range(0, len(metrics), MAX_METRICS_A_BATCH):
-            self._client.log_batch(run_id, metrics[start : start + MAX_METRICS_A_BATCH])
+        self._client.log_batch(run_id, metrics, params)
         if outcome.plan is not None:  # log_dict would indent: a line a kept index
             self._client.log_text(run_id, json.dumps(outcome.plan.to_json()), "plan.json")
         self._client.log_metric(self.run_id, "hypervolume", hypervolume, ended, number)

@@ -1,0 +1,136 @@
+"""What a trial costs beside its pruning and measuring: sweeps on two workers whose trials are made up.
+
+    python benchmarks/bm_orchestration.py [--quick] [--json] [--out benchmarks/results]
+
+All but the trial is real: Ray Tune, the TPE sampler, the ledger, MLflow on SQLite, the progress line. A candidate is
+answered at once, with a measurement and a plan of digits' size that follow from it. Timed from the end of the first
+trial, when the workers are there, to the end of the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import optuna
+import ray
+import torch
+from rich.console import Console
+
+from pruning.plan import BlockPlan, Plan
+from pruning.stopwatch import device_name
+from search.cluster import ray_running
+from search.config import load_config
+from search.folder import Folder
+from search.ledger import Ledger
+from search.outcome import Candidate, Measurement, Outcome, State
+from search.progress import ProgressLine
+from search.space import Space
+from search.sweep import run_search
+from search.tracking import Tracker, default_uri
+from search.trial import Ended
+
+DEPTH = 6
+DENSE = Measurement(
+    top1=0.97, top1_low=0.95, top1_high=0.98, throughput_img_s=5000.0, speedup=1.0, speedup_low=0.99, speedup_high=1.01,
+    latency_ms_p50=50.0, macs=5_700_000, params=300_000,
+)  # fmt: skip
+WINDOW = 100
+
+
+class MadeUpBench:
+    def to(self, device: torch.device) -> MadeUpBench:
+        return self
+
+
+def made_up_trial(bench: Any, candidate: Candidate, trial_id: str, state: Any = None) -> Iterator[Ended]:
+    """Accuracy falls the faster, the more is pruned and the farther the other parameters are from the best."""
+    kept = candidate.target_ratio * candidate.exit_block / DEPTH
+    off = abs(candidate.token_share - 0.4) + abs(candidate.cutoff_token - 0.8) + sum(candidate.drop_budget) / 24
+    top1, speedup = 0.97 - 0.3 * (1 - kept) ** 2 * (1 + off), (1 - 0.7 * (1 - kept)) ** -1
+    count = round(256 * candidate.target_ratio)
+    block = BlockPlan(
+        keep_heads=(0, 1, 2, 3), keep_qk=(tuple(range(12)),) * 4, keep_v=(tuple(range(12)),) * 4,
+        keep_hidden=tuple(range(count)), num_tokens=16,
+    )  # fmt: skip
+    measurement = Measurement(
+        top1=top1, top1_low=top1 - 0.02, top1_high=top1 + 0.02, throughput_img_s=5000 * speedup, speedup=speedup,
+        speedup_low=0.97 * speedup, speedup_high=1.03 * speedup, latency_ms_p50=50 / speedup,
+        macs=round(kept * DENSE.macs), params=round(kept * DENSE.params),
+    )  # fmt: skip
+    outcome = Outcome(
+        id=trial_id, state=State.MEASURED, candidate=candidate, plan=Plan(blocks=(block,) * candidate.exit_block),
+        measurement=measurement, block_drops=candidate.drop_budget[: candidate.exit_block],
+    )  # fmt: skip
+    yield Ended(outcomes=[outcome], models={})
+
+
+def run(runs: Path, num_trials: int) -> list[Outcome]:
+    config = load_config("digits", name=f"made-up-{num_trials}", trials=num_trials, sets=["search.sampler=tpe"])
+    folder = Folder(runs, config.name)
+    settings: dict[str, object] = {"search.trials": num_trials}
+    with Path(os.devnull).open("w") as nowhere, Ledger(folder.ledger) as book:
+        tracker = Tracker(
+            default_uri(runs), runs / "mlartifacts", config.name, settings, run_dir=folder.path, done=()
+        )  # fmt: skip
+        with ProgressLine(Console(file=nowhere, force_terminal=True)) as line:
+            return run_search(
+                config, folder, Space(config.space, DEPTH), ray.put(MadeUpBench()), DENSE, book, tracker, line,
+                start=made_up_trial,
+            )  # fmt: skip
+
+
+def measure(counts: tuple[int, ...]) -> list[dict[str, Any]]:
+    rows = []
+    ray.init(num_cpus=2, address="local", log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+    for count in counts:
+        with tempfile.TemporaryDirectory() as runs, ray_running(None):
+            ended = [outcome.ended_s for outcome in run(Path(runs), count)]
+        seconds, last = ended[-1] - ended[0], ended[-1] - ended[-1 - min(WINDOW, count - 1)]
+        rows.append({
+            "trials": count, "trials_per_s": (count - 1) / seconds, "ms_per_trial": 1000 * seconds / (count - 1),
+            "ms_per_trial_last": 1000 * last / min(WINDOW, count - 1),
+        })  # fmt: skip
+        print(rows[-1], file=sys.stderr, flush=True)
+    ray.shutdown()
+    return rows
+
+
+def text_of(rows: list[dict[str, Any]], command: str) -> str:
+    lines = [
+        "# Orchestration", "", f"    {command}", "",
+        f"{device_name(torch.device('cpu'))}, 2 workers; ray {ray.__version__}, optuna {optuna.__version__}, "
+        f"mlflow {mlflow.__version__}.",
+        "Made-up trials that take no time; from the end of the first to the end of the last.",
+        "", f"| trials | trials/s | ms a trial | ms a trial, last {WINDOW} |", "|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {row['trials']} | {row['trials_per_s']:.1f} | {row['ms_per_trial']:.0f} | {row['ms_per_trial_last']:.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="100 and 200 trials")
+    parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
+    parser.add_argument("--out", type=Path, help="folder for orchestration.{md,json}")
+    args = parser.parse_args()
+    rows = measure((100, 200) if args.quick else (100, 1000))
+    text = text_of(rows, " ".join(["python", *sys.argv]))
+    if args.out is not None:
+        (args.out / "orchestration.md").write_text(text)
+        (args.out / "orchestration.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    print(json.dumps({"rows": rows}) if args.json else text, end="")
+
+
+if __name__ == "__main__":
+    main()

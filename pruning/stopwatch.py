@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from pruning.errors import SettingError
 from pruning.precision import Precision, autocast, synchronize
 
+MIN_ROUNDS = 6
+"""Fewer rounds give no 95 % interval of their median."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
@@ -53,17 +56,17 @@ def race(
 
     Args:
         batch: (B, channels, height, width), on the models' device.
-        num_rounds: rounds that count, at least 6 (fewer give no 95 % interval); one more goes before as a warm-up.
+        num_rounds: rounds that count, at least `MIN_ROUNDS`; one more goes before as a warm-up.
         min_lap_s: a model is run again within its lap until the dense one would take so long, in seconds.
 
     Returns:
         The dense model's timing (its speed-up is 1 by definition), and one a model, in their order.
 
     Raises:
-        SettingError: fewer than 6 rounds.
+        SettingError: fewer than `MIN_ROUNDS` rounds.
     """
-    if num_rounds < 6:
-        raise SettingError(f"{num_rounds} rounds give no 95 % interval; give 6 at least")
+    if num_rounds < MIN_ROUNDS:
+        raise SettingError(f"{num_rounds} rounds give no 95 % interval; give {MIN_ROUNDS} at least")
     with autocast(batch.device, precision):
         for model in (dense, *models):
             _lap(model, batch, 1)
@@ -117,12 +120,12 @@ def _timing(ratios: Sequence[float], dense_s: float, batch_size: int) -> Timing:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the median of at least 6 draws, whatever their distribution: two order statistics.
+    """The 95 % interval of the median of `MIN_ROUNDS` draws or more, whatever their distribution: two order statistics.
 
     The median lies below the k-th smallest of n draws with probability P(Binomial(n, 1/2) < k).
     """
     count = len(values)
-    assert count >= 6
+    assert count >= MIN_ROUNDS
     ordered = sorted(values)
     rank, below = 0, 0.5**count
     while below + math.comb(count, rank + 1) * 0.5**count <= 0.025:

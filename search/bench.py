@@ -23,7 +23,7 @@ from pruning.precision import Precision, fastest_precision, synchronize
 from pruning.retrieval import features, mean_average_precision, recall_at_1
 from pruning.sensitivity import BlockSensitivity, measure_sensitivity
 from pruning.sparsity import sparsity_of
-from pruning.stopwatch import Timing, device_id, device_name, race
+from pruning.stopwatch import MIN_ROUNDS, Timing, device_id, device_name, race
 from pruning.surgery import apply_plan, keep_all_plan
 from pruning.training import train
 from search.config import Config
@@ -33,6 +33,10 @@ from search.space import Space
 
 Weights = Mapping[str, Tensor]
 """Of a model, by their names in it."""
+
+
+GLANCE = 4
+"""A first look at a candidate takes one image in so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +77,23 @@ class Bench:
         sensitivities = {block: [each.to(device) for each in some] for block, some in self.sensitivities.items()}
         return replace(self, model=self.model.to(device), heads=heads, sensitivities=sensitivities)
 
+    def glance(self) -> Bench:
+        """The same with a part of the images, and short timings: what a first look at a candidate costs little on."""
+        splits = replace(
+            self.splits, calibration=_every(self.splits.calibration), probe=_every(self.splits.probe),
+            val=_every(self.splits.val),
+        )  # fmt: skip
+        timing = self.config.measure.model_copy(update={"num_rounds": MIN_ROUNDS})
+        return replace(self, splits=splits, config=self.config.model_copy(update={"measure": timing}))
+
     def timing_batch(self) -> Tensor:
         """The images that models are timed on: (batch size, ...); the val images over and over if there are few."""
         size = self.config.measure.batch_size
         return self.splits.val.normalized(torch.arange(size) % len(self.splits.val), self.device)
+
+
+def _every(images: Images) -> Images:
+    return images.take(slice(None, None, GLANCE)) if len(images) >= GLANCE else images
 
 
 def lease_on(device: torch.device) -> Lease:
@@ -252,6 +269,13 @@ def _measurement(bench: Bench, model: nn.Module, plan: Plan, timing: Timing) -> 
         sparsity=sparsity_of(model),
         **_retrieval(bench, model),
     )
+
+
+def accuracy(bench: Bench, model: nn.Module) -> float:
+    """On val, by the metric that the recipe searches by."""
+    if bench.config.search.accuracy == "top1":
+        return _top1(bench, model, bench.splits.val)
+    return _retrieval(bench, model)[bench.config.search.accuracy]
 
 
 def _retrieval(bench: Bench, model: nn.Module) -> dict[str, float]:

@@ -41,10 +41,11 @@ from search.inputs import Inputs
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.proposals import propose
 from search.recorder import Recorder
+from search.scheduler import NonDominatedHalving
 from search.searcher import StudySearcher
-from search.trial import Ended, Epoch, start_trial
+from search.trial import Ended, Epoch, Event, Rung, start_trial
 
-StartTrial = Callable[[Bench, Candidate, str, Mapping[str, Any] | None], Iterator[Epoch | Ended]]
+StartTrial = Callable[[Bench, Candidate, str, Mapping[str, Any] | None], Iterator[Event | Ended]]
 """`search.trial.start_trial`, or what stands in for it."""
 
 
@@ -90,9 +91,9 @@ class TrialActor(tune.Trainable):
         return True
 
     def _start(self, config: dict[str, Any]) -> None:
-        self.id = config["id"]
+        self.id, self.candidate = config["id"], Candidate.from_json(config["candidate"])
         state = ray.get(self.mailbox.take.remote(self.id)) if config["is_resumed"] else None
-        self.events = self.start_trial(self.bench, Candidate.from_json(config["candidate"]), self.id, state)
+        self.events = self.start_trial(self.bench, self.candidate, self.id, state)
 
     def step(self) -> dict[str, Any]:
         with self.bench.lease.shared():  # between two steps an actor may have nothing to do
@@ -100,9 +101,22 @@ class TrialActor(tune.Trainable):
         if isinstance(event, Epoch):
             ray.get(self.mailbox.put.remote(self.id, event.state()))
             return {"progress": event.progress, "done": False}
+        if isinstance(event, Rung):  # with what came of it if it is stopped here
+            return {"rungs": event.values, "outcomes": json.dumps([self._stopped(event).to_json()]), "done": False}
         if event.weights:
             ray.get(self.mailbox.put.remote(self.id, event.weights))
         return {"outcomes": json.dumps([outcome.to_json() for outcome in event.outcomes]), "done": True}
+
+    def _stopped(self, rung: Rung) -> Outcome:
+        accuracy, speedup = rung.values[-1]
+        return Outcome(
+            id=self.id,
+            state=State.STOPPED,
+            candidate=self.candidate,
+            reason=f"others were better at rung {len(rung.values)}: {accuracy:.3f}, {speedup:.2f} x as fast as dense",
+            rungs=rung.values,
+            seconds=rung.seconds,
+        )
 
 
 class _Bookkeeper(tune.Callback):
@@ -124,7 +138,7 @@ class _Bookkeeper(tune.Callback):
         except VitfrontError as error:  # Tune would log it, take the trial for failed and go on
             self.error = error
             self._give_up()
-        if self._recorder.is_saturated:
+        if self._recorder.is_saturated():
             self._give_up()
 
     def on_trial_result(
@@ -164,6 +178,7 @@ def run_trials(
     share: Share,
     recorder: Recorder,
     states: Mapping[str, Mapping[str, Any]],
+    scheduler: NonDominatedHalving,
     *,
     start: StartTrial = start_trial,
 ) -> None:
@@ -173,6 +188,7 @@ def run_trials(
         bench_ref: reference to the bench.
         recorder: called in the driver; if it raises, no further trial starts.
         states: of the trials that an earlier run did not end, by id.
+        scheduler: says at every rung who goes on.
         start: what a worker does with a candidate.
 
     Raises:
@@ -189,6 +205,7 @@ def run_trials(
             tune.with_resources(trainable, {"CPU": share.cpus, "GPU": share.gpus}),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
+                scheduler=scheduler,
                 num_samples=num_trials,
                 reuse_actors=True,
                 trial_name_creator=lambda trial: trial.config["id"],

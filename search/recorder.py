@@ -69,9 +69,8 @@ class Recorder:
         self._written: list[Future[None]] = []
         tracker.sync(self.outcomes, volumes)
 
-    @property
     def is_saturated(self) -> bool:
-        """The last trials found too little for more to be worth their time."""
+        """Whether the last trials found too little for more to be worth their time."""
         return is_saturated(self._trial_volumes, self._search.patience, self._search.min_gain)
 
     def epoch(self, checkpoint: Checkpoint, progress: Mapping[str, float]) -> None:

@@ -49,6 +49,7 @@ from search.outcome import Candidate, Measurement, Outcome, num_trials
 from search.plots import front_html
 from search.profiles import ProfileCache
 from search.recorder import Observer, Recorder
+from search.scheduler import NonDominatedHalving
 from search.searcher import StudySearcher
 from search.space import Space
 from search.tracking import Tracker, default_uri
@@ -162,7 +163,7 @@ def run_search(
     """
     search, recorder = config.search, Recorder(config, folder, book, dense, tracker, observer)
     num_done = num_trials(recorder.outcomes)
-    if num_done >= search.trials or recorder.is_saturated:
+    if num_done >= search.trials or recorder.is_saturated():
         recorder.close()
         return recorder.outcomes, "trials" if num_done >= search.trials else "saturation"
     deadline = None if search.time_budget_s is None else time.monotonic() + search.time_budget_s
@@ -186,11 +187,13 @@ def run_search(
 
     torch.set_num_threads(1)  # of the sampler, here in the driver: the cores have trials to do
     states = {each.id: each.state for each in unfinished}
+    scheduler = NonDominatedHalving(search.reduction_factor, recorder.outcomes)
     try:
         with calling_on_interrupt(interrupt):
             run_trials(
-                bench_ref, searcher, search.trials - num_done, trial_share(config), recorder, states, start=start
-            )
+                bench_ref, searcher, search.trials - num_done, trial_share(config), recorder, states, scheduler,
+                start=start,
+            )  # fmt: skip
     finally:
         searcher.finish()
         recorder.close()
@@ -198,7 +201,7 @@ def run_search(
         return recorder.outcomes, "interrupt"
     if num_trials(recorder.outcomes) >= search.trials:
         return recorder.outcomes, "trials"
-    if recorder.is_saturated:
+    if recorder.is_saturated():
         return recorder.outcomes, "saturation"
     return recorder.outcomes, "exhaustion" if deadline is None or time.monotonic() < deadline else "time"
 

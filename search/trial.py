@@ -1,7 +1,8 @@
 """candidate -> outcomes. Knows no Ray: a function of a bench, which holds what all trials of a sweep share.
 
-A trial is an iterator: one that trains gives an `Epoch` after each, from whose state another process can go on, and
-every one ends with an `Ended`.
+A trial is an iterator. One that trains gives an `Epoch` after each, from whose state another process can go on. Where
+trials may be stopped (`search.reduction_factor`), it gives a `Rung` at every place where that can be. If it is not, it
+ends with an `Ended`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from pruning.softmask import SoftMaskSettings, SoftMaskTraining
 from pruning.sparsity import GradualMagnitude, MaskSchedule, Pattern, apply_masks, pattern_masks
 from pruning.surgery import apply_plan, keep_all_plan
 from pruning.width import WidthSettings, WidthTraining
-from search.bench import Bench, Weights, measure, repaired
-from search.outcome import Candidate, Outcome, State
+from search.bench import Bench, Weights, accuracy, measure, repaired
+from search.outcome import TOKENLESS, Candidate, Measurement, Outcome, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,20 @@ class Epoch:
     """`epoch`, `epochs`, `loss`, ..."""
     state: Callable[[], dict[str, Any]]
     """All that the trial needs to go on from here, on the CPU; `torch.save` writes it, without pickled classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """What a trial has shown so far: whoever runs it may stop it here."""
+
+    values: tuple[tuple[float, float], ...]
+    """Accuracy and speed-up at every rung up to this one: the first on a part of the images, others on all."""
+    seconds: float
+    """Since the trial began."""
+
+
+Event = Epoch | Rung
+"""What may come before the end of a trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +76,7 @@ class Ended:
 
 def start_trial(
     bench: Bench, candidate: Candidate, trial_id: str, state: Mapping[str, Any] | None = None
-) -> Iterator[Epoch | Ended]:
+) -> Iterator[Event | Ended]:
     """Runs one candidate, epoch by epoch; whatever goes wrong is in its outcome.
 
     Args:
@@ -86,6 +101,7 @@ def start_trial(
                     notes=pruned.notes,
                     forward_passes=pruned.forward_passes * candidate.exit_block / len(blocks_of(bench.model)),
                     seconds=course.seconds if is_own else 0.0,
+                    rungs=tuple(course.rungs) if is_own else (),
                     history=tuple(course.history) if is_own else (),
                     has_weights=pruned.has_weights,
                 )
@@ -99,6 +115,7 @@ def start_trial(
                 candidate=candidate,
                 reason=_reason(error),
                 seconds=course.seconds,
+                rungs=tuple(course.rungs),
                 history=tuple(course.history),
             )
         ]
@@ -133,11 +150,17 @@ class _Course:
         self._state = state
         self._start = time.monotonic() - state.get("seconds", 0.0)
         self.history: list[dict[str, float]] = list(state.get("history", ()))
+        self.rungs: list[tuple[float, float]] = list(map(tuple, state.get("rungs", ())))
 
     @property
     def seconds(self) -> float:
         """Wall-clock time, without what lay between the processes."""
         return time.monotonic() - self._start
+
+    def rung(self, accuracy: float, speedup: float) -> Rung:
+        """The next."""
+        self.rungs.append((accuracy, speedup))
+        return Rung(values=tuple(self.rungs), seconds=self.seconds)
 
     def before(self, stage: str) -> Mapping[str, Any] | None:
         """What an earlier process knew before its training of this stage, if that is where it stopped."""
@@ -156,6 +179,7 @@ class _Course:
                     "before": dict(before),
                     "training": _on_cpu(training.state()),
                     "history": list(self.history),
+                    "rungs": list(self.rungs),
                     "seconds": self.seconds,
                 },
             )
@@ -183,12 +207,17 @@ class _Pruned:
         }
 
 
-def _prune(bench: Bench, candidate: Candidate, course: _Course) -> Generator[Epoch, None, list[_Pruned]]:
+def _prune(bench: Bench, candidate: Candidate, course: _Course) -> Generator[Event, None, list[_Pruned]]:
     """The models of a candidate: one, or one for each exit."""
     shorter = truncate(bench.model, candidate.exit_block, bench.heads[candidate.exit_block])
     if candidate.method == "learned":
         return (yield from _learn_width(bench, candidate, shorter, course))
     before = course.before("distill")
+    has_rungs = bench.config.search.reduction_factor > 1 and candidate.method not in TOKENLESS
+    if has_rungs and before is None:
+        glance = bench.glance()
+        glimpsed = _prune_without_training(glance, candidate, shorter)
+        yield course.rung(*_values(glance, measure(glance, glimpsed.model, glimpsed.plan)))
     if before is not None:  # only the shapes: the training brings the weights
         plan = Plan.from_json(before["plan"])
         pruned = _Pruned(
@@ -199,18 +228,23 @@ def _prune(bench: Bench, candidate: Candidate, course: _Course) -> Generator[Epo
         pruned = yield from _prune_by_soft_mask(bench, candidate, shorter, course)
     elif candidate.method == "unstructured":
         pruned = _sparse(candidate, shorter)
-    elif candidate.method == "cascade":
-        pruned = _prune_by_cascade(bench, candidate, shorter)
     else:
-        pruned = _prune_at_once(bench, candidate, shorter)
+        pruned = _prune_without_training(bench, candidate, shorter)
     if candidate.recovery == "distill":
+        if has_rungs and before is None:
+            yield course.rung(*_values(bench, measure(bench, pruned.model, pruned.plan)))
         pruned = yield from _distill(bench, candidate, pruned, course)
     return [pruned]
 
 
+def _values(bench: Bench, measurement: Measurement) -> tuple[float, float]:
+    """Of the objectives."""
+    return getattr(measurement, bench.config.search.accuracy), measurement.speedup
+
+
 def _learn_width(
     bench: Bench, candidate: Candidate, shorter: nn.Module, course: _Course
-) -> Generator[Epoch, None, list[_Pruned]]:
+) -> Generator[Event, None, list[_Pruned]]:
     """One model for each exit, the candidate's own first."""
     settings = bench.config.learned
     size = {"macs": lambda model: count_macs(examine(model), keep_all_plan(examine(model))), "params": count_params}
@@ -228,7 +262,7 @@ def _learn_width(
 
 def _prune_by_soft_mask(
     bench: Bench, candidate: Candidate, shorter: nn.Module, course: _Course
-) -> Generator[Epoch, None, _Pruned]:
+) -> Generator[Event, None, _Pruned]:
     left = count_macs(examine(shorter), keep_all_plan(examine(shorter))) / bench.dense_macs
     training = SoftMaskTraining(
         shorter, bench.splits.training,
@@ -260,14 +294,28 @@ def _masks(candidate: Candidate) -> MaskSchedule:
     return lambda model, step, total_steps: pattern_masks(model, pattern) if step == 0 else None
 
 
-def _distill(bench: Bench, candidate: Candidate, pruned: _Pruned, course: _Course) -> Generator[Epoch, None, _Pruned]:
+def _distill(bench: Bench, candidate: Candidate, pruned: _Pruned, course: _Course) -> Generator[Event, None, _Pruned]:
     training = Finetuning(
         pruned.model, bench.model, bench.splits.training,
         FinetuneSettings(seed=bench.config.data.seed, **bench.config.distill.common()),
         masks=_masks(candidate) if candidate.method == "unstructured" else None, precision=bench.precision,
     )  # fmt: skip
-    yield from course.train("distill", training, pruned.to_state())
+    rungs = _rung_epochs(bench.config.distill.epochs, bench.config.search.reduction_factor) if course.rungs else ()
+    for epoch in course.train("distill", training, pruned.to_state()):
+        yield epoch
+        if epoch.progress["epoch"] in rungs:  # as fast as before
+            yield course.rung(accuracy(bench, training.trained), course.rungs[-1][1])
     return replace(pruned, model=training.finish(), has_weights=True)
+
+
+def _rung_epochs(epochs: int, reduction_factor: float) -> list[int]:
+    """Epochs after which a trial may be stopped: the last divided by the factor, and by its square."""
+    return [round(epochs / reduction_factor**power) for power in (2, 1) if round(epochs / reduction_factor**power) >= 1]
+
+
+def _prune_without_training(bench: Bench, candidate: Candidate, shorter: nn.Module) -> _Pruned:
+    prune = _prune_by_cascade if candidate.method == "cascade" else _prune_at_once
+    return prune(bench, candidate, shorter)
 
 
 def _prune_by_cascade(bench: Bench, candidate: Candidate, shorter: nn.Module) -> _Pruned:

@@ -1,0 +1,117 @@
+"""Whole sweeps that end early: by themselves, by Ctrl-C, and by trials that are stopped at a rung."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from search import ledger
+from search.config import Config
+from search.folder import Folder
+from search.outcome import State
+from search.sweep import run_sweep
+from tests.integration import sweeps
+from tests.integration.sweeps import Watcher
+
+
+@pytest.fixture
+def runs(tmp_path: Path, trained: Path) -> Path:
+    """Where the dense model is trained already."""
+    (tmp_path / ".cache").symlink_to(trained / ".cache")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("trained")
+    run_sweep(sweeps.config(None, search={"trials": 1}), runs, Watcher())
+    return runs
+
+
+def started(config: Config, runs: Path) -> subprocess.Popen[str]:
+    recipe = runs / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "search.cli", "run", str(recipe), "--name", "tiny", "--runs", str(runs)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_a_trial(folder: Folder, process: subprocess.Popen[str]) -> None:
+    while not ledger.read(folder.ledger):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def long_sweep(runs: Path) -> Iterator[tuple[subprocess.Popen[str], Folder]]:
+    process = started(sweeps.config(None, search={"trials": 500}), runs)
+    folder = Folder(runs, "tiny")
+    wait_for_a_trial(folder, process)
+    yield process, folder
+    process.kill()
+    process.wait()
+
+
+def test_ctrl_c_finishes_what_runs_and_writes_the_front(
+    long_sweep: tuple[subprocess.Popen[str], Folder],
+) -> None:
+    process, folder = long_sweep
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    outcomes = ledger.read(folder.ledger)
+    assert 1 <= len(outcomes) < 500
+    assert all(outcome.state is State.MEASURED for outcome in outcomes)
+    record = folder.read_front()
+    assert (record["ended_by"], record["trials"]) == ("interrupt", len(outcomes))
+    assert "it was interrupted" in out
+
+
+def test_second_ctrl_c_leaves_at_once_and_loses_nothing(long_sweep: tuple[subprocess.Popen[str], Folder]) -> None:
+    process, folder = long_sweep
+    before = folder.ledger.read_bytes()
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    while "waiting for those that run" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert folder.ledger.read_bytes().startswith(before)
+    assert not folder.front.is_file()
+
+
+def test_search_that_finds_no_more_ends_and_is_finished(runs: Path) -> None:
+    config = sweeps.config(None, search={"trials": 50, "patience": 2, "min_gain": 1.0})
+    record = run_sweep(config, runs, Watcher())
+    assert record["ended_by"] == "saturation"
+    assert 3 <= record["trials"] < 10
+    again = Watcher()
+    assert run_sweep(config, runs, again) == json.loads(json.dumps(record))
+    assert again.started_ids == []
+    longer = sweeps.config(None, search={"trials": record["trials"] + 1, "patience": 0})
+    assert run_sweep(longer, runs, Watcher())["ended_by"] == "trials"
+
+
+def test_trials_stopped_at_a_rung_are_told_so_and_are_not_on_the_front(runs: Path) -> None:
+    search = {"trials": 10, "reduction_factor": 3, "sampler": "random"}
+    distill = {"epochs": 3, "batch_size": 64, "max_shift": 0}
+    config = sweeps.config(None, search=search, space={"recovery": "distill"}, distill=distill)
+    record = run_sweep(config, runs, Watcher())
+    outcomes = ledger.read(Folder(runs, "tiny").ledger)
+    assert len(outcomes) == record["trials"] == 10
+    stopped = [outcome for outcome in outcomes if outcome.state is State.STOPPED]
+    measured = [outcome for outcome in outcomes if outcome.state is State.MEASURED]
+    assert len(stopped) + len(measured) == 10
+    assert len(stopped) >= 3
+    assert all(outcome.reason and outcome.reason.startswith("others were better at rung") for outcome in stopped)
+    assert {len(outcome.rungs) for outcome in measured} == {3}  # a first look, before the training, after an epoch
+    assert {point["id"] for point in record["points"]} <= {outcome.id for outcome in measured}
+    assert not any((Folder(runs, "tiny").checkpoints).glob("*.pt"))

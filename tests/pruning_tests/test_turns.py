@@ -98,10 +98,11 @@ def test_nobody_gives_way_while_something_is_timed(name: str) -> None:
 
 
 def test_batches_come_as_they_are_with_a_turn_before_each() -> None:
-    seen: list[object] = []
-    with giving_way(lambda: seen.append("turn")):
+    seen: list[str] = []
+    note = seen.append
+    with giving_way(lambda: note("turn")):
         for batch in in_turns(iter("ab")):
-            seen.append(batch)
+            note(batch)
     assert seen == ["turn", "a", "turn", "b"]
 
 

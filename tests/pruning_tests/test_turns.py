@@ -59,10 +59,11 @@ WORK: dict[str, Callable[[nn.Module, Images], object]] = {
         model, images, WidthSettings(target_ratio=0.5, epochs=1, batch_size=BATCH)
     ).run_epoch(),
 }
+WITH_TEACHER = {"distillation", "soft mask", "learned width"}
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_work_between_two_turns_is_that_of_a_batch(name: str) -> None:
+def test_work_between_two_turns_is_at_most_a_pass_of_a_batch(name: str) -> None:
     work: list[int] = [0]
     """Images times linear layers that they went through, between two turns."""
 
@@ -79,7 +80,7 @@ def test_work_between_two_turns_is_that_of_a_batch(name: str) -> None:
         finally:
             handle.remove()
     assert sum(work) >= NUM_IMAGES / BATCH * whole_pass
-    assert max(work) <= 4 * whole_pass
+    assert max(work) <= whole_pass * (2 if name in WITH_TEACHER else 1)
 
 
 TIMED: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {

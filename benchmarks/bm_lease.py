@@ -49,13 +49,14 @@ def load() -> Inputs:
 
 
 def prune_for_ever(with_lease: bool, threads: int, started: Event) -> None:
-    """The neighbour."""
+    """The neighbour: for ever, that is, as long as there is somebody to disturb."""
     torch.set_num_threads(threads)
     inputs = load()
     settings = CascadeSettings(
         drop_budget=(5.0,) * examine(inputs.model).depth, target_macs=1, criterion="lfs", batch_size=256
     )
-    while True:
+    parent = multiprocessing.parent_process()
+    while parent is not None and parent.is_alive():
         with lease_on(DEVICE).shared() if with_lease else nullcontext():
             started.set()
             cascade(inputs.model, inputs.splits.probe, inputs.splits.calibration, settings)
@@ -156,9 +157,9 @@ def text_of(rows: list[dict[str, Any]], command: str, turn_us: float) -> str:
     lines = [
         "# A neighbour on the device, with and without a lease", "", f"    {command}", "",
         f"{device_name(DEVICE)}, torch {torch.__version__}. A batch of 256 digits, a model of {TARGET:g} of the",
-        "multiply-adds against the dense one, while another process prunes by cascade. Threads are those of each of the two",
-        f"processes. Medians over {rows[0]['turns']} turns with 95 % intervals; of alone: throughput in units of that of",
-        "the same turn without a neighbour; wait: from asking for the device to having it, median and most.",
+        "multiply-adds against the dense one, while another process prunes by cascade. Threads are those of each of",
+        f"the two. Medians over {rows[0]['turns']} turns with 95 % intervals; of alone: throughput in units of",
+        "that of the same turn without a neighbour; wait: from asking for the device to having it, median and most.",
         f"A turn that nobody wants costs the neighbour {turn_us:.1f} µs.", "",
         "| threads | condition | images/s | of alone | speed-up | wait |", "|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -59,10 +59,11 @@ WORK: dict[str, Callable[[nn.Module, Images], object]] = {
         model, images, WidthSettings(target_ratio=0.5, epochs=1, batch_size=BATCH)
     ).run_epoch(),
 }
+WITH_TEACHER = {"distillation", "soft mask", "learned width"}
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_work_between_two_turns_is_that_of_a_batch(name: str) -> None:
+def test_work_between_two_turns_is_at_most_a_pass_of_a_batch(name: str) -> None:
     work: list[int] = [0]
     """Images times linear layers that they went through, between two turns."""
 
@@ -79,7 +80,7 @@ def test_work_between_two_turns_is_that_of_a_batch(name: str) -> None:
         finally:
             handle.remove()
     assert sum(work) >= NUM_IMAGES / BATCH * whole_pass
-    assert max(work) <= 4 * whole_pass
+    assert max(work) <= whole_pass * (2 if name in WITH_TEACHER else 1)
 
 
 TIMED: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {
@@ -98,10 +99,11 @@ def test_nobody_gives_way_while_something_is_timed(name: str) -> None:
 
 
 def test_batches_come_as_they_are_with_a_turn_before_each() -> None:
-    seen: list[object] = []
-    with giving_way(lambda: seen.append("turn")):
+    seen: list[str] = []
+    note = seen.append
+    with giving_way(lambda: note("turn")):
         for batch in in_turns(iter("ab")):
-            seen.append(batch)
+            note(batch)
     assert seen == ["turn", "a", "turn", "b"]
 
 

@@ -79,9 +79,9 @@ def start(tmp_path: Path) -> Iterator[Callable[[], Process]]:
         each.kill()
 
 
-def state(folder: Path, name: str = "device") -> str:
+def state(folder: Path, name: str = "device", part: str = "body") -> str:
     """How a device is held now, by whomever."""
-    with open(folder / f"{name}.body", "ab") as file:
+    with open(folder / f"{name}.{part}", "ab") as file:
         for kind, meaning in ((fcntl.LOCK_EX, "free"), (fcntl.LOCK_SH, "shared")):
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -175,6 +175,7 @@ def test_a_process_never_waits_for_itself(start: Callable[[], Process], tmp_path
     process = start()
     orders = ["shared", "shared", "exclusive", "exclusive", "shared", "give way"]
     assert all(process.does(order) for order in orders)
+    assert state(tmp_path / "leases", part="gate") == "exclusive"
     states = [state(tmp_path / "leases")]
     for _ in range(5):
         assert process.does("leave")
@@ -235,10 +236,11 @@ def test_the_files_may_be_removed_at_any_time(tmp_path: Path) -> None:
 def test_without_locks_work_goes_on_and_one_warning_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     lease = Lease(tmp_path / "file", "device")
-    with pytest.warns(RuntimeWarning, match="VITFRONT_LEASES"), lease.shared():
+    held = ExitStack()
+    with pytest.warns(RuntimeWarning, match="VITFRONT_LEASES"):
+        held.enter_context(lease.shared())
+    with held, lease.exclusive():  # warnings are errors: a second would raise
         give_way()
-        with lease.exclusive():  # warnings are errors: a second would raise
-            give_way()
     with lease.shared():
         give_way()
 

@@ -139,7 +139,7 @@ def cascade(
         _keep(walks, key, spending, walk)
     else:
         walk = known.copy()
-    while len(walk.built) < anatomy.depth and not spending.target.reaches(count_macs(anatomy, _plan(settings, walk.plans))):
+    while not walk.is_done(spending.target):
         walk = _prune_block(walk, spending)
         _keep(walks, key, spending, walk)
     plan, work = _plan(settings, walk.plans), walk.work
@@ -184,6 +184,11 @@ class Walk:
     """The blocks that are done, in the order of the walk."""
     drops: tuple[float, ...]
     notes: tuple[str, ...] = ()
+
+    def is_done(self, target: Threshold) -> bool:
+        """All blocks are, or the model is small enough."""
+        anatomy, plan = self.work.anatomy, _plan(self.work.settings, self.plans)
+        return len(self.built) == anatomy.depth or target.reaches(count_macs(anatomy, plan))
 
     def copy(self) -> Walk:
         """The same walk, to go on from without changing this one."""

@@ -39,7 +39,7 @@ from search.errors import ConfigError, SweepError
 from search.inputs import Inputs
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.searcher import StudySearcher
-from search.trial import Epoch, start_trial
+from search.trial import Epoch, Memory, start_trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Share:
 
 
 class Mailbox:
-    """An actor: what lies in it by trial, until it is taken."""
+    """An actor: what lies in it by key, mostly a trial, until it is taken."""
 
     def __init__(self) -> None:
         self._content: dict[str, Any] = {}
@@ -65,6 +65,24 @@ class Mailbox:
         """None if nothing lies there."""
         return self._content.pop(trial_id, None)
 
+    def see(self, key: str) -> Any:
+        """The same, but it stays there."""
+        return self._content.get(key)
+
+
+class SharedMeasurements:
+    """`search.bench.Known` of all workers of a sweep, in its mailbox."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def get(self, key: str, /) -> Measurement | None:
+        found: Measurement | None = ray.get(self._mailbox.see.remote(key))
+        return found
+
+    def __setitem__(self, key: str, measurement: Measurement, /) -> None:
+        ray.get(self._mailbox.put.remote(key, measurement))
+
 
 class TrialActor(tune.Trainable):
     """A worker: keeps the bench on its device and runs trial after trial, a step an epoch where they train."""
@@ -74,6 +92,7 @@ class TrialActor(tune.Trainable):
         # Behind a list, Tune hands the reference on instead of storing the bench a second time.
         self.bench: Bench = ray.get(bench[0]).to(_device())
         self.mailbox = mailbox
+        self.memory = Memory(known=SharedMeasurements(mailbox))
         self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -83,7 +102,8 @@ class TrialActor(tune.Trainable):
     def _start(self, config: dict[str, Any]) -> None:
         self.id = config["id"]
         state = ray.get(self.mailbox.take.remote(self.id)) if config["is_resumed"] else None
-        self.events = start_trial(self.bench, Candidate.from_json(config["candidate"]), self.id, state)
+        candidate = Candidate.from_json(config["candidate"])
+        self.events = start_trial(self.bench, candidate, self.id, state, self.memory)
 
     def step(self) -> dict[str, Any]:
         event = next(self.events)
@@ -162,6 +182,7 @@ def run_trials(
     share: Share,
     recorder: Recorder,
     states: Mapping[str, Mapping[str, Any]],
+    known: Mapping[str, Measurement],
 ) -> None:
     """Runs trials until there are so many, or until the searcher has no more to suggest.
 
@@ -169,13 +190,14 @@ def run_trials(
         bench_ref: reference to the bench.
         recorder: called in the driver; if it raises, no further trial starts.
         states: of the trials that an earlier run did not end, by id.
+        known: what need not be measured again; see `search.bench.known_from`.
 
     Raises:
         VitfrontError: what `recorder` raised.
     """
     mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
-    for trial_id, state in states.items():
-        ray.get(mailbox.put.remote(trial_id, state))
+    for key, content in (*states.items(), *known.items()):
+        ray.get(mailbox.put.remote(key, content))
     bookkeeper = _Bookkeeper(recorder, mailbox, searcher.finish)
     trainable = tune.with_parameters(TrialActor, bench=[bench_ref], mailbox=mailbox, cpus=share.cpus)
     # Tune keeps what it would resume by; we resume by the ledger.

@@ -19,11 +19,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from pruning.anatomy import examine
 from pruning.artifact import Description, save, save_weights
 from pruning.models import read_weights
 from pruning.plan import Plan
 from search import ledger
-from search.bench import Confirmation, Weights
+from search.bench import Confirmation, Weights, known_from
 from search.checkpoints import Checkpoint, Checkpoints
 from search.cluster import (
     check_resources,
@@ -144,7 +145,8 @@ def _run(
         )  # fmt: skip
         torch.set_num_threads(1)  # of the sampler, here in the driver: the cores have trials to do
         states = {each.id: each.state for each in unfinished}
-        run_trials(bench_ref, searcher, config.search.trials - num_done, share, recorder, states)
+        known = known_from(examine(inputs.model), dense, outcomes)
+        run_trials(bench_ref, searcher, config.search.trials - num_done, share, recorder, states, known)
         searcher.finish()
 
     observer.stage("measuring the front once more, quietly, and on test")

@@ -132,7 +132,8 @@ def cascade(
         )
     spending = _Spending(settings, len(probe))
     key = anatomy, replace(settings, drop_budget=(), target_macs=0, token_share=0.0)
-    known = None if walks is None else walks.farthest(key, spending.thresholds)
+    walks = Walks(0) if walks is None else walks
+    known = walks.farthest(key, spending.thresholds)
     if known is None:
         work = (_WorkDown if is_down else _Work)(model, anatomy, probe, calibration, settings, sensitivity)
         walk = Walk(work=work, plans=dense.blocks, drops=(0.0,) * anatomy.depth)
@@ -195,9 +196,8 @@ class Walk:
         return replace(self, work=self.work.copy())
 
 
-def _keep(walks: Walks[Walk] | None, key: Hashable, spending: _Spending, walk: Walk) -> None:
-    if walks is not None:
-        walks.keep(key, spending.thresholds, len(walk.built), walk.copy(), walk.work.num_bytes)
+def _keep(walks: Walks[Walk], key: Hashable, spending: _Spending, walk: Walk) -> None:
+    walks.keep(key, spending.thresholds, len(walk.built), walk.copy(), walk.work.num_bytes)
 
 
 def _whole_blocks(model: nn.Module, anatomy: Anatomy, plan: Plan, start: int) -> list[nn.Module]:

@@ -128,20 +128,20 @@ def prepare(
         kind: measure_paces(model, config.measure.batch_size, token_reduction=kind, precision=chosen)
         for kind in (_reductions(space) if "auto" in space.round_to else ())
     }
-    repaired_at = exit_blocks if set(space.method) - TOKENLESS else ()
+    bench = Bench(
+        config=config, model=model, heads=heads, splits=splits, precision=chosen, profiles=profiles, paces=paces,
+        sensitivities={},
+    )  # fmt: skip
+    timing, _ = _race(bench, [])
+    dense = _measurement(bench, model, _dense_plan(bench), timing)
     sensitivities = {
         block: measure_sensitivity(
             truncate(model, block, heads[block]), splits.calibration, batch_size=config.cascade.batch_size,
             precision=chosen,
         )
-        for block in repaired_at
+        for block in (exit_blocks if set(space.method) - TOKENLESS else ())
     }  # fmt: skip
-    bench = Bench(
-        config=config, model=model, heads=heads, splits=splits, precision=chosen, profiles=profiles, paces=paces,
-        sensitivities=sensitivities,
-    )  # fmt: skip
-    timing, _ = _race(bench, [])
-    return bench, _measurement(bench, model, _dense_plan(bench), timing)
+    return replace(bench, sensitivities=sensitivities), dense
 
 
 def _reductions(space: Space) -> tuple[TokenReduction, ...]:

@@ -133,16 +133,15 @@ def cascade(
         )
     spending = _Spending(settings, len(probe))
     key = anatomy, replace(settings, drop_budget=(), target_macs=0, token_share=0.0)
-    known = None if walks is None else walks.farthest(key, spending.thresholds)
+    walks = Walks(0) if walks is None else walks
+    known = walks.farthest(key, spending.thresholds)
     if known is None:
         work = (_WorkDown if is_down else _Work)(model, anatomy, probe, calibration, settings, sensitivity)
         walk = Walk(work=work, plans=dense.blocks, drops=(0.0,) * anatomy.depth)
         _keep(walks, key, spending, walk)
     else:
         walk = known.copy()
-    while len(walk.built) < anatomy.depth and not spending.target.reaches(
-        count_macs(anatomy, _plan(settings, walk.plans))
-    ):
+    while not walk.is_done(spending.target):
         walk = _prune_block(walk, spending)
         _keep(walks, key, spending, walk)
     plan, work = _plan(settings, walk.plans), walk.work
@@ -188,14 +187,18 @@ class Walk:
     drops: tuple[float, ...]
     notes: tuple[str, ...] = ()
 
+    def is_done(self, target: Threshold) -> bool:
+        """All blocks are, or the model is small enough."""
+        anatomy, plan = self.work.anatomy, _plan(self.work.settings, self.plans)
+        return len(self.built) == anatomy.depth or target.reaches(count_macs(anatomy, plan))
+
     def copy(self) -> Walk:
         """The same walk, to go on from without changing this one."""
         return replace(self, work=self.work.copy())
 
 
-def _keep(walks: Walks[Walk] | None, key: Hashable, spending: _Spending, walk: Walk) -> None:
-    if walks is not None:
-        walks.keep(key, spending.thresholds, len(walk.built), walk.copy(), walk.work.num_bytes)
+def _keep(walks: Walks[Walk], key: Hashable, spending: _Spending, walk: Walk) -> None:
+    walks.keep(key, spending.thresholds, len(walk.built), walk.copy(), walk.work.num_bytes)
 
 
 def _whole_blocks(model: nn.Module, anatomy: Anatomy, plan: Plan, start: int) -> list[nn.Module]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pruning.accuracy import predict, top1, wilson_interval
 from pruning.allocation import Profile, measure_profile
-from pruning.anatomy import examine
+from pruning.anatomy import Anatomy, examine
 from pruning.compensation import RepairedModel, repaired_model
 from pruning.cost import count_macs, count_params
 from pruning.data import Images, Splits
@@ -28,7 +31,7 @@ from pruning.surgery import apply_plan, keep_all_plan
 from pruning.training import train
 from search.config import Config
 from search.lease import Lease, lease_of
-from search.outcome import TOKENLESS, Measurement
+from search.outcome import TOKENLESS, Measurement, Outcome
 from search.space import Space
 
 Weights = Mapping[str, Tensor]
@@ -37,6 +40,14 @@ Weights = Mapping[str, Tensor]
 
 GLANCE = 4
 """A first look at a candidate takes one image in so many."""
+
+
+class Known(Protocol):
+    """Measurements by `keys_of` the plans of what was measured: a dict, or what several workers share."""
+
+    def get(self, key: str, /) -> Measurement | None: ...
+
+    def __setitem__(self, key: str, measurement: Measurement, /) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +67,8 @@ class Bench:
     """Of every block of the dense model on this device, for `round_to: auto`; likewise."""
 
     sensitivities: dict[int, list[BlockSensitivity]]
-    """Of the dense model cut at every exit, for the methods that repair in closed form. Each is 2 float64 matrices of
-    the model's width a block: at 12 blocks 7 MB for a ViT-Tiny, 113 MB for a ViT-Base."""
+    """Of the dense model cut at every exit, for the methods that repair in closed form. Two float64 matrices a block:
+    at 12 blocks 7 MB for a ViT-Tiny, 113 MB for a ViT-Base."""
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +78,11 @@ class Bench:
     def lease(self) -> Lease:
         """Of the device that the bench is on now."""
         return lease_on(self.device)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Of the dense model."""
+        return examine(self.model)
 
     @property
     def dense_macs(self) -> int:
@@ -146,6 +162,12 @@ def prepare(
             kind: measure_paces(model, config.measure.batch_size, token_reduction=kind, precision=precision)
             for kind in (_reductions(space) if "auto" in space.round_to else ())
         }
+    bench = Bench(
+        config=config, model=model, heads=heads, splits=splits, precision=precision, profiles=known, paces=paces,
+        sensitivities={},
+    )  # fmt: skip
+    timing, _ = _race(bench, [], config.measure.num_rounds)
+    dense = _measurement(bench, model, _dense_plan(bench), timing)
     sensitivities = {
         block: measure_sensitivity(
             truncate(model, block, heads[block]), splits.calibration, batch_size=config.cascade.batch_size,
@@ -153,12 +175,7 @@ def prepare(
         )
         for block in (exit_blocks if set(space.method) - TOKENLESS else ())
     }  # fmt: skip
-    bench = Bench(
-        config=config, model=model, heads=heads, splits=splits, precision=precision, profiles=known, paces=paces,
-        sensitivities=sensitivities,
-    )  # fmt: skip
-    timing, _ = _race(bench, [], config.measure.num_rounds)
-    return bench, _measurement(bench, model, _dense_plan(bench), timing)
+    return replace(bench, sensitivities=sensitivities), dense
 
 
 def profiled(space: Space) -> tuple[TokenReduction, ...]:
@@ -175,10 +192,60 @@ def _reductions(space: Space) -> tuple[TokenReduction, ...]:
     return tuple(dict.fromkeys(space.token_reduction + tokenless))
 
 
-def measure(bench: Bench, model: nn.Module, plan: Plan) -> Measurement:
-    """Accuracy on val, throughput against dense, and cost of one model."""
-    _, (timing,) = _race(bench, [model], bench.config.measure.num_rounds)
-    return _measurement(bench, model, plan, timing)
+def measure(
+    bench: Bench,
+    model: nn.Module,
+    plan: Plan,
+    known: Known | None = None,
+    *,
+    has_weights: bool = False,
+) -> Measurement:
+    """Accuracy on val, throughput against dense, and cost of one model.
+
+    Args:
+        known: what was measured before; the new measurement is added. What runs equally fast is not timed again, and
+            the same model is not measured again.
+        has_weights: those of the model do not follow from its plan.
+    """
+    known = {} if known is None else known
+    shape, whole = keys_of(bench.anatomy, plan)
+    same = None if has_weights else known.get(whole)
+    if same is not None:
+        return same
+    timing: Timing | Measurement | None = known.get(shape)
+    if timing is None:
+        _, (timing,) = _race(bench, [model], bench.config.measure.num_rounds)
+    found = _measurement(bench, model, plan, timing)
+    known[shape] = found
+    if not has_weights:
+        known[whole] = found
+    return found
+
+
+def known_from(anatomy: Anatomy, dense: Measurement, outcomes: Sequence[Outcome]) -> dict[str, Measurement]:
+    """What `measure` needs not measure again, of the dense model and of an earlier run's outcomes."""
+    shape, whole = keys_of(anatomy, keep_all_plan(anatomy))
+    known = {shape: dense, whole: dense}
+    for outcome in outcomes:
+        if outcome.plan is not None and outcome.measurement is not None:
+            shape, whole = keys_of(anatomy, outcome.plan)
+            known.setdefault(shape, outcome.measurement)
+            if not outcome.has_weights:
+                known.setdefault(whole, outcome.measurement)
+    return known
+
+
+def keys_of(anatomy: Anatomy, plan: Plan) -> tuple[str, str]:
+    """Of the shape that a plan's models have, on which their speed depends, and of the plan itself.
+
+    Args:
+        anatomy: of the whole dense model.
+    """
+    counts = [block.num_tokens for block in plan.blocks]
+    if counts == [block.num_patches for block in anatomy.blocks[: plan.exit_block]]:
+        plan = replace(plan, token_reduction="none", cutoff_token=1.0)  # reduces nothing, whatever it is called
+    text = json.dumps(plan.to_json(), sort_keys=True)
+    return plan.shape_hash, hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +319,7 @@ def _race(bench: Bench, models: Sequence[nn.Module], num_rounds: int) -> tuple[T
         return race(bench.model, models, batch, num_rounds=num_rounds, precision=bench.precision)
 
 
-def _measurement(bench: Bench, model: nn.Module, plan: Plan, timing: Timing) -> Measurement:
+def _measurement(bench: Bench, model: nn.Module, plan: Plan, timing: Timing | Measurement) -> Measurement:
     accuracy = _top1(bench, model, bench.splits.val)
     low, high = wilson_interval(accuracy, len(bench.splits.val))
     return Measurement(

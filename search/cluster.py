@@ -43,9 +43,9 @@ from search.proposals import propose
 from search.recorder import Recorder
 from search.scheduler import NonDominatedHalving
 from search.searcher import StudySearcher
-from search.trial import Ended, Epoch, Event, Rung, start_trial
+from search.trial import Ended, Epoch, Event, Memory, Rung, start_trial
 
-StartTrial = Callable[[Bench, Candidate, str, Mapping[str, Any] | None], Iterator[Event | Ended]]
+StartTrial = Callable[[Bench, Candidate, str, Mapping[str, Any] | None, Memory], Iterator[Event | Ended]]
 """`search.trial.start_trial`, or what stands in for it."""
 
 
@@ -59,7 +59,7 @@ class Share:
 
 
 class Mailbox:
-    """An actor: what lies in it by trial, until it is taken."""
+    """An actor: what lies in it by key, mostly a trial, until it is taken."""
 
     def __init__(self) -> None:
         self._content: dict[str, Any] = {}
@@ -71,6 +71,24 @@ class Mailbox:
     def take(self, trial_id: str) -> Any:
         """None if nothing lies there."""
         return self._content.pop(trial_id, None)
+
+    def see(self, key: str) -> Any:
+        """The same, but it stays there."""
+        return self._content.get(key)
+
+
+class SharedMeasurements:
+    """`search.bench.Known` of all workers of a sweep, in its mailbox."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def get(self, key: str, /) -> Measurement | None:
+        found: Measurement | None = ray.get(self._mailbox.see.remote(key))
+        return found
+
+    def __setitem__(self, key: str, measurement: Measurement, /) -> None:
+        ray.get(self._mailbox.put.remote(key, measurement))
 
 
 class TrialActor(tune.Trainable):
@@ -84,6 +102,7 @@ class TrialActor(tune.Trainable):
         # Behind a list, Tune hands the reference on instead of storing the bench a second time.
         self.bench: Bench = ray.get(bench[0]).to(_device())
         self.mailbox, self.start_trial = mailbox, start
+        self.memory = Memory(known=SharedMeasurements(mailbox))
         self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -93,7 +112,7 @@ class TrialActor(tune.Trainable):
     def _start(self, config: dict[str, Any]) -> None:
         self.id, self.candidate = config["id"], Candidate.from_json(config["candidate"])
         state = ray.get(self.mailbox.take.remote(self.id)) if config["is_resumed"] else None
-        self.events = self.start_trial(self.bench, self.candidate, self.id, state)
+        self.events = self.start_trial(self.bench, self.candidate, self.id, state, self.memory)
 
     def step(self) -> dict[str, Any]:
         with self.bench.lease.shared():  # between two steps an actor may have nothing to do
@@ -178,6 +197,7 @@ def run_trials(
     share: Share,
     recorder: Recorder,
     states: Mapping[str, Mapping[str, Any]],
+    known: Mapping[str, Measurement],
     scheduler: NonDominatedHalving,
     *,
     start: StartTrial = start_trial,
@@ -188,6 +208,7 @@ def run_trials(
         bench_ref: reference to the bench.
         recorder: called in the driver; if it raises, no further trial starts.
         states: of the trials that an earlier run did not end, by id.
+        known: what need not be measured again; see `search.bench.known_from`.
         scheduler: says at every rung who goes on.
         start: what a worker does with a candidate.
 
@@ -195,8 +216,8 @@ def run_trials(
         VitfrontError: what `recorder` raised.
     """
     mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
-    for trial_id, state in states.items():
-        ray.get(mailbox.put.remote(trial_id, state))
+    for key, content in (*states.items(), *known.items()):
+        ray.get(mailbox.put.remote(key, content))
     bookkeeper = _Bookkeeper(recorder, mailbox, searcher.finish)
     trainable = tune.with_parameters(TrialActor, bench=[bench_ref], mailbox=mailbox, cpus=share.cpus, start=start)
     # Tune keeps what it would resume by; we resume by the ledger.

@@ -10,7 +10,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from pruning.anatomy import examine
 from pruning.artifact import Description, save, save_weights
 from pruning.models import read_weights
 from pruning.plan import Plan
 from search import ledger
-from search.bench import Bench, Confirmation, Weights, profiled
+from search.bench import Bench, Confirmation, Weights, known_from, profiled
 from search.cluster import (
     StartTrial,
     check_resources,
@@ -124,8 +125,9 @@ def _run(
         cache.write(bench.profiles)
 
     outcomes, ended_by = run_search(
-        config, folder, inputs.space, bench_ref, dense, book, tracker, observer, proposed=fetch(proposed_ref)
-    )
+        config, folder, inputs.space, bench_ref, dense, book, tracker, observer, proposed=fetch(proposed_ref),
+        known=known_from(examine(inputs.model), dense, book.found),
+    )  # fmt: skip
     accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
     observer.stage("measuring the front once more, quietly, and on test")
     candidates = contenders(acceptable(outcomes, limits, dense), accuracy)
@@ -148,13 +150,15 @@ def _run(
 
 def run_search(
     config: Config, folder: Folder, space: Space, bench_ref: Any, dense: Measurement, book: Ledger, tracker: Tracker,
-    observer: Observer, *, proposed: Sequence[Candidate] = (), start: StartTrial = start_trial,
+    observer: Observer, *, proposed: Sequence[Candidate] = (), known: Mapping[str, Measurement] | None = None,
+    start: StartTrial = start_trial,
 ) -> tuple[list[Outcome], str]:  # fmt: skip
     """Runs the trials that a sweep lacks.
 
     Args:
         bench_ref: Ray's reference to the bench.
         proposed: candidates to begin with.
+        known: what need not be measured again.
         start: what a worker does with a candidate.
 
     Returns:
@@ -191,8 +195,8 @@ def run_search(
     try:
         with calling_on_interrupt(interrupt):
             run_trials(
-                bench_ref, searcher, search.trials - num_done, trial_share(config), recorder, states, scheduler,
-                start=start,
+                bench_ref, searcher, search.trials - num_done, trial_share(config), recorder, states, known or {},
+                scheduler, start=start,
             )  # fmt: skip
     finally:
         searcher.finish()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from pruning.allocation import allocate, scheduled
 from pruning.anatomy import blocks_of, examine
-from pruning.cascade import CascadeSettings, cascade
+from pruning.cascade import CascadeSettings, Walk, cascade
 from pruning.compensation import REPAIR_PASSES
 from pruning.cost import count_macs, count_params
 from pruning.errors import TargetError, VitfrontError
@@ -29,8 +29,9 @@ from pruning.plan import Plan
 from pruning.softmask import SoftMaskSettings, SoftMaskTraining
 from pruning.sparsity import GradualMagnitude, MaskSchedule, Pattern, apply_masks, pattern_masks
 from pruning.surgery import apply_plan, keep_all_plan
+from pruning.walks import Walks
 from pruning.width import WidthSettings, WidthTraining
-from search.bench import Bench, Weights, accuracy, measure, repaired
+from search.bench import Bench, Known, Weights, accuracy, measure, repaired
 from search.outcome import TOKENLESS, Candidate, Measurement, Outcome, State
 
 
@@ -74,19 +75,39 @@ class Ended:
         return {name: _on_cpu(self.models[name].state_dict()) for name in kept}
 
 
+WALK_BYTES = 512 * 2**20
+"""Of the activations of earlier cascades that a worker keeps: of digits some forty states, of a ViT-Tiny at 224 pixels
+with 256 probe images a handful."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a worker remembers of earlier trials with the same bench, so that nothing is done twice."""
+
+    walks: Walks[Walk] = field(default_factory=lambda: Walks(WALK_BYTES))
+    known: Known = field(default_factory=dict[str, Measurement])
+    """Workers may share it."""
+
+
 def start_trial(
-    bench: Bench, candidate: Candidate, trial_id: str, state: Mapping[str, Any] | None = None
+    bench: Bench,
+    candidate: Candidate,
+    trial_id: str,
+    state: Mapping[str, Any] | None = None,
+    memory: Memory | None = None,
 ) -> Iterator[Event | Ended]:
     """Runs one candidate, epoch by epoch; whatever goes wrong is in its outcome.
 
     Args:
         state: of an `Epoch` of the same trial, to go on from.
+        memory: what comes of the candidate does not depend on it, but for the noise of a timing.
     """
+    memory = memory or Memory(walks=Walks(0))
     course = _Course(state or {})
     models: dict[str, nn.Module] = {}
     try:
         outcomes: list[Outcome] = []
-        for pruned in (yield from _prune(bench, candidate, course)):
+        for pruned in (yield from _prune(bench, candidate, course, memory)):
             is_own = not outcomes
             name = trial_id if is_own else f"{trial_id}.{pruned.plan.exit_block}"
             models[name] = pruned.model
@@ -96,7 +117,7 @@ def start_trial(
                     state=State.MEASURED,
                     candidate=candidate,
                     plan=pruned.plan,
-                    measurement=measure(bench, pruned.model, pruned.plan),
+                    measurement=measure(bench, pruned.model, pruned.plan, memory.known, has_weights=pruned.has_weights),
                     block_drops=pruned.block_drops,
                     notes=pruned.notes,
                     forward_passes=pruned.forward_passes * candidate.exit_block / len(blocks_of(bench.model)),
@@ -122,10 +143,10 @@ def start_trial(
     yield Ended(outcomes=outcomes, models=models)
 
 
-def run_to_end(bench: Bench, candidate: Candidate, trial_id: str) -> Ended:
+def run_to_end(bench: Bench, candidate: Candidate, trial_id: str, memory: Memory | None = None) -> Ended:
     """What comes of one candidate."""
     with bench.lease.shared():
-        *_, ended = start_trial(bench, candidate, trial_id)
+        *_, ended = start_trial(bench, candidate, trial_id, memory=memory)
     assert isinstance(ended, Ended)
     return ended
 
@@ -207,7 +228,9 @@ class _Pruned:
         }
 
 
-def _prune(bench: Bench, candidate: Candidate, course: _Course) -> Generator[Event, None, list[_Pruned]]:
+def _prune(
+    bench: Bench, candidate: Candidate, course: _Course, memory: Memory
+) -> Generator[Event, None, list[_Pruned]]:
     """The models of a candidate: one, or one for each exit."""
     shorter = truncate(bench.model, candidate.exit_block, bench.heads[candidate.exit_block])
     if candidate.method == "learned":
@@ -229,10 +252,10 @@ def _prune(bench: Bench, candidate: Candidate, course: _Course) -> Generator[Eve
     elif candidate.method == "unstructured":
         pruned = _sparse(candidate, shorter)
     else:
-        pruned = _prune_without_training(bench, candidate, shorter)
+        pruned = _prune_without_training(bench, candidate, shorter, memory.walks)
     if candidate.recovery == "distill":
         if has_rungs and before is None:
-            yield course.rung(*_values(bench, measure(bench, pruned.model, pruned.plan)))
+            yield course.rung(*_values(bench, measure(bench, pruned.model, pruned.plan, memory.known)))
         pruned = yield from _distill(bench, candidate, pruned, course)
     return [pruned]
 
@@ -313,12 +336,15 @@ def _rung_epochs(epochs: int, reduction_factor: float) -> list[int]:
     return [round(epochs / reduction_factor**power) for power in (2, 1) if round(epochs / reduction_factor**power) >= 1]
 
 
-def _prune_without_training(bench: Bench, candidate: Candidate, shorter: nn.Module) -> _Pruned:
-    prune = _prune_by_cascade if candidate.method == "cascade" else _prune_at_once
-    return prune(bench, candidate, shorter)
+def _prune_without_training(
+    bench: Bench, candidate: Candidate, shorter: nn.Module, walks: Walks[Walk] | None = None
+) -> _Pruned:
+    if candidate.method == "cascade":
+        return _prune_by_cascade(bench, candidate, shorter, walks)
+    return _prune_at_once(bench, candidate, shorter)
 
 
-def _prune_by_cascade(bench: Bench, candidate: Candidate, shorter: nn.Module) -> _Pruned:
+def _prune_by_cascade(bench: Bench, candidate: Candidate, shorter: nn.Module, walks: Walks[Walk] | None) -> _Pruned:
     fixed = bench.config.cascade
     found = cascade(
         shorter,
@@ -340,6 +366,8 @@ def _prune_by_cascade(bench: Bench, candidate: Candidate, shorter: nn.Module) ->
             precision=bench.precision,
             seed=bench.config.data.seed,
         ),
+        sensitivity=bench.sensitivities[candidate.exit_block],
+        walks=walks,
     )
     return _Pruned(
         plan=found.plan, model=found.model, block_drops=found.block_drops, forward_passes=found.forward_passes,

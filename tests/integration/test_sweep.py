@@ -155,6 +155,7 @@ def test_dense_model_was_tried_first_and_has_learned(first: Sweep) -> None:
     assert (dense.candidate.target_ratio, set(dense.candidate.drop_budget)) == (1.0, {0.0})
     assert dense.measurement is not None
     assert dense.measurement.top1 == first.record["dense"]["top1"] > 0.5
+    assert dense.measurement.speedup_low == dense.measurement.speedup_high == 1.0  # its shape was not timed again
 
 
 def test_every_block_of_every_outcome_kept_its_budget(first: Sweep) -> None:

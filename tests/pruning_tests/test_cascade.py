@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from pruning.accuracy import predict
 from pruning.anatomy import blocks_of, embed, examine, with_blocks
-from pruning.cascade import CascadeResult, CascadeSettings, cascade
+from pruning.cascade import CascadeResult, CascadeSettings, Walk, cascade
 from pruning.compensation import repaired_model
 from pruning.cost import count_macs
 from pruning.data import Images
@@ -22,8 +23,10 @@ from pruning.plan import TOKEN_REDUCTIONS, Plan, TokenReduction
 from pruning.scores import lfs
 from pruning.scores.channel import ChannelScores, Scene
 from pruning.scores.criteria import CRITERIA
+from pruning.sensitivity import measure_sensitivity
 from pruning.spectrum import low_pass
 from pruning.surgery import apply_plan, keep_all_block, keep_all_plan
+from pruning.walks import Threshold, Walks
 from tests.pruning_tests import made
 
 PROBE, CALIBRATION = made.toy_images(90, seed=11), made.toy_images(40, seed=12)
@@ -325,3 +328,79 @@ def test_top_down_ends_with_the_repair_of_its_whole_plan() -> None:
 def test_top_down_with_a_token_reduction_is_refused() -> None:
     with pytest.raises(SettingError, match="top-down takes channels alone, not tokens by lfe; give none"):
         cascade(made.toy_model(), PROBE, CALIBRATION, settings(1, 1, 1, order="top-down"))
+
+
+class Watched(Walks[Walk]):
+    """Tells where each cascade began: after so many blocks, or -1 for anew."""
+
+    def __init__(self, max_bytes: int = 10**9) -> None:
+        super().__init__(max_bytes)
+        self.starts: list[int] = []
+
+    def farthest(self, settings: Hashable, thresholds: Sequence[Threshold]) -> Walk | None:
+        found = super().farthest(settings, thresholds)
+        self.starts.append(-1 if found is None else len(found.built))
+        return found
+
+
+def same(one: CascadeResult, other: CascadeResult) -> bool:
+    told = ((each.plan, each.block_drops, each.forward_passes, each.notes) for each in (one, other))
+    return next(told) == next(told) and made.same_state(one.model, made.state(other.model))
+
+
+DENSE_MACS = count_macs(made.anatomy(num_classes=4), keep_all_plan(made.anatomy(num_classes=4)))
+
+SERIES: list[tuple[tuple[float, ...], dict[str, Any], int]] = [
+    ((3.0, 5.0, 2.0), {}, -1),
+    ((3.0, 5.0, 2.0), {}, 3),
+    ((3.0, 5.0, 10.0), {}, 2),
+    ((3.0, 9.0, 10.0), {}, 1),
+    ((30.0, 9.0, 10.0), {}, 0),
+    ((3.0, 5.0, 2.0), {"cutoff_channel": 0.3}, -1),
+    ((3.2, 5.0, 2.0), {}, 3),  # also less than 3 of 90 images
+    ((3.0, 5.0, 2.0), {"target_macs": int(0.01 * DENSE_MACS)}, 3),  # out of reach as well
+    ((3.0, 5.0, 2.0), {"target_macs": int(0.97 * DENSE_MACS)}, 0),  # met within the first block
+    ((3.0, 5.0, 2.0), {"token_share": 1.0}, 0),
+    ((3.0, 5.0, 4.0), {"token_reduction": "none", "order": "top-down"}, -1),
+    ((40.0, 5.0, 4.0), {"token_reduction": "none", "order": "top-down"}, 2),
+]
+"""Budgets and settings, and after how many blocks of an earlier cascade this one begins."""
+
+
+def test_cascades_that_go_on_from_earlier_ones_give_what_they_give_alone() -> None:
+    model, walks = made.toy_model(), Watched()
+    for budgets, other, _ in SERIES:
+        given = settings(*budgets, **other)
+        found = cascade(model, PROBE, CALIBRATION, given, walks=walks)
+        assert same(found, cascade(model, PROBE, CALIBRATION, given))
+        with torch.no_grad():
+            for parameter in found.model.parameters():  # nothing that is kept
+                parameter.fill_(3)
+    assert walks.starts == [start for *_, start in SERIES]
+
+
+def test_a_model_cut_at_another_exit_begins_anew() -> None:
+    walks = Watched()
+    for depth in (2, 3):
+        cascade(made.toy_model(depth=depth), PROBE, CALIBRATION, settings(*[3.0] * depth), walks=walks)
+    assert walks.starts == [-1, -1]
+
+
+def test_walks_too_large_to_keep_change_nothing() -> None:
+    walks = Watched(1000)
+    one, other = (
+        cascade(made.toy_model(), PROBE, CALIBRATION, settings(5, 3, 5), walks=each) for each in (walks, walks)
+    )
+    assert same(one, other)
+    assert (walks.starts, walks.num_bytes) == ([-1, -1], 0)
+
+
+def test_a_sensitivity_that_is_given_is_taken() -> None:
+    model = made.toy_model()
+    known = measure_sensitivity(model, CALIBRATION, batch_size=32)
+    given = settings(5, 3, 5)
+    assert same(cascade(model, PROBE, CALIBRATION, given, sensitivity=known), cascade(model, PROBE, CALIBRATION, given))
+    other = measure_sensitivity(made.toy_model(seed=1), CALIBRATION)
+    assert not same(
+        cascade(model, PROBE, CALIBRATION, given, sensitivity=other), cascade(model, PROBE, CALIBRATION, given)
+    )

@@ -17,12 +17,14 @@ from pruning.compensation import repaired_model
 from pruning.cost import count_macs, count_params
 from pruning.data import Images
 from pruning.errors import VitfrontError
+from pruning.exits import truncate
 from pruning.pace import Pace
+from pruning.sensitivity import measure_sensitivity
 from pruning.surgery import keep_all_block, keep_all_plan
-from search.bench import Bench, build, confirm, measure, prepare
+from search.bench import Bench, build, confirm, keys_of, known_from, measure, prepare
 from search.config import Accuracy
 from search.outcome import Candidate, Measurement, Method, Outcome, State
-from search.trial import run_to_end
+from search.trial import Memory, run_to_end
 from tests.pruning_tests.test_retrieval import slow
 from tests.search_tests import made, tiny
 
@@ -436,3 +438,84 @@ def test_a_schedule_takes_tokens_alone_and_reaches_its_target(bench: Bench, meth
     counts = [block.num_patches, *(kept.num_tokens for kept in outcome.plan.blocks)]
     taken = [before - after for before, after in pairwise(counts)]
     assert max(taken) - min(taken) <= 1 if method == "constant" else taken == sorted(taken, reverse=True)
+
+
+def test_bench_knows_the_sensitivity_of_every_exit(bench: Bench) -> None:
+    assert sorted(bench.sensitivities) == EXITS
+    for exit_block, found in bench.sensitivities.items():
+        shorter = truncate(bench.model, exit_block, bench.heads[exit_block])
+        for one, other in zip(found, measure_sensitivity(shorter, bench.splits.calibration), strict=True):
+            assert torch.equal(one.mid.metric, other.mid.metric) and torch.equal(one.out.metric, other.out.metric)
+            assert (one.mid.prefix_share, one.out.prefix_share) == (other.mid.prefix_share, other.out.prefix_share)
+
+
+def test_methods_that_train_alone_need_no_sensitivity() -> None:
+    config = tiny.config(space={"method": ["learned", "unstructured"]})
+    bench, _ = prepare(config, tiny.model(), tiny.splits(test=False), [tiny.DEPTH], trained=True)
+    assert bench.sensitivities == {}
+
+
+def test_trials_that_remember_others_give_what_they_give_alone(paced: Bench) -> None:
+    memory = Memory()
+    tokens: dict[str, Any] = {"token_reduction": "attention-merge", "round_to": 8}
+    asked = [
+        candidate(drop_budget=(10.0, 10.0, 10.0), target_ratio=0.5, **tokens),
+        candidate(drop_budget=(10.0, 10.0, 40.0), target_ratio=0.5, **tokens),
+        candidate(drop_budget=(10.0, 10.0, 10.0), target_ratio=0.4, **tokens),
+        candidate(drop_budget=(10.0, 10.0, 0.0), target_ratio=0.5, exit_block=2, **tokens),
+        candidate(method="global", target_ratio=0.5, **tokens),
+        candidate(exit_block=2),
+        candidate(exit_block=2, token_reduction="none"),
+    ]
+    for each in [*asked, asked[0]]:
+        alone, ended = run_to_end(paced, each, "t"), run_to_end(paced, each, "t", memory)
+        one, other = alone.outcomes[0], ended.outcomes[0]
+        assert (one.plan, one.block_drops, one.forward_passes) == (other.plan, other.block_drops, other.forward_passes)
+        for name in ("top1", "macs", "params", "sparsity"):
+            assert getattr(measured(one), name) == getattr(measured(other), name)
+        state = ended.models["t"].state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in alone.models["t"].state_dict().items())
+    assert memory.walks.num_bytes > 0
+
+
+FAST: Any = {"speedup": 9.5, "speedup_low": 9.25, "speedup_high": 9.75, "latency_ms_p50": 0.5, "throughput_img_s": 7.0}
+
+
+def test_equal_shapes_are_not_timed_again_nor_equal_models_measured_again(
+    prepared: tuple[Bench, Measurement],
+) -> None:
+    bench, dense = prepared
+    block = replace(keep_all_block(bench.anatomy.blocks[0]), keep_hidden=tuple(range(9)))
+    plan = replace(keep_all_plan(bench.anatomy), blocks=(block,) * tiny.DEPTH)
+    other = replace(plan, blocks=(replace(block, keep_hidden=tuple(range(7, 16))), block, block))  # another, as fast
+    shape, whole = keys_of(bench.anatomy, plan)
+    known = {shape: replace(dense, **FAST), whole: replace(dense, top1=0.125)}
+    assert measure(bench, build(bench, plan), plan, known).top1 == 0.125
+    for has_weights in (True, False):  # its weights are its own; then they follow from another plan
+        model, asked = build(bench, other), plan if has_weights else other
+        found = measure(bench, model, asked, known, has_weights=has_weights)
+        assert {name: getattr(found, name) for name in FAST} == FAST
+        assert found.top1 == accuracy(model, bench.splits.val)
+        assert (found.macs, found.params) == (count_macs(bench.anatomy, other), count_params(model))
+    assert known[keys_of(bench.anatomy, other)[1]] == found
+    assert known[whole].top1 == 0.125
+
+
+def test_what_reduces_no_tokens_is_as_fast_whatever_the_reduction_is_called(bench: Bench) -> None:
+    whole = keep_all_plan(bench.anatomy)
+    fewer = replace(whole, blocks=(whole.blocks[0], *[keep_all_block(bench.anatomy.blocks[0], 9)] * 2))
+    kinds: tuple[Any, ...] = ("lfe", "merge")
+    assert len({keys_of(bench.anatomy, replace(whole, token_reduction=kind)) for kind in (*kinds, "none")}) == 1
+    assert len({keys_of(bench.anatomy, replace(fewer, token_reduction=kind))[0] for kind in kinds}) == 2
+
+
+def test_an_earlier_run_and_the_dense_model_need_not_be_measured_again(prepared: tuple[Bench, Measurement]) -> None:
+    bench, dense = prepared
+    asked = candidate(exit_block=2)
+    earlier = run(bench, asked, "t000")
+    known = known_from(bench.anatomy, dense, [earlier, made.failed("t001")])
+    memory = Memory(known=known)
+    assert measured(run_to_end(bench, asked, "t002", memory).outcomes[0]) == earlier.measurement
+    assert measured(run_to_end(bench, candidate(), "t003", memory).outcomes[0]) == dense
+    trained = known_from(bench.anatomy, dense, [replace(earlier, has_weights=True)])
+    assert len(known) == 4 and len(trained) == 3

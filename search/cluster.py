@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # read at import: no CSV and JSON file a trial
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables are printed whatever `verbose` says
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it takes Ctrl-C for the end of the trials
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # all trials so far, every ten seconds; see run_trials
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
@@ -80,6 +82,7 @@ class TrialActor(tune.Trainable):
         # Behind a list, Tune hands the reference on instead of storing the bench a second time.
         self.bench: Bench = ray.get(bench[0]).to(_device())
         self.mailbox, self.start_trial = mailbox, start
+        self.free_since = time.monotonic()
         self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -90,15 +93,21 @@ class TrialActor(tune.Trainable):
         self.id = config["id"]
         state = ray.get(self.mailbox.take.remote(self.id)) if config["is_resumed"] else None
         self.events = self.start_trial(self.bench, Candidate.from_json(config["candidate"]), self.id, state)
+        self.waited_s: float | None = None
 
     def step(self) -> dict[str, Any]:
+        if self.waited_s is None:
+            self.waited_s = time.monotonic() - self.free_since
         event = next(self.events)
         if isinstance(event, Epoch):
             ray.get(self.mailbox.put.remote(self.id, event.state()))
             return {"progress": event.progress, "done": False}
         if event.weights:
             ray.get(self.mailbox.put.remote(self.id, event.weights))
-        return {"outcomes": json.dumps([outcome.to_json() for outcome in event.outcomes]), "done": True}
+        own, *others = event.outcomes
+        outcomes = [replace(own, waited_s=self.waited_s), *others]
+        self.free_since = time.monotonic()
+        return {"outcomes": json.dumps([outcome.to_json() for outcome in outcomes]), "done": True}
 
 
 class Recorder(Protocol):

@@ -45,7 +45,7 @@ from search.front import GrowingFront, contenders, front_record, running_hypervo
 from search.inputs import Inputs, load_inputs
 from search.ledger import Ledger
 from search.limits import Limit, acceptable, parse_limit
-from search.outcome import Candidate, Measurement, Outcome, num_trials
+from search.outcome import Candidate, Measurement, Outcome, idle_share, num_trials
 from search.plots import front_html
 from search.searcher import StudySearcher
 from search.space import Space
@@ -143,6 +143,7 @@ def _run(
     record = front_record(config.name, kept, found.dense, accuracy) | {
         "limits": [limit.text for limit in limits],
         "trials": num_trials(outcomes),
+        "idle_share": idle_share(outcomes),
         "conditions": found.conditions,
     }
     _write_front(folder, config, inputs, record, dict(zip(confirmed, found.models, strict=True)))

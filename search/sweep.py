@@ -190,7 +190,7 @@ def run_search(
 
 
 class _Recorder:
-    """Keeps what comes of the trials: weights, then the ledger, then MLflow; only then the observer hears of it."""
+    """Keeps what comes of the trials: weights, then the ledger; only then MLflow and the observer hear of it."""
 
     def __init__(
         self, folder: Folder, book: Ledger, outcomes: list[Outcome], dense: Measurement, accuracy: str,

@@ -16,7 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Literal
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import TPESampler
 from optuna.samplers._tpe.sampler import _split_trials, default_gamma_multiobjective
@@ -189,15 +191,18 @@ def _create_study(
 
 
 class _TPESampler(TPESampler):
-    """Optuna's TPE, with the same suggestions: it parts the good trials from the others once a suggestion.
+    """Optuna's TPE, with the same suggestions, in a fraction of the time once there are many trials.
 
-    Optuna does it again for each parameter: after 1000 trials and for 11 parameters, twice the time. One model of all
-    parameters (`multivariate`) is faster still, but found less: hypervolume 0.44 against 0.48 after 100 made-up trials.
+    Optuna parts the good trials from the others again for each parameter, and converts all their values again. One
+    model of all parameters (`multivariate`) is as fast, but found less: hypervolume 0.44 against 0.48 after 100 made-up
+    trials.
     """
 
     def __init__(self, distributions: Mapping[str, BaseDistribution], *, seed: int) -> None:
         super().__init__(seed=seed, n_startup_trials=NUM_RANDOM, constant_liar=True)
         self._all = dict(distributions)
+        self._internal: dict[str, dict[int, float]] = {name: {} for name in distributions}
+        """Parameter -> number of a trial -> its value as a number."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._all
@@ -221,3 +226,13 @@ class _TPESampler(TPESampler):
             best = self._compare(drawn, self._compute_acquisition_func(drawn, of_good, of_others))
             params[name] = distribution.to_external_repr(best[name])
         return params
+
+    def _get_internal_repr(
+        self, trials: list[FrozenTrial], search_space: dict[str, BaseDistribution], study: optuna.Study
+    ) -> dict[str, NDArray[np.float64]]:
+        for name, distribution in search_space.items():
+            known = self._internal[name]
+            for trial in trials:
+                if trial.number not in known:
+                    known[trial.number] = distribution.to_internal_repr(trial.params[name])
+        return {name: np.array([self._internal[name][trial.number] for trial in trials]) for name in search_space}

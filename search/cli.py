@@ -313,6 +313,8 @@ def _show_front(record: dict[str, Any], runs: Path, as_json: bool) -> None:
     folder = runs / record["name"]
     what = "models, tables and plans" if "conditions" in record else "outcomes and plans"  # of a replay
     out.print(f"hypervolume {record['hypervolume']:.4f}; {what} are in {folder}", highlight=False)
+    if "idle_share" in record:
+        out.print(f"the workers waited for trials {record['idle_share']:.1%} of their time", highlight=False)
 
 
 def _say(text: str) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from typing import Any
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # read at import: no CSV and JSON file a trial
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables are printed whatever `verbose` says
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it takes Ctrl-C for the end of the trials
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # all trials so far, every ten seconds; see run_trials
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
@@ -103,6 +105,7 @@ class TrialActor(tune.Trainable):
         self.bench: Bench = ray.get(bench[0]).to(_device())
         self.mailbox, self.start_trial = mailbox, start
         self.memory = Memory(known=SharedMeasurements(mailbox))
+        self.free_since = time.monotonic()
         self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -113,18 +116,31 @@ class TrialActor(tune.Trainable):
         self.id, self.candidate = config["id"], Candidate.from_json(config["candidate"])
         state = ray.get(self.mailbox.take.remote(self.id)) if config["is_resumed"] else None
         self.events = self.start_trial(self.bench, self.candidate, self.id, state, self.memory)
+        self.waited_s: float | None = None
 
     def step(self) -> dict[str, Any]:
+        if self.waited_s is None:
+            self.waited_s = time.monotonic() - self.free_since
         with self.bench.lease.shared():  # between two steps an actor may have nothing to do
             event = next(self.events)
+        result = self._result(event)
+        self.free_since = time.monotonic()
+        return result
+
+    def _result(self, event: Event | Ended) -> dict[str, Any]:
         if isinstance(event, Epoch):
             ray.get(self.mailbox.put.remote(self.id, event.state()))
             return {"progress": event.progress, "done": False}
         if isinstance(event, Rung):  # with what came of it if it is stopped here
-            return {"rungs": event.values, "outcomes": json.dumps([self._stopped(event).to_json()]), "done": False}
+            return {"rungs": event.values, "outcomes": self._told([self._stopped(event)]), "done": False}
         if event.weights:
             ray.get(self.mailbox.put.remote(self.id, event.weights))
-        return {"outcomes": json.dumps([outcome.to_json() for outcome in event.outcomes]), "done": True}
+        return {"outcomes": self._told(event.outcomes), "done": True}
+
+    def _told(self, outcomes: Sequence[Outcome]) -> str:
+        """As JSON, the trial's own with how long it was waited for."""
+        own, *others = outcomes
+        return json.dumps([each.to_json() for each in (replace(own, waited_s=self.waited_s or 0.0), *others)])
 
     def _stopped(self, rung: Rung) -> Outcome:
         accuracy, speedup = rung.values[-1]

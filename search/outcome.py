@@ -158,6 +158,8 @@ class Outcome:
     """Wall-clock time of the trial."""
     ended_s: float = 0.0
     """When the trial ended, in seconds of searching since the sweep began; stops between runs do not count."""
+    waited_s: float = 0.0
+    """How long its worker had waited for it, since the trial before."""
     rungs: tuple[tuple[float, float], ...] = ()
     """Accuracy and speed-up at each rung that it passed, or where it was stopped."""
     history: tuple[dict[str, float], ...] = ()
@@ -182,7 +184,7 @@ class Outcome:
             "measurement": self.measurement and asdict(self.measurement),
         }
         cost = {"block_drops": self.block_drops, "forward_passes": self.forward_passes}
-        cost |= {"seconds": self.seconds, "ended_s": self.ended_s}
+        cost |= {"seconds": self.seconds, "ended_s": self.ended_s, "waited_s": self.waited_s}
         course = {"notes": self.notes, "rungs": self.rungs, "history": self.history, "has_weights": self.has_weights}
         return plain | measured | cost | course
 
@@ -206,3 +208,10 @@ class Outcome:
 def num_trials(outcomes: Sequence[Outcome]) -> int:
     """The trials that the outcomes came of."""
     return len({outcome.trial for outcome in outcomes})
+
+
+def idle_share(outcomes: Sequence[Outcome]) -> float:
+    """Share of the workers' time, from their first trials to their last, in which they waited for the next one."""
+    waited = sum(outcome.waited_s for outcome in outcomes)
+    total = waited + sum(outcome.seconds for outcome in outcomes)
+    return waited / total if total else 0.0

@@ -44,7 +44,7 @@ class Observer(Protocol):
 
 
 class Recorder:
-    """Keeps what comes of the trials: weights, then the ledger, then MLflow; the observer hears of what is kept."""
+    """Keeps what comes of the trials: weights, then the ledger; only then MLflow and the observer hear of it."""
 
     def __init__(
         self, config: Config, folder: Folder, book: Ledger, dense: Measurement, tracker: Tracker, observer: Observer

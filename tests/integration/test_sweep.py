@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from search.errors import ConfigError, SweepError
 from search.folder import Folder
 from search.front import contenders, non_dominated, running_hypervolume
 from search.inputs import load_inputs
-from search.outcome import Measurement, Outcome, State
+from search.outcome import Measurement, Outcome, State, idle_share
 from search.sweep import run_sweep
 from search.tracking import default_uri
 from tests.integration import sweeps
@@ -364,6 +365,15 @@ def test_outcomes_say_when_they_ended_and_a_resume_counts_on(resumed: Resumed) -
     assert ends == sorted(ends)
     for before, outcome in zip(ends[:-1], resumed.sweep.outcomes[1:], strict=True):
         assert outcome.ended_s - before >= outcome.seconds * 0.99  # one after the other, on one core
+
+
+def test_outcomes_say_how_long_their_worker_waited(resumed: Resumed) -> None:
+    outcomes = resumed.sweep.outcomes
+    for before, outcome in pairwise(outcomes):
+        if outcome.state is State.MEASURED:
+            assert outcome.waited_s > 0
+            assert outcome.waited_s + outcome.seconds <= outcome.ended_s - before.ended_s + 1.0  # on one core
+    assert 0 < resumed.sweep.record["idle_share"] == idle_share(outcomes) < 1
 
 
 def test_resume_writes_the_front_anew(resumed: Resumed) -> None:

@@ -213,6 +213,14 @@ def record(outcomes: list[Outcome]) -> dict[str, object]:
     return front_record("mine", outcomes, made.DENSE) | {"trials": len(outcomes)}
 
 
+def test_front_says_how_long_the_workers_waited_where_its_sweep_knows(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "waited" not in call(capsys, "front", "mine")[1]
+    Folder(sweep / "runs", "mine").front.write_text(json.dumps(record(OUTCOMES) | {"idle_share": 0.0312}))
+    assert call(capsys, "front", "mine")[1].endswith("the workers waited for trials 3.1% of their time\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

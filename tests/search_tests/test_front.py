@@ -12,6 +12,7 @@ import pytest
 from search.errors import SweepError
 from search.front import (
     ACCURACIES,
+    GrowingFront,
     Values,
     accuracy_of,
     contenders,
@@ -27,6 +28,7 @@ from search.front import (
     running_hypervolume,
     within,
 )
+from search.limits import acceptable, parse_limit
 from search.outcome import Outcome, State
 from tests.search_tests import made
 
@@ -177,6 +179,32 @@ def test_running_hypervolume_is_that_of_each_beginning(sweep: list[Outcome]) -> 
     assert running[1] == running[2] < running[3] < running[4] == running[5]
 
 
+def made_at_random(count: int) -> list[Outcome]:
+    """Few values, so that ties are common; some failed, some without their accuracy."""
+    random = np.random.default_rng(count)
+    found = []
+    for number in range(count):
+        top1, speedup = random.integers(4, 10) / 10, 1 + random.integers(0, 30) / 20
+        other = {"speedup_high": NAN} if random.random() < 0.05 else {}
+        outcome = made.outcome(f"t{number:03d}", NAN if random.random() < 0.1 else top1, speedup, **other)
+        found.append(made.failed(outcome.id) if random.random() < 0.1 else outcome)
+    return found
+
+
+def test_front_that_grows_has_the_hypervolume_of_the_whole() -> None:
+    limits = [parse_limit("top1 >= 0.5"), parse_limit("speedup <= 2.3")]
+    outcomes = made_at_random(60)
+    growing, reference = GrowingFront(made.DENSE, "top1", limits), np.array([0.45, 1.0])
+    volumes = []
+    for count, outcome in enumerate(outcomes, start=1):
+        volumes.append(growing.add(outcome))
+        kept = acceptable(outcomes[:count], limits, made.DENSE)
+        values = [[o.measurement.top1, o.measurement.speedup] for o in kept if o.measurement is not None]
+        assert volumes[-1] == hypervolume(np.array(values).reshape(-1, 2), reference)
+    assert volumes == sorted(volumes)
+    assert 0 < volumes[20] < volumes[-1]
+
+
 def test_front_record_survives_json(sweep: list[Outcome]) -> None:
     record = front_record("digits", sweep, made.DENSE)
     read = json.loads(json.dumps(record))
@@ -308,6 +336,23 @@ def test_metric_without_an_interval_is_exact() -> None:
     front = [made.outcome("t000", 0.9, 1.5, recall_at_1=0.5), made.outcome("t001", 0.9, 1.51, recall_at_1=0.499)]
     dense = made.measurement(0.9, 1.0, recall_at_1=0.6)
     assert distinct(front, dense, "recall_at_1") == tuple(front)
+
+
+def test_contenders_are_those_of_brute_force_also_when_they_come_one_by_one() -> None:
+    outcomes = made_at_random(80)
+    measured = [(outcome.id, outcome.measurement) for outcome in outcomes if outcome.measurement is not None]
+    expected = [
+        id
+        for id, own in measured
+        if not any(other.speedup_low > own.speedup_high and other.top1 >= own.top1 for _, other in measured)
+    ]
+    assert [outcome.id for outcome in contenders(outcomes)] == expected
+    left: tuple[Outcome, ...] = ()
+    for outcome in outcomes:
+        left = contenders([*left, outcome])
+    assert [outcome.id for outcome in left] == expected
+    assert 1 < len(expected) < 60
+    assert contenders([]) == ()
 
 
 def test_front_lies_within_the_contenders() -> None:

@@ -13,7 +13,7 @@ import pytest
 from pruning.plan import TOKEN_REDUCTIONS, TokenReduction
 from pruning.scores.criteria import CRITERIA
 from pruning.tokens import REDUCERS
-from search.outcome import FILTERED, Candidate, Outcome, RoundTo, State
+from search.outcome import FILTERED, Candidate, Outcome, RoundTo, State, idle_share
 from tests.search_tests import made
 
 GLOBAL: dict[str, Any] = {"method": "global", "drop_budget": (0.0,) * 3, "token_reduction": "merge", "round_to": 8}
@@ -25,7 +25,8 @@ OUTCOMES = [
     made.failed("t004", State.STOPPED),
     replace(made.outcome("t005", 0.9, 1.5), candidate=made.candidate(**GLOBAL)),
     replace(made.outcome("t006", 0.9, 1.5), candidate=made.candidate(round_to="auto", token_reduction="none")),
-    replace(made.outcome("t007", 0.9, 1.5), notes=("block 0 proj: only the bias is repaired", "block 1 \N{SNOWMAN}")),
+    replace(made.outcome("t007", 0.9, 1.5), ended_s=7.5, waited_s=0.25),
+    replace(made.outcome("t008", 0.9, 1.5), notes=("block 0 proj: only the bias is repaired", "block 1 \N{SNOWMAN}")),
 ]
 
 
@@ -50,6 +51,19 @@ def test_notes_are_written_as_they_are_and_an_outcome_may_have_none() -> None:
     ]
     assert OUTCOMES[0].notes == ()
     assert json.loads(json.dumps(OUTCOMES[0].to_json()))["notes"] == []
+
+
+def test_outcome_of_a_ledger_from_before_the_waits_has_waited_no_time() -> None:
+    record = OUTCOMES[0].to_json()
+    assert record.pop("waited_s") == 0.0
+    assert Outcome.from_json(record) == OUTCOMES[0]
+
+
+def test_idle_share_is_waits_over_all_time_of_the_workers() -> None:
+    outcomes = [replace(OUTCOMES[0], seconds=4.0, waited_s=0.5), replace(OUTCOMES[2], seconds=0.0, waited_s=0.5)]
+    assert idle_share(outcomes) == 0.2
+    assert idle_share(outcomes[1:]) == 1.0
+    assert idle_share([replace(OUTCOMES[0], seconds=0.0)]) == idle_share([]) == 0.0
 
 
 @pytest.mark.parametrize("candidate", [made.candidate(), made.candidate(criterion="obs"), made.candidate(**GLOBAL)])

@@ -8,14 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from optuna.trial import FrozenTrial, TrialState
+from optuna import create_study
+from optuna.samplers import TPESampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray import cloudpickle
 from ray.tune.search import Searcher
 
 from search.config import SpaceConfig
 from search.limits import parse_limit
 from search.outcome import Candidate, Outcome, State
-from search.searcher import StudySearcher
+from search.searcher import NUM_RANDOM, StudySearcher
 from search.space import Space
 from tests.search_tests import made
 
@@ -118,6 +120,34 @@ def test_tpe_goes_where_it_was_good() -> None:
         tell(source, number, measured(id, candidate, top1=good, speedup=good))
         tried.append(abs(candidate.cutoff_token - 0.3))
     assert sum(tried[-20:]) / 20 < 0.5 * sum(tried[:20]) / 20
+
+
+@pytest.mark.parametrize("space", [SPACE, BOTH], ids=["numbers", "choices"])
+def test_tpe_suggests_what_optunas_own_does(space: Space) -> None:
+    limit = parse_limit("top1 >= 0.5")
+    source = searcher(space, limits=[limit], dense=made.DENSE, seed=3)
+    theirs = TPESampler(seed=3, n_startup_trials=NUM_RANDOM, constant_liar=True)
+    study = create_study(directions=["maximize", "maximize"], sampler=theirs)
+    num_first = len(space.first_candidates())
+    for number in range(num_first + 30):
+        [(id, candidate)] = suggest(source, 1)
+        top1, speedup = candidate.target_ratio, 2 - candidate.token_share
+        excess = limit.excess(made.measurement(top1, speedup), made.DENSE)
+        if number < num_first:
+            params, distributions = space.values_of(candidate), source._distributions
+            constraints = {limit.text: excess}
+            given = create_trial(
+                params=params, distributions=distributions, values=[top1, speedup], constraints=constraints
+            )
+            study.add_trial(given)
+        else:
+            trial = study.ask(source._distributions)
+            assert space.of_values(trial.params) == candidate
+            if number % 7 == 0:
+                continue  # it runs on
+            trial.set_constraint(limit.text, excess)
+            study.tell(trial, [top1, speedup])
+        tell(source, number, measured(id, candidate, top1=top1, speedup=speedup))
 
 
 def test_same_seed_gives_the_same_suggestions_and_another_gives_others() -> None:

@@ -28,9 +28,11 @@ from rich.console import Console
 
 from pruning.plan import BlockPlan, Plan
 from pruning.stopwatch import device_name
+from search.bench import lease_on
 from search.cluster import ray_running
 from search.config import flat, load_config
 from search.folder import Folder
+from search.lease import Lease
 from search.ledger import Ledger
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.progress import ProgressLine
@@ -60,11 +62,15 @@ class TimedTracker(Tracker):
 
 
 class MadeUpBench:
+    @property
+    def lease(self) -> Lease:
+        return lease_on(torch.device("cpu"))
+
     def to(self, device: torch.device) -> MadeUpBench:
         return self
 
 
-def made_up_trial(bench: Any, candidate: Candidate, trial_id: str, state: Any = None) -> Iterator[Ended]:
+def made_up_trial(bench: Any, candidate: Candidate, trial_id: str, *_: Any) -> Iterator[Ended]:
     """Accuracy falls the faster, the more is pruned and the farther the other parameters are from the best."""
     kept = candidate.target_ratio * candidate.exit_block / DEPTH
     off = abs(candidate.token_share - 0.4) + abs(candidate.cutoff_token - 0.8) + sum(candidate.drop_budget) / 24
@@ -88,7 +94,9 @@ def made_up_trial(bench: Any, candidate: Candidate, trial_id: str, state: Any = 
 
 def run(runs: Path, num_trials: int) -> list[float]:
     """When each trial was done."""
-    config = load_config("digits", name=f"made-up-{num_trials}", trials=num_trials, sets=["search.sampler=tpe"])
+    config = load_config(
+        "digits", name=f"made-up-{num_trials}", trials=num_trials, sets=["search.sampler=tpe", "search.patience=0"]
+    )
     folder = Folder(runs, config.name)
     with Path(os.devnull).open("w") as nowhere, Ledger(folder.ledger) as book:
         tracker = TimedTracker(

@@ -30,6 +30,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -151,14 +152,14 @@ def train_dense(task: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ the peer
 
-LEVELS = 8, 32
-"""Widths of the heads and numbers of hidden units to choose from, in equal steps: 8 and 24 channels of ViT-Tiny. Odd
-widths are slow."""
+LEVELS = {"head_dim": 8, "hidden": 32}
+"""What is chosen for every block, and from how many widths in equal steps: of 8 and 24 channels in ViT-Tiny, since odd
+ones are slow."""
 
 NUM_RANKINGS = 9
 
-Widths = list[tuple[int, int]]
-"""Of every block: width of each head, hidden units; in steps."""
+Widths = list[tuple[int, ...]]
+"""Of every block: width of each head, hidden units; in steps, from 1 to `LEVELS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +174,10 @@ class Peer:
     precision: Precision
 
     @property
-    def steps(self) -> tuple[int, int]:
-        """Channels a step of each kind of width."""
-        block = blocks_of(self.model)[0]
-        return block.attn.head_dim // LEVELS[0], block.mlp.fc1.out_features // LEVELS[1]
+    def steps(self) -> list[int]:
+        """Channels a step, of head widths and of hidden units."""
+        widths = widths_of(blocks_of(self.model)[0])
+        return [width // count for width, count in zip(widths, LEVELS.values(), strict=True)]
 
     def pruner(self, widths: Widths | None = None, **settings: Any) -> tuple[nn.Module, Any]:
         """A copy of the model and Torch-Pruning's pruner of it, as its ViT example has it (`--bottleneck`).
@@ -196,8 +197,8 @@ class Peer:
             block.attn.fused_attn = False  # the trace cannot follow the fused one
         ratios = {}
         for block, levels in zip(blocks, widths or (), strict=widths is not None):
-            layers = (block.attn.qkv, block.attn.head_dim), (block.mlp.fc1, block.mlp.fc1.out_features)
-            for (layer, width), level, step in zip(layers, levels, self.steps, strict=True):
+            layers = block.attn.qkv, block.mlp.fc1
+            for layer, width, level, step in zip(layers, widths_of(block), levels, self.steps, strict=True):
                 ratios[layer] = 1 - (level * step + 0.5) / width  # it rounds down what is kept
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it tells that cls_token and pos_embed belong to no layer
@@ -217,20 +218,18 @@ class Peer:
         for _ in range(NUM_RANKINGS):
             pruner.step()
             found.append([
-                (self._level(head_dim_of(block.attn), 0), self._level(block.mlp.fc1.out_features, 1))
+                tuple(max(1, round(width / step)) for width, step in zip(widths_of(block), self.steps, strict=True))
                 for block in blocks_of(made)
             ])  # fmt: skip
         return found
-
-    def _level(self, width: int, kind: int) -> int:
-        return max(1, round(width / self.steps[kind]))
 
     def prune(self, widths: Widths) -> nn.Module:
         """A smaller model in eval mode, with fused attention if the dense one has it."""
         made, pruner = self.pruner(widths)
         pruner.step()
         for block, whole in zip(blocks_of(made), blocks_of(self.model), strict=True):
-            attn, attn.head_dim = block.attn, head_dim_of(block.attn)
+            attn = block.attn
+            attn.head_dim, _ = widths_of(block)
             attn.attn_dim = attn.num_heads * attn.head_dim
             attn.fused_attn = whole.attn.fused_attn
             attn.scale = attn.head_dim**-0.5  # as the fused attention scales; the queries keep the dense model's scale
@@ -242,7 +241,7 @@ class Peer:
     def objective(self, trial: optuna.Trial) -> tuple[float, float]:
         """Accuracy on val and speed-up of what the trial chooses, measured as `search.bench.measure` does."""
         made = self.prune([
-            (trial.suggest_int(f"head_dim.{block}", 1, LEVELS[0]), trial.suggest_int(f"hidden.{block}", 1, LEVELS[1]))
+            tuple(trial.suggest_int(f"{kind}.{block}", 1, most) for kind, most in LEVELS.items())
             for block in range(len(blocks_of(self.model)))
         ])  # fmt: skip
         size, rounds = self.config.measure.batch_size, self.config.measure.num_rounds
@@ -252,8 +251,9 @@ class Peer:
         return top1(logits, self.val.labels), timing.speedup
 
 
-def head_dim_of(attn: Any) -> int:
-    return attn.qkv.out_features // (3 * attn.num_heads)
+def widths_of(block: Any) -> tuple[int, int]:
+    """Width of each head, hidden units; in channels."""
+    return block.attn.qkv.out_features // (3 * block.attn.num_heads), block.mlp.fc1.out_features
 
 
 def gradients_of(model: nn.Module, images: Images) -> dict[str, Tensor]:
@@ -281,7 +281,8 @@ def peer_loop(config: Config, seconds: float, seed: int, heaviest: float) -> Fou
     """The loop, with as many processes as Ray has room for trials."""
     start = time.time()
     num_workers = (os.cpu_count() or 1) // config.resources.cpus_per_trial
-    torch.set_num_threads(os.cpu_count() or 1)
+    # As vitfront prepares. Two threads on cores that others use wait for each other: 77 s instead of 8.
+    torch.set_num_threads(config.resources.cpus_per_trial)
     inputs = load_inputs(config, RUNS)
     model, val = inputs.model.requires_grad_(False), inputs.splits.val
     batch, precision = val.normalized(slice(0, config.measure.batch_size)), config.measure.precision
@@ -289,15 +290,15 @@ def peer_loop(config: Config, seconds: float, seed: int, heaviest: float) -> Fou
         config=config, model=model, gradients=gradients_of(model, inputs.splits.calibration), val=val,
         precision=fastest_precision(model, batch) if precision == "auto" else precision,
     )  # fmt: skip
-    dense: Widths = [LEVELS] * len(blocks_of(model))
+    dense: Widths = [tuple(LEVELS.values())] * len(blocks_of(model))
     with tempfile.TemporaryDirectory() as folder:
         journal = str(Path(folder, "journal"))
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(study_name="peer", storage=storage_of(journal), directions=["maximize", "maximize"])
         for widths in (dense, *peer.rankings(heaviest)):
-            names = [(f"head_dim.{block}", f"hidden.{block}") for block in range(len(widths))]
             study.enqueue_trial({
-                name: level for each in zip(names, widths, strict=True) for name, level in zip(*each, strict=True)
+                f"{kind}.{block}": level
+                for block, levels in enumerate(widths) for kind, level in zip(LEVELS, levels, strict=True)
             })  # fmt: skip
         prepared_s = time.time() - start
         seeds = range(seed * num_workers, (seed + 1) * num_workers)
@@ -375,7 +376,7 @@ def measured(name: str, seed: int, seconds: float, resume: bool) -> dict[str, An
 
 
 def text_of(rows: list[dict[str, Any]], command: str) -> str:
-    versions = f"torch {torch.__version__}, Torch-Pruning {tp.__version__}, Optuna {optuna.__version__}"
+    versions = f"torch {torch.__version__}, Torch-Pruning {version('torch-pruning')}, Optuna {optuna.__version__}"
     lines = [
         "# vitfront and a loop of Optuna and Torch-Pruning, in equal time", "", f"    {command}", "",
         f"{device_name(torch.device('cpu'))}, two trials at a time on each side, {versions}.", "",

@@ -270,6 +270,7 @@ def storage_of(journal: str) -> JournalStorage:
 
 def work(peer: Peer, journal: str, seed: int, deadline: float) -> None:
     """One of the peer's processes: trial after trial, until the wall clock says `deadline`."""
+    os.nice(15)  # as Ray's workers, so that what else runs here hinders both sides alike
     torch.set_num_threads(peer.config.resources.cpus_per_trial)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=seed)  # the default, but seeded

@@ -440,7 +440,7 @@ def write(rows: list[dict[str, Any]], folder: Path, command: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed of digits, 45 seconds a side")
+    parser.add_argument("--quick", action="store_true", help="one seed of digits, 60 seconds a side")
     parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
     parser.add_argument("--out", type=Path, help="folder for peer_loop.{md,json,png}; written anew after every row")
     parser.add_argument("--resume", action="store_true", help="take the rows that an earlier run left in runs/")
@@ -448,7 +448,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, help="of each search; by default the task's")
     args = parser.parse_args()
-    tasks, seeds, seconds = (["digits"], [0], 45.0) if args.quick else (args.tasks, args.seeds, args.seconds)
+    tasks, seeds, seconds = (["digits"], [0], 60.0) if args.quick else (args.tasks, args.seeds, args.seconds)
     command, rows = " ".join(["python", *sys.argv]), []
     for name in tasks:
         train_dense(name)

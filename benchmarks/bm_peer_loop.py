@@ -13,7 +13,7 @@ Both measure accuracy on val and speed-up against the dense model with the same 
 the search's own measurements count; hypervolume is above half the dense accuracy and speed-up 1.
 
 Seconds run from the start of each search and hold all that it does: loading model and images, vitfront's start of Ray
-and MLflow, exits, profile and widths, the peer's gradients, rankings and processes. Not counted is the training of the
+and MLflow, exits, profile (never from an earlier seed) and widths, the peer's gradients, rankings and processes. Not counted is the training of the
 dense model, which is there before, and what the command imports. Trials that end later do not count.
 """
 
@@ -128,6 +128,8 @@ class Clock:
 
     def finished(self, outcome: Outcome, hypervolume: float) -> None: ...
 
+    def interrupted(self) -> None: ...
+
 
 def vitfront(config: Config) -> Found:
     """A whole sweep; its time budget starts after its preparation, so that it has trials that come too late."""
@@ -135,6 +137,8 @@ def vitfront(config: Config) -> Found:
 
     folder, clock = Folder(RUNS, config.name), Clock()
     shutil.rmtree(folder.path, ignore_errors=True)
+    for profile in (RUNS / ".cache").glob("profile-*"):
+        profile.unlink()  # of the seed before: it is part of the preparation
     start = time.monotonic()
     run_sweep(config, RUNS, clock)
     prepared_s = clock.searching - start
@@ -282,7 +286,7 @@ def peer_loop(config: Config, seconds: float, seed: int, heaviest: float) -> Fou
     """The loop, with as many processes as Ray has room for trials."""
     start = time.time()
     num_workers = (os.cpu_count() or 1) // config.resources.cpus_per_trial
-    # As vitfront prepares. Two threads on cores that others use wait for each other: 77 s instead of 8.
+    # As vitfront prepares: two threads on cores that others use wait for each other.
     torch.set_num_threads(config.resources.cpus_per_trial)
     inputs = load_inputs(config, RUNS)
     model, val = inputs.model.requires_grad_(False), inputs.splits.val
@@ -341,7 +345,7 @@ def fastest(points: Sequence[Sequence[float]], at_s: float, least: float) -> flo
 def measure(name: str, seed: int, seconds: float) -> dict[str, Any]:
     """The row of one task and seed."""
     task = TASKS[name]
-    sets = [*task.sets, f"search.seed={seed}"]
+    sets = [*task.sets, f"search.seed={seed}", "search.patience=0"]
     config = load_config(
         task.recipe, name=f"peer-loop-{name}-{seed}", trials=200, time_budget=f"{seconds:g}", sets=sets
     )

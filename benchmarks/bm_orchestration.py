@@ -87,13 +87,13 @@ def made_up_trial(bench: Any, candidate: Candidate, trial_id: str, *_: Any) -> I
     )  # fmt: skip
     outcome = Outcome(
         id=trial_id, state=State.MEASURED, candidate=candidate, plan=Plan(blocks=(block,) * candidate.exit_block),
-        measurement=measurement, block_drops=candidate.drop_budget[: candidate.exit_block],
+        measurement=measurement, block_drops=candidate.drop_budget[: candidate.exit_block], notes=(str(os.getpid()),),
     )  # fmt: skip
     yield Ended(outcomes=[outcome], models={})
 
 
-def run(runs: Path, num_trials: int) -> list[float]:
-    """When each trial was done."""
+def run(runs: Path, num_trials: int) -> tuple[list[float], int]:
+    """When each trial was done, and how many workers had any."""
     config = load_config(
         "digits", name=f"made-up-{num_trials}", trials=num_trials, sets=["search.sampler=tpe", "search.patience=0"]
     )
@@ -104,11 +104,11 @@ def run(runs: Path, num_trials: int) -> list[float]:
             run_dir=folder.path, done=(),
         )  # fmt: skip
         with ProgressLine(Console(file=nowhere, force_terminal=True)) as line:
-            run_search(
+            outcomes = run_search(
                 config, folder, Space(config.space, DEPTH), ray.put(MadeUpBench()), DENSE, book, tracker, line,
                 start=made_up_trial,
             )  # fmt: skip
-    return tracker.written
+    return tracker.written, len({outcome.notes for outcome in outcomes})
 
 
 def measure(counts: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -117,10 +117,11 @@ def measure(counts: tuple[int, ...]) -> list[dict[str, Any]]:
     for count in counts:
         with tempfile.TemporaryDirectory() as runs, ray_running(None):
             start = time.process_time()
-            done = np.array(run(Path(runs), count))
+            written, num_workers = run(Path(runs), count)
             processor_s = time.process_time() - start
+        done = np.array(written)
         rows.append({
-            "trials": count, "trials_per_s": (count - 1) / float(done[-1] - done[0]),
+            "trials": count, "workers": num_workers, "trials_per_s": (count - 1) / float(done[-1] - done[0]),
             "ms_per_trial": 1000 * float(np.diff(done).mean()),
             "ms_per_trial_last": 1000 * float(np.diff(done)[-WINDOW:].mean()),
             "driver_ms_per_trial": 1000 * processor_s / count,
@@ -133,17 +134,17 @@ def measure(counts: tuple[int, ...]) -> list[dict[str, Any]]:
 def text_of(rows: list[dict[str, Any]], command: str) -> str:
     lines = [
         "# Orchestration", "", f"    {command}", "",
-        f"{device_name(torch.device('cpu'))}, 2 workers; ray {ray.__version__}, optuna {optuna.__version__}, "
+        f"{device_name(torch.device('cpu'))}, 2 slots; ray {ray.__version__}, optuna {optuna.__version__}, "
         f"mlflow {mlflow.__version__}.",
         "Made-up trials that take no time, from when the first is in ledger and MLflow to when the last is. The last",
         "column is the processor time of the driver, the sweep's start and end included: it hardly depends on what",
         "else the machine does.",
-        "", f"| trials | trials/s | ms a trial | ms a trial, last {WINDOW} | driver, ms a trial |",
-        "|---|---|---|---|---|",
+        "", f"| trials | workers | trials/s | ms a trial | ms a trial, last {WINDOW} | driver, ms a trial |",
+        "|---|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [
-        f"| {row['trials']} | {row['trials_per_s']:.1f} | {row['ms_per_trial']:.0f} | {row['ms_per_trial_last']:.0f} "
-        f"| {row['driver_ms_per_trial']:.0f} |"
+        f"| {row['trials']} | {row['workers']} | {row['trials_per_s']:.1f} | {row['ms_per_trial']:.0f} "
+        f"| {row['ms_per_trial_last']:.0f} | {row['driver_ms_per_trial']:.0f} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"

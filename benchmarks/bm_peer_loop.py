@@ -13,8 +13,9 @@ Both measure accuracy on val and speed-up against the dense model with the same 
 the search's own measurements count; hypervolume is above half the dense accuracy and speed-up 1.
 
 Seconds run from the start of each search and hold all that it does: loading model and images, vitfront's start of Ray
-and MLflow, exits, profile (never from an earlier seed) and widths, the peer's gradients, rankings and processes. Not counted is the training of the
-dense model, which is there before, and what the command imports. Trials that end later do not count.
+and MLflow, exits, profile (never an earlier seed's) and widths, the peer's gradients, rankings and processes. Not
+counted is the training of the dense model, which is there before, and what the command imports. Trials that end later
+do not count.
 """
 
 from __future__ import annotations

@@ -47,6 +47,9 @@ from search.scheduler import NonDominatedHalving
 from search.searcher import StudySearcher
 from search.trial import Ended, Epoch, Event, Memory, Rung, start_trial
 
+MOST_START_S = 60.0
+"""Workers that are not there by then, for want of nodes, are not waited for."""
+
 StartTrial = Callable[[Bench, Candidate, str, Mapping[str, Any] | None, Memory], Iterator[Event | Ended]]
 """`search.trial.start_trial`, or what stands in for it."""
 
@@ -65,6 +68,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._content: dict[str, Any] = {}
+        self._num_arrived = 0
 
     def put(self, trial_id: str, content: Any) -> None:
         """Replaces what lies there."""
@@ -73,6 +77,14 @@ class Mailbox:
     def take(self, trial_id: str) -> Any:
         """None if nothing lies there."""
         return self._content.pop(trial_id, None)
+
+    def arrive(self) -> None:
+        """A worker is there."""
+        self._num_arrived += 1
+
+    def num_arrived(self) -> int:
+        """Workers that are there."""
+        return self._num_arrived
 
     def see(self, key: str) -> Any:
         """The same, but it stays there."""
@@ -98,7 +110,7 @@ class TrialActor(tune.Trainable):
 
     def setup(
         self, config: dict[str, Any], bench: Sequence[Any] = (), mailbox: Any = None, cpus: int = 1,
-        start: StartTrial = start_trial,
+        num_workers: int = 1, start: StartTrial = start_trial,
     ) -> None:  # fmt: skip
         torch.set_num_threads(cpus)
         # Behind a list, Tune hands the reference on instead of storing the bench a second time.
@@ -106,6 +118,8 @@ class TrialActor(tune.Trainable):
         self.mailbox, self.start_trial = mailbox, start
         self.memory = Memory(known=SharedMeasurements(mailbox))
         self.free_since = time.monotonic()
+        self.num_workers, self.is_waiting_until = num_workers, time.monotonic() + MOST_START_S
+        mailbox.arrive.remote()
         self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -123,9 +137,20 @@ class TrialActor(tune.Trainable):
             self.waited_s = time.monotonic() - self.free_since
         with self.bench.lease.shared():  # between two steps an actor may have nothing to do
             event = next(self.events)
+        if not isinstance(event, Epoch):  # the trial may end here
+            self._await_others()
         result = self._result(event)
         self.free_since = time.monotonic()
         return result
+
+    def _await_others(self) -> None:
+        """Until all workers are there. Tune would give the trial that waits for the next one's start this worker, if it
+        got free before, and take the start back: trials shorter than a start would leave all others slots empty."""
+        while time.monotonic() < self.is_waiting_until and (
+            ray.get(self.mailbox.num_arrived.remote()) < self.num_workers
+        ):
+            time.sleep(0.1)
+        self.is_waiting_until = 0.0
 
     def _result(self, event: Event | Ended) -> dict[str, Any]:
         if isinstance(event, Epoch):
@@ -235,7 +260,10 @@ def run_trials(
     for key, content in (*states.items(), *known.items()):
         ray.get(mailbox.put.remote(key, content))
     bookkeeper = _Bookkeeper(recorder, mailbox, searcher.finish)
-    trainable = tune.with_parameters(TrialActor, bench=[bench_ref], mailbox=mailbox, cpus=share.cpus, start=start)
+    trainable = tune.with_parameters(
+        TrialActor, bench=[bench_ref], mailbox=mailbox, cpus=share.cpus, start=start,
+        num_workers=min(num_trials, _num_slots(share)),
+    )  # fmt: skip
     # Tune keeps what it would resume by; we resume by the ledger.
     with tempfile.TemporaryDirectory(prefix="vitfront.", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
@@ -319,6 +347,12 @@ def trial_share(config: Config) -> Share:
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
     return Share(cpus=config.resources.cpus_per_trial, gpus=gpus)
+
+
+def _num_slots(share: Share) -> int:
+    """For trials, on the nodes that there are."""
+    there, wanted = ray.cluster_resources(), {"CPU": share.cpus, "GPU": share.gpus}
+    return max(1, min(int(there.get(kind, 0) // amount) for kind, amount in wanted.items() if amount))
 
 
 def check_resources(config: Config) -> None:

@@ -362,7 +362,7 @@ SERIES: list[tuple[tuple[float, ...], dict[str, Any], int]] = [
     ((3.0, 5.0, 2.0), {"target_macs": int(0.97 * DENSE_MACS)}, 0),  # met within the first block
     ((3.0, 5.0, 2.0), {"token_share": 1.0}, 0),
     ((3.0, 5.0, 4.0), {"token_reduction": "none", "order": "top-down"}, -1),
-    ((40.0, 5.0, 4.0), {"token_reduction": "none", "order": "top-down"}, 2),
+    ((3.0, 0.0, 4.0), {"token_reduction": "none", "order": "top-down"}, 1),
 ]
 """Budgets and settings, and after how many blocks of an earlier cascade this one begins."""
 

@@ -104,7 +104,7 @@ def run(runs: Path, num_trials: int) -> tuple[list[float], int]:
             run_dir=folder.path, done=(),
         )  # fmt: skip
         with ProgressLine(Console(file=nowhere, force_terminal=True)) as line:
-            outcomes = run_search(
+            outcomes, _ = run_search(
                 config, folder, Space(config.space, DEPTH), ray.put(MadeUpBench()), DENSE, book, tracker, line,
                 start=made_up_trial,
             )  # fmt: skip

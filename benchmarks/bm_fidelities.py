@@ -90,7 +90,7 @@ def text_of(rows: list[dict[str, Any]], command: str) -> str:
     lines = [
         "# Rungs", "", f"    {command}", "",
         f"{device_name(torch.device('cpu'))}, 2 workers, torch {torch.__version__}.", f"digits, {', '.join(SETS)}.",
-        f"With rungs one of {REDUCTION_FACTOR} goes on. Seconds: when the search without rungs had found what it found in",
+        f"With rungs one of {REDUCTION_FACTOR} goes on. Seconds: when the search without them had found what it had in",
         "its budget, and when the one with rungs had found as much.",
         f"Geometric mean of their shares: {mean}, over the {len(shares)} of {len(rows)} seeds that came there.",
         "",

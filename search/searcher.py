@@ -184,8 +184,9 @@ class StudySearcher(Searcher):
         excesses = {} if outcome is None or values is None else self._excesses(outcome)
         if self._has_rungs and values is not None:
             excesses |= {STOPPED: 0.0}
-        if outcome is not None and outcome.state is State.STOPPED and self._sampler in LIMIT_KEEPERS:
-            values, excesses = list(outcome.rungs[-1]), {STOPPED: 1.0}
+        rungs = outcome.rungs if outcome is not None and outcome.state is State.STOPPED else ()
+        if rungs and self._sampler in LIMIT_KEEPERS:
+            values, excesses = list(rungs[-1]), {STOPPED: 1.0}
         state = TrialState.FAIL if values is None else TrialState.COMPLETE
         if isinstance(trial, Trial):
             for text, excess in excesses.items():

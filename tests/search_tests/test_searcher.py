@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 from search.config import SpaceConfig
 from search.limits import parse_limit
 from search.outcome import Candidate, Outcome, State
-from search.searcher import NUM_RANDOM, StudySearcher
+from search.searcher import NUM_RANDOM, STOPPED, StudySearcher
 from search.space import Space
 from tests.search_tests import made
 
@@ -426,6 +426,46 @@ def test_grid_has_all_ends_in_random_order_and_ends() -> None:
     other = searcher(space, sampler="grid", num_trials=20, first=[], seed=1)
     assert [each for _, each in suggest(other, 16)] != found
     assert set(found) == {each for _, each in suggest(searcher(space, sampler="grid", num_trials=20, first=[]), 16)}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "gp"])
+def test_what_was_stopped_is_no_final_value(sampler: str) -> None:
+    source = searcher(sampler=sampler, has_rungs=True)
+    (good, bad) = suggest(source, 2)
+    tell(source, 0, measured(*good))
+    stopped = replace(failed(*bad, State.STOPPED), rungs=((0.5, 1.1), (0.6, 1.2)))
+    tell(source, 1, stopped)
+    for each in (source, searcher(sampler=sampler, has_rungs=True, known=[measured(*good), stopped])):
+        first, second = trials(each)
+        assert (first.state, first.constraints) == (TrialState.COMPLETE, {STOPPED: 0.0})
+        if sampler in ("tpe", "nsga2"):  # beyond a limit: of use, but not compared with the others
+            assert (second.state, second.values, second.constraints) == (
+                TrialState.COMPLETE,
+                [0.6, 1.2],
+                {STOPPED: 1.0},
+            )
+            assert [best.number for best in each._study.best_trials] == [0]
+        else:
+            assert second.state is TrialState.FAIL
+
+
+def test_tpe_leaves_where_trials_are_stopped() -> None:
+    source = searcher(Space(SpaceConfig(exit_block=3), depth=3), has_rungs=True)
+    tried = []
+    for number in range(60):
+        [(id, candidate)] = suggest(source, 1)
+        value = candidate.cutoff_token
+        outcome = replace(failed(id, candidate, State.STOPPED), rungs=((0.99, 3.0),))  # a low rung may look good
+        noise = 0.1 + number * 7 % 11 / 11
+        tell(source, number, measured(id, candidate, top1=noise, speedup=noise) if value < 0.5 else outcome)
+        tried.append(value)
+    assert sum(value > 0.5 for value in tried[-30:]) < 8  # 15 at random
+
+
+def test_auto_takes_a_sampler_that_learns_of_what_is_stopped() -> None:
+    samplers = [type(searcher(sampler="auto", has_rungs=has)._study.sampler).__name__ for has in (False, True)]
+    assert samplers[0] == "GPSampler"
+    assert "TPESampler" in samplers[1]
 
 
 def test_tune_may_pickle_it() -> None:

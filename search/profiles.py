@@ -54,8 +54,8 @@ class ProfileCache:
             try:
                 with torch.serialization.safe_globals(CLASSES):
                     found[kind] = torch.load(path, weights_only=True)
-            except Exception as error:  # unpickling has errors of its own
-                raise SweepError(f"cannot read {path} ({error}); remove it, and it is made again") from error
+            except Exception as error:  # unpickling has errors of its own, of many lines
+                raise SweepError(f"{path} holds no profile; remove it, and it is made again") from error
         return found
 
     def write(self, profiles: Mapping[TokenReduction, Profile]) -> None:

@@ -75,6 +75,7 @@ def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | 
         return finished
     observer.stage("loading the model and the images")
     inputs = load_inputs(config, runs)
+    learned = _read_earlier(config, runs, inputs.space)
     with _ledger_of(folder) as book:
         write_atomically(folder.config, config.to_yaml())
         with ray_running(address):
@@ -85,7 +86,7 @@ def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | 
                 run_dir=folder.path, done=[outcome.id for outcome in book.found],
             )  # fmt: skip
             try:
-                record = _run(config, folder, inputs, book, tracker, observer)
+                record = _run(config, folder, inputs, learned, book, tracker, observer)
             except BaseException:
                 tracker.interrupt()
                 raise
@@ -106,8 +107,9 @@ def read_finished(folder: Folder, config: Config) -> dict[str, Any] | None:
 
 
 def _run(
-    config: Config, folder: Folder, inputs: Inputs, book: Ledger, tracker: Tracker, observer: Observer
-) -> dict[str, Any]:
+    config: Config, folder: Folder, inputs: Inputs, learned: Sequence[Outcome], book: Ledger, tracker: Tracker,
+    observer: Observer,
+) -> dict[str, Any]:  # fmt: skip
     # Everything gets a trial's share of the machine. More threads would not pay: on two cores of which another
     # process takes one, digits train in 65 s with one thread and in 220 s with two.
     share = trial_share(config)
@@ -126,7 +128,7 @@ def _run(
 
     outcomes, ended_by = run_search(
         config, folder, inputs.space, bench_ref, dense, book, tracker, observer, proposed=fetch(proposed_ref),
-        known=known_from(examine(inputs.model), dense, book.found),
+        learned=learned, known=known_from(examine(inputs.model), dense, book.found),
     )  # fmt: skip
     accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
     observer.stage("measuring the front once more, quietly, and on test")
@@ -151,14 +153,15 @@ def _run(
 
 def run_search(
     config: Config, folder: Folder, space: Space, bench_ref: Any, dense: Measurement, book: Ledger, tracker: Tracker,
-    observer: Observer, *, proposed: Sequence[Candidate] = (), known: Mapping[str, Measurement] | None = None,
-    start: StartTrial = start_trial,
+    observer: Observer, *, proposed: Sequence[Candidate] = (), learned: Sequence[Outcome] = (),
+    known: Mapping[str, Measurement] | None = None, start: StartTrial = start_trial,
 ) -> tuple[list[Outcome], str]:  # fmt: skip
     """Runs the trials that a sweep lacks.
 
     Args:
         bench_ref: Ray's reference to the bench.
         proposed: candidates to begin with.
+        learned: outcomes of other sweeps; the search begins with their front.
         known: what need not be measured again.
         start: what a worker does with a candidate.
 
@@ -172,7 +175,6 @@ def run_search(
         recorder.close()
         return recorder.outcomes, "trials" if num_done >= search.trials else "saturation"
     deadline = None if search.time_budget_s is None else time.monotonic() + search.time_budget_s
-    learned = _read_earlier(config, folder.path.parent, space)
     limits = [parse_limit(text) for text in search.limits]
     first = [outcome.candidate for outcome in front_of(acceptable(learned, limits, dense), search.accuracy)]
     unfinished = recorder.checkpoints.read(done={outcome.trial for outcome in recorder.outcomes})

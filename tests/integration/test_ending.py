@@ -15,7 +15,9 @@ import yaml
 
 from search import ledger
 from search.config import Config
+from search.errors import SweepError
 from search.folder import Folder
+from search.front import front_of
 from search.outcome import State
 from search.sweep import run_sweep
 from tests.integration import sweeps
@@ -98,6 +100,24 @@ def test_search_that_finds_no_more_ends_and_is_finished(runs: Path) -> None:
     assert again.started_ids == []
     longer = sweeps.config(None, search={"trials": record["trials"] + 1, "patience": 0})
     assert run_sweep(longer, runs, Watcher())["ended_by"] == "trials"
+
+
+def test_sweep_begins_with_the_front_of_an_earlier_one(runs: Path) -> None:
+    run_sweep(sweeps.config(None, search={"trials": 4}), runs, Watcher())
+    earlier = ledger.read(Folder(runs, "tiny").ledger)
+    config = sweeps.config(None, search={"trials": 3, "earlier": ["tiny"]}).model_copy(update={"name": "second"})
+    run_sweep(config, runs, Watcher())
+    tried = [outcome.candidate for outcome in ledger.read(Folder(runs, "second").ledger)]
+    wanted = [outcome.candidate for outcome in front_of(earlier)][:3]
+    assert set(wanted) <= set(tried)
+
+
+def test_other_images_teach_nothing(runs: Path) -> None:
+    run_sweep(sweeps.config(None, search={"trials": 1}), runs, Watcher())
+    config = sweeps.config(None, search={"earlier": ["tiny"]}, data={"val_images": 32}, space={"target_ratio": 0.5})
+    with pytest.raises(SweepError, match=r"^sweep 'tiny' teaches nothing here: .*\(data.val_images\)$"):
+        run_sweep(config.model_copy(update={"name": "second"}), runs, Watcher())
+    assert not (runs / "second").exists()
 
 
 def test_trials_stopped_at_a_rung_are_told_so_and_are_not_on_the_front(runs: Path) -> None:

@@ -142,7 +142,7 @@ class StudySearcher(Searcher):
                 return candidate, candidate
         for _ in range(0 if self._sampler == "grid" else MOST_REPEATS):
             trial = self._sampled()
-            candidate = self._space.of_values(trial.params)
+            candidate = self._space.of_values(self._space.on_grid(trial.params))
             if candidate not in self._answers:
                 return trial, candidate
             self._tell(trial, self._answers[candidate])

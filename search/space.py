@@ -21,6 +21,9 @@ PAPER_CUTOFF_CHANNEL, PAPER_CUTOFF_TOKEN = 0.1, 0.85
 PAPER_POINTS = 9.5
 """Accuracy points that VTC-LFC's blocks may cost together."""
 
+NUM_STEPS = 8
+"""Of the grid on which cut-offs, budgets and token shares are suggested: cascades that begin alike share that part."""
+
 REPEATED = 100
 """A grid is searched for so many points for each candidate that is wanted."""
 
@@ -167,6 +170,15 @@ class Space:
             found |= explorer.asked
             paths += explorer.others
         return found
+
+    def on_grid(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values with the numbers that a cascade begins with, all but its target and its exit, on a coarse grid."""
+        parameters, rounded = self.parameters(), dict(values)
+        for name, value in values.items():
+            parameter = parameters[name]
+            if isinstance(parameter, Numbers) and name not in ("target_ratio", "exit_block"):
+                rounded[name] = min(parameter.levels(NUM_STEPS + 1), key=lambda level: abs(level - value))
+        return rounded
 
     def of_values(self, values: Mapping[str, Any]) -> Candidate:
         """The candidate with a value for each of `parameters`; what has no effect there is ignored."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from optuna import create_study
 from optuna.samplers import TPESampler
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from ray import cloudpickle
 from ray.tune.search import Searcher
 
@@ -70,8 +70,13 @@ def trials(source: StudySearcher) -> list[FrozenTrial]:
 
 
 def candidates(source: StudySearcher, space: Space = SPACE) -> list[Candidate]:
-    """Those of the study's trials."""
-    return [space.of_values(trial.params) for trial in trials(source)]
+    """Those of the study's trials: the first are as they are, the sampler's on the grid."""
+    first, exact = space.first_candidates(), [space.of_values(trial.params) for trial in trials(source)]
+    return [each if each in first else sampled(trial, space) for each, trial in zip(exact, trials(source), strict=True)]
+
+
+def sampled(trial: FrozenTrial | Trial, space: Space) -> Candidate:
+    return space.of_values(space.on_grid(trial.params))
 
 
 def tell(source: StudySearcher, number: int, outcome: Outcome) -> None:
@@ -116,9 +121,9 @@ def test_tpe_goes_where_it_was_good() -> None:
     tried = []
     for number in range(60):
         [(id, candidate)] = suggest(source, 1)
-        good = 1 - abs(candidate.cutoff_token - 0.3)
+        good = 1 - abs(candidate.cutoff_token - 0.275)
         tell(source, number, measured(id, candidate, top1=good, speedup=good))
-        tried.append(abs(candidate.cutoff_token - 0.3))
+        tried.append(abs(candidate.cutoff_token - 0.275))
     assert sum(tried[-20:]) / 20 < 0.5 * sum(tried[:20]) / 20
 
 
@@ -142,7 +147,7 @@ def test_tpe_suggests_what_optunas_own_does(space: Space) -> None:
             study.add_trial(given)
         else:
             trial = study.ask(source._distributions)
-            assert space.of_values(trial.params) == candidate
+            assert sampled(trial, space) == candidate
             if number % 7 == 0:
                 continue  # it runs on
             trial.set_constraint(limit.text, excess)
@@ -324,7 +329,7 @@ def test_resume_does_not_suggest_again_what_its_first_run_drew() -> None:
 def test_known_outcome_outside_the_space_is_taken_at_its_nearest_point() -> None:
     outside = replace(FIRST[0], cutoff_token=0.99, exit_block=1)
     source = searcher(known=[measured("t000", outside)])
-    assert candidates(source) == [SPACE.clip(outside)]
+    assert [SPACE.of_values(trial.params) for trial in trials(source)] == [SPACE.clip(outside)]
 
 
 def test_nothing_is_left_running_once_all_have_ended() -> None:
@@ -399,6 +404,17 @@ def test_repeat_of_a_trial_that_runs_is_not_told_as_measured() -> None:
     suggest(source, 2)
     assert source.suggest("another") == Searcher.FINISHED
     assert {trial.state for trial in trials(source) if trial.state.is_finished()} == {TrialState.FAIL}
+
+
+def test_what_a_cascade_begins_with_is_suggested_on_a_grid() -> None:
+    drawn = [candidate for _, candidate in suggest(searcher(sampler="random"), len(FIRST) + 40)][len(FIRST) :]
+    assert {points for candidate in drawn for points in candidate.drop_budget} == {n / 4 for n in range(9)}
+    assert {candidate.token_share for candidate in drawn} == {n / 8 for n in range(9)}
+    assert {round(candidate.cutoff_token, 6) for candidate in drawn} <= {round(0.05 + 0.1125 * n, 6) for n in range(9)}
+    ratios = sorted({candidate.cutoff_channel for candidate in drawn})
+    assert 5 <= len(ratios) <= 9
+    assert all(0.02 <= ratio <= 0.5 + 1e-9 for ratio in ratios)
+    assert len({candidate.target_ratio for candidate in drawn}) == 40
 
 
 def test_candidates_to_begin_with_may_be_given() -> None:

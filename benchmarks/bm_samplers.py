@@ -25,7 +25,7 @@ from search.searcher import Sampler, StudySearcher
 
 TABLE = Path(__file__).parents[1] / "tests" / "data" / "digits_table"
 RUNS: dict[Sampler, tuple[int, ...]] = {
-    "auto": (20, 40), "tpe": (20, 40, 120), "nsga2": (20, 40, 120), "random": (20, 40, 120),
+    "auto": (20, 40), "tpe": (20, 40, 120), "nsga2": (20, 40, 120), "random": (20, 40, 120), "grid": (20, 40, 120),
 }  # fmt: skip
 """Sampler -> the numbers of trials after which it is read."""
 

@@ -110,7 +110,9 @@ def replay(recorded: Recorded, searcher: StudySearcher, num_trials: int, num_wor
     while True:
         while num_started < num_trials and len(running) < num_workers:
             asked = searcher.suggest(str(num_started))
-            assert isinstance(asked, dict), "a replay has no deadline"
+            if not isinstance(asked, dict):  # nothing new is left to try
+                num_trials = num_started
+                break
             outcomes = recorded.answer(Candidate.from_json(asked["candidate"]), asked["id"])
             heapq.heappush(running, (now + outcomes[0].seconds, num_started, outcomes))
             num_started += 1

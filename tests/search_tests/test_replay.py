@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from search import ledger
-from search.config import Config, SpaceConfig
+from search.config import Config, SpaceConfig, load_config
 from search.errors import SweepError
 from search.folder import Folder
-from search.front import front_record, running_hypervolume
+from search.front import front_record, hypervolume_of, running_hypervolume
 from search.outcome import Candidate, Outcome
 from search.replay import Recorded, replay, replay_sweep
-from search.searcher import StudySearcher
+from search.searcher import Sampler, StudySearcher
 from search.space import Space
 from tests.search_tests import made, tiny
 from tests.search_tests.test_space import Chooser
@@ -140,3 +140,52 @@ def test_limits_hold_in_a_replay(folder: Path) -> None:
 def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match="no sweep 'nothing'"):
         Recorded.read(tmp_path / "nothing", config("x"))
+
+
+# The table of digits
+
+
+TABLE = Path(__file__).parents[1] / "data" / "digits_table"
+
+
+@pytest.fixture(scope="module")
+def table() -> Recorded:
+    return Recorded.read(TABLE, load_config("digits"))
+
+
+def test_the_recorded_table_is_of_real_digits_trials(table: Recorded) -> None:
+    assert len({outcome.candidate for outcome in table.outcomes}) >= 300
+    assert {outcome.candidate.exit_block for outcome in table.outcomes} == {3, 4, 5, 6}
+    assert all(table.space.holds(outcome.candidate) for outcome in table.outcomes)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "grid"])
+def test_every_sampler_searches_the_table(table: Recorded, sampler: Sampler) -> None:
+    volumes = []
+    for count in (12, 60):
+        searcher = StudySearcher(
+            table.space, known=(), sampler=sampler, seed=1, num_trials=count, dense=table.dense
+        )  # fmt: skip
+        outcomes = [each for some in replay(table, searcher, count, num_workers=2) for each in some]
+        searcher.finish()
+        assert len(outcomes) == count
+        assert len({outcome.candidate for outcome in outcomes}) == count
+        volumes.append(hypervolume_of(outcomes, table.dense))
+    assert 0 < volumes[0] <= volumes[1] < hypervolume_of(table.outcomes, table.dense)
+
+
+def test_a_search_of_the_table_learns(table: Recorded) -> None:
+    """TPE's last trials are better than the first that it drew at random: they dominate more on average."""
+    searcher = StudySearcher(table.space, known=(), sampler="tpe", seed=0, num_trials=100, dense=table.dense)
+    outcomes = [each for some in replay(table, searcher, 100, num_workers=2) for each in some]
+    searcher.finish()
+    alone = [hypervolume_of([outcome], table.dense) for outcome in outcomes]
+    assert sum(alone[-30:]) > 1.2 * sum(alone[10:40])
+
+
+def test_a_search_that_runs_out_of_candidates_ends(table: Recorded) -> None:
+    fixed = {"cutoff_channel": 0.1, "cutoff_token": 0.8, "drop_budget": 1.0, "token_share": 0.5, "target_ratio": 0.5}
+    space = Space(SpaceConfig(**fixed, exit_block=(4, 5)), 6)
+    searcher = StudySearcher(space, known=(), sampler="random", seed=0, first=[])
+    outcomes = [each for some in replay(table, searcher, 50, num_workers=2) for each in some]
+    assert sorted(outcome.candidate.exit_block for outcome in outcomes) == [4, 5]

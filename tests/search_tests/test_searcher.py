@@ -119,7 +119,7 @@ def test_suggestions_lie_within_the_space_and_are_all_different(sampler: str) ->
 def test_tpe_goes_where_it_was_good() -> None:
     source = searcher(Space(SpaceConfig(exit_block=3), depth=3))
     tried = []
-    for number in range(60):
+    for number in range(80):
         [(id, candidate)] = suggest(source, 1)
         good = 1 - abs(candidate.cutoff_token - 0.275)
         tell(source, number, measured(id, candidate, top1=good, speedup=good))

@@ -1,0 +1,49 @@
+"""Makes one table of several finished sweeps of digits, without what a replay needs not (plans, notes).
+
+    python tests/data/record_table.py runs/table-random runs/table-tpe --to tests/data/digits_table
+
+The sweeps of the table in this folder were run on two workers, beside other work, by
+
+    vitfront run digits --trials 170 --name table-random --set search.sampler=random --set measure.num_rounds=11
+    vitfront run digits --trials 180 --name table-tpe --from table-random --set search.sampler=tpe \\
+        --set search.patience=0 --set measure.num_rounds=11      # stopped by Ctrl-C after 147
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from pruning.plan import BlockPlan, Plan
+from search import ledger
+from search.folder import Folder
+from search.outcome import Outcome
+
+NO_PLAN = Plan(blocks=(BlockPlan(keep_heads=(0,), keep_qk=((0,),), keep_v=((0,),), keep_hidden=(0,), num_tokens=1),))
+"""In the place of all plans, which would be 3 MB: a measured outcome has one."""
+
+
+def stripped(outcome: Outcome, number: int) -> Outcome:
+    plan = None if outcome.plan is None else NO_PLAN
+    return replace(outcome, id=f"t{number:03d}", plan=plan, block_drops=(), notes=(), history=())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", nargs="+", type=Path)
+    parser.add_argument("--to", type=Path, required=True)
+    args = parser.parse_args()
+    folders = [Folder(path.parent, path.name) for path in args.sweeps]
+    outcomes = [outcome for folder in folders for outcome in ledger.read(folder.ledger)]
+    record = folders[0].read_front() | {"name": args.to.name, "points": [], "knee": None, "trials": len(outcomes)}
+    table = Folder(args.to.parent, args.to.name)
+    args.to.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(stripped(outcome, number).to_json()) for number, outcome in enumerate(outcomes)]
+    table.ledger.write_text("".join(f"{line}\n" for line in lines))
+    table.front.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

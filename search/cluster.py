@@ -13,10 +13,9 @@ import logging
 import os
 import socket
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +26,20 @@ os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # all trials so far, e
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
-import torch
 from ray import tune
 from ray.exceptions import RayError, RaySystemError, RayTaskError
-from torch import nn
 
-from pruning.allocation import Profile
 from pruning.errors import VitfrontError
-from pruning.plan import Plan, TokenReduction
-from search.bench import Bench, Confirmation, Weights, confirm, lease_on, prepare
 from search.checkpoints import Checkpoint
 from search.config import Config
 from search.errors import ConfigError, SweepError
-from search.inputs import Inputs
+from search.mailbox import Mailbox
 from search.outcome import Candidate, Measurement, Outcome, State
-from search.proposals import propose
 from search.recorder import Recorder
 from search.scheduler import NonDominatedHalving
 from search.searcher import StudySearcher
-from search.trial import Ended, Epoch, Event, Memory, Rung, start_trial
-
-MOST_START_S = 60.0
-"""Workers that are not there by then, for want of nodes, are not waited for."""
-
-StartTrial = Callable[[Bench, Candidate, str, Mapping[str, Any] | None, Memory], Iterator[Event | Ended]]
-"""`search.trial.start_trial`, or what stands in for it."""
+from search.trial import start_trial
+from search.worker import StartTrial, TrialActor, run_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,122 +49,6 @@ class Share:
     cpus: int
     """Cores, and torch threads."""
     gpus: float
-
-
-class Mailbox:
-    """An actor: what lies in it by key, mostly a trial, until it is taken."""
-
-    def __init__(self) -> None:
-        self._content: dict[str, Any] = {}
-        self._num_arrived = 0
-
-    def put(self, trial_id: str, content: Any) -> None:
-        """Replaces what lies there."""
-        self._content[trial_id] = content
-
-    def take(self, trial_id: str) -> Any:
-        """None if nothing lies there."""
-        return self._content.pop(trial_id, None)
-
-    def arrive(self) -> None:
-        """A worker is there."""
-        self._num_arrived += 1
-
-    def num_arrived(self) -> int:
-        """Workers that are there."""
-        return self._num_arrived
-
-    def see(self, key: str) -> Any:
-        """The same, but it stays there."""
-        return self._content.get(key)
-
-
-class SharedMeasurements:
-    """`search.bench.Known` of all workers of a sweep, in its mailbox."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
-
-    def get(self, key: str, /) -> Measurement | None:
-        found: Measurement | None = ray.get(self._mailbox.see.remote(key))
-        return found
-
-    def __setitem__(self, key: str, measurement: Measurement, /) -> None:
-        ray.get(self._mailbox.put.remote(key, measurement))
-
-
-class TrialActor(tune.Trainable):
-    """A worker: keeps the bench on its device and runs trial after trial, a step an epoch where they train."""
-
-    def setup(
-        self, config: dict[str, Any], bench: Sequence[Any] = (), mailbox: Any = None, cpus: int = 1,
-        num_workers: int = 1, start: StartTrial = start_trial,
-    ) -> None:  # fmt: skip
-        torch.set_num_threads(cpus)
-        # Behind a list, Tune hands the reference on instead of storing the bench a second time.
-        self.bench: Bench = ray.get(bench[0]).to(_device())
-        self.mailbox, self.start_trial = mailbox, start
-        self.memory = Memory(known=SharedMeasurements(mailbox))
-        self.free_since = time.monotonic()
-        self.num_workers, self.is_waiting_until = num_workers, time.monotonic() + MOST_START_S
-        mailbox.arrive.remote()
-        self._start(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._start(new_config)
-        return True
-
-    def _start(self, config: dict[str, Any]) -> None:
-        self.id, self.candidate = config["id"], Candidate.from_json(config["candidate"])
-        state = ray.get(self.mailbox.take.remote(self.id)) if config["is_resumed"] else None
-        self.events = self.start_trial(self.bench, self.candidate, self.id, state, self.memory)
-        self.waited_s: float | None = None
-
-    def step(self) -> dict[str, Any]:
-        if self.waited_s is None:
-            self.waited_s = time.monotonic() - self.free_since
-        with self.bench.lease.shared():  # between two steps an actor may have nothing to do
-            event = next(self.events)
-        if not isinstance(event, Epoch):  # the trial may end here
-            self._await_others()
-        result = self._result(event)
-        self.free_since = time.monotonic()
-        return result
-
-    def _await_others(self) -> None:
-        """Until all workers are there. Tune would give the trial that waits for the next one's start this worker, if it
-        got free before, and take the start back: trials shorter than a start would leave all others slots empty."""
-        while time.monotonic() < self.is_waiting_until and (
-            ray.get(self.mailbox.num_arrived.remote()) < self.num_workers
-        ):
-            time.sleep(0.1)
-        self.is_waiting_until = 0.0
-
-    def _result(self, event: Event | Ended) -> dict[str, Any]:
-        if isinstance(event, Epoch):
-            ray.get(self.mailbox.put.remote(self.id, event.state()))
-            return {"progress": event.progress, "done": False}
-        if isinstance(event, Rung):  # with what came of it if it is stopped here
-            return {"rungs": event.values, "outcomes": self._told([self._stopped(event)]), "done": False}
-        if event.weights:
-            ray.get(self.mailbox.put.remote(self.id, event.weights))
-        return {"outcomes": self._told(event.outcomes), "done": True}
-
-    def _told(self, outcomes: Sequence[Outcome]) -> str:
-        """As JSON, the trial's own with how long it was waited for."""
-        own, *others = outcomes
-        return json.dumps([each.to_json() for each in (replace(own, waited_s=self.waited_s or 0.0), *others)])
-
-    def _stopped(self, rung: Rung) -> Outcome:
-        accuracy, speedup = rung.values[-1]
-        return Outcome(
-            id=self.id,
-            state=State.STOPPED,
-            candidate=self.candidate,
-            reason=f"others were better at rung {len(rung.values)}: {accuracy:.3f}, {speedup:.2f} x as fast as dense",
-            rungs=rung.values,
-            seconds=rung.seconds,
-        )
 
 
 class _Bookkeeper(tune.Callback):
@@ -256,13 +128,11 @@ def run_trials(
     Raises:
         VitfrontError: what `recorder` raised.
     """
-    mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
-    for key, content in (*states.items(), *known.items()):
-        ray.get(mailbox.put.remote(key, content))
+    mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote({**states, **known})
     bookkeeper = _Bookkeeper(recorder, mailbox, searcher.finish)
     trainable = tune.with_parameters(
         TrialActor, bench=[bench_ref], mailbox=mailbox, cpus=share.cpus, start=start,
-        num_workers=min(num_trials, _num_slots(share)),
+        num_workers=min(num_trials, _num_slots(share)), num_trials=num_trials,
     )  # fmt: skip
     # Tune keeps what it would resume by; we resume by the ledger.
     with tempfile.TemporaryDirectory(prefix="vitfront.", ignore_cleanup_errors=True) as scratch:
@@ -289,34 +159,10 @@ def run_trials(
         raise bookkeeper.error
 
 
-def prepare_remotely(
-    config: Config, inputs: Inputs, profiles: Mapping[TokenReduction, Profile]
-) -> tuple[Bench, Measurement, list[Candidate]]:
-    """`prepare` on a worker's device, and what it proposes; the bench comes back on the CPU, where every worker can
-    take it from."""
-    model: nn.Module = inputs.model.to(_device())
-    bench, dense = prepare(
-        config, model, inputs.splits, inputs.space.exit_blocks, trained=inputs.trained, profiles=profiles
-    )
-    return bench.to("cpu"), dense, propose(bench, inputs.space)
-
-
-def confirm_remotely(bench: Bench, plans: list[Plan], weights: list[Weights | None]) -> Confirmation:
-    """`confirm` on a worker's device; the models come back on the CPU."""
-    found = confirm(bench.to(_device()), plans, weights)
-    return replace(found, models=[model.cpu() for model in found.models])
-
-
 def submit(function: Callable[..., Any], share: Share, *args: Any, num_returns: int = 1) -> Any:
     """A task on the cluster, with as many torch threads as it has cores; gives a reference to each of its results."""
-
-    def task(*arguments: Any) -> Any:
-        torch.set_num_threads(share.cpus)
-        with lease_on(_device()).shared():
-            return function(*arguments)
-
     options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "num_returns": num_returns, "max_retries": 0}
-    return ray.remote(task).options(**options).remote(*args)
+    return ray.remote(run_task).options(**options).remote(function, share.cpus, *args)
 
 
 def fetch(reference: Any) -> Any:
@@ -335,10 +181,6 @@ def fetch(reference: Any) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
 
 
 def trial_share(config: Config) -> Share:

@@ -27,11 +27,8 @@ from pruning.plan import Plan
 from search import ledger
 from search.bench import Bench, Confirmation, Weights, known_from, profiled
 from search.cluster import (
-    StartTrial,
     check_resources,
-    confirm_remotely,
     fetch,
-    prepare_remotely,
     ray_running,
     run_trials,
     submit,
@@ -55,6 +52,7 @@ from search.searcher import StudySearcher
 from search.space import Space
 from search.tracking import Tracker, default_uri
 from search.trial import start_trial
+from search.worker import StartTrial, confirm_remotely, prepare_remotely
 
 
 def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | None = None) -> dict[str, Any]:

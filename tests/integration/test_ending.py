@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 import yaml
 
 from search import ledger
@@ -24,24 +27,30 @@ from tests.integration import sweeps
 from tests.integration.sweeps import Watcher
 
 
-@pytest.fixture
-def runs(tmp_path: Path, trained: Path) -> Path:
-    """Where the dense model is trained already."""
-    (tmp_path / ".cache").symlink_to(trained / ".cache")
-    return tmp_path
+@pytest.fixture(scope="module", autouse=True)
+def one_node() -> Iterator[None]:
+    """Ray for the sweeps of this process, so that they share its workers."""
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runs = tmp_path_factory.mktemp("trained")
-    run_sweep(sweeps.config(None, search={"trials": 1}), runs, Watcher())
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the sweep `tiny` of four trials."""
+    runs = tmp_path_factory.mktemp("runs")
+    run_sweep(sweeps.config(None), runs, Watcher())
     return runs
 
 
+def config(name: str, **sections: dict[str, Any]) -> Config:
+    return sweeps.config(None, **sections).model_copy(update={"name": name})
+
+
 def started(config: Config, runs: Path) -> subprocess.Popen[str]:
-    recipe = runs / "recipe.yaml"
+    recipe = runs / f"{config.name}.yaml"
     recipe.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "search.cli", "run", str(recipe), "--name", "tiny", "--runs", str(runs)]
+    command = [sys.executable, "-m", "search.cli", "run", str(recipe), "--name", config.name, "--runs", str(runs)]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -52,9 +61,9 @@ def wait_for_a_trial(folder: Folder, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture
-def long_sweep(runs: Path) -> Iterator[tuple[subprocess.Popen[str], Folder]]:
-    process = started(sweeps.config(None, search={"trials": 500}), runs)
-    folder = Folder(runs, "tiny")
+def long_sweep(runs: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], Folder]]:
+    name = f"long-{request.node.name[5:15]}"
+    process, folder = started(config(name, search={"trials": 500}), runs), Folder(runs, name)
     wait_for_a_trial(folder, process)
     yield process, folder
     process.kill()
@@ -91,41 +100,38 @@ def test_second_ctrl_c_leaves_at_once_and_loses_nothing(long_sweep: tuple[subpro
 
 
 def test_search_that_finds_no_more_ends_and_is_finished(runs: Path) -> None:
-    config = sweeps.config(None, search={"trials": 50, "patience": 2, "min_gain": 1.0})
-    record = run_sweep(config, runs, Watcher())
+    wanted = config("saturated", search={"trials": 50, "patience": 2, "min_gain": 1.0})
+    record = run_sweep(wanted, runs, Watcher())
     assert record["ended_by"] == "saturation"
     assert 3 <= record["trials"] < 10
     again = Watcher()
-    assert run_sweep(config, runs, again) == json.loads(json.dumps(record))
+    assert run_sweep(wanted, runs, again) == json.loads(json.dumps(record))
     assert again.started_ids == []
-    longer = sweeps.config(None, search={"trials": record["trials"] + 1, "patience": 0})
+    longer = config("saturated", search={"trials": record["trials"] + 1, "patience": 0})
     assert run_sweep(longer, runs, Watcher())["ended_by"] == "trials"
 
 
 def test_sweep_begins_with_the_front_of_an_earlier_one(runs: Path) -> None:
-    run_sweep(sweeps.config(None, search={"trials": 4}), runs, Watcher())
     earlier = ledger.read(Folder(runs, "tiny").ledger)
-    config = sweeps.config(None, search={"trials": 3, "earlier": ["tiny"]}).model_copy(update={"name": "second"})
-    run_sweep(config, runs, Watcher())
+    run_sweep(config("second", search={"trials": 3, "earlier": ["tiny"]}), runs, Watcher())
     tried = [outcome.candidate for outcome in ledger.read(Folder(runs, "second").ledger)]
     wanted = [outcome.candidate for outcome in front_of(earlier)][:3]
     assert set(wanted) <= set(tried)
 
 
 def test_other_images_teach_nothing(runs: Path) -> None:
-    run_sweep(sweeps.config(None, search={"trials": 1}), runs, Watcher())
-    config = sweeps.config(None, search={"earlier": ["tiny"]}, data={"val_images": 32}, space={"target_ratio": 0.5})
+    other = config("third", search={"earlier": ["tiny"]}, data={"val_images": 32}, space={"target_ratio": 0.5})
     with pytest.raises(SweepError, match=r"^sweep 'tiny' teaches nothing here: .*\(data.val_images\)$"):
-        run_sweep(config.model_copy(update={"name": "second"}), runs, Watcher())
-    assert not (runs / "second").exists()
+        run_sweep(other, runs, Watcher())
+    assert not (runs / "third").exists()
 
 
 def test_trials_stopped_at_a_rung_are_told_so_and_are_not_on_the_front(runs: Path) -> None:
     search = {"trials": 10, "reduction_factor": 3, "sampler": "random"}
     distill = {"epochs": 3, "batch_size": 64, "max_shift": 0}
-    config = sweeps.config(None, search=search, space={"recovery": "distill"}, distill=distill)
-    record = run_sweep(config, runs, Watcher())
-    outcomes = ledger.read(Folder(runs, "tiny").ledger)
+    record = run_sweep(config("rungs", search=search, space={"recovery": "distill"}, distill=distill), runs, Watcher())
+    folder = Folder(runs, "rungs")
+    outcomes = ledger.read(folder.ledger)
     assert len(outcomes) == record["trials"] == 10
     stopped = [outcome for outcome in outcomes if outcome.state is State.STOPPED]
     measured = [outcome for outcome in outcomes if outcome.state is State.MEASURED]
@@ -134,4 +140,4 @@ def test_trials_stopped_at_a_rung_are_told_so_and_are_not_on_the_front(runs: Pat
     assert all(outcome.reason and outcome.reason.startswith("others were better at rung") for outcome in stopped)
     assert {len(outcome.rungs) for outcome in measured} == {3}  # a first look, before the training, after an epoch
     assert {point["id"] for point in record["points"]} <= {outcome.id for outcome in measured}
-    assert not any((Folder(runs, "tiny").checkpoints).glob("*.pt"))
+    assert not any(folder.checkpoints.glob("*.pt"))

@@ -304,8 +304,8 @@ def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
 
 
 def test_an_actor_holds_the_device_within_a_step_and_not_between_two(leases: Path) -> None:
-    from search.cluster import TrialActor
     from search.trial import Ended
+    from search.worker import TrialActor
     from tests.search_tests import made
 
     lease = lease_of("cpu", lambda: None)

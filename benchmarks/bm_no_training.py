@@ -31,6 +31,7 @@ from pruning.models import create_model
 from pruning.pace import Pace, measure_paces
 from pruning.plan import Plan
 from pruning.precision import fastest_precision
+from pruning.sensitivity import measure_sensitivity
 from pruning.stopwatch import device_name, race
 from pruning.surgery import apply_plan, keep_all_block, keep_all_plan
 from pruning.tokens import schedule
@@ -66,10 +67,10 @@ def vitfront(
     """The model, its plan, and seconds to make it; of several weights the best on the probe images."""
     start, anatomy = time.monotonic(), examine(model)
     target = int(limit * count_macs(anatomy, keep_all_plan(anatomy)))
-    dense, best = predict(model, probe), None
+    dense, best, sensitivity = predict(model, probe), None, measure_sensitivity(model, calibration)
     plans = [allocate(profile, anatomy, target, share, paces) for share in (TOKEN_SHARES if tokens else (0.0,))]
     for plan in dict.fromkeys(plans):
-        made = repaired_model(model, plan, calibration, profile.sensitivity).model
+        made = repaired_model(model, plan, calibration, sensitivity).model
         lost = divergence(dense, predict(made, probe))
         if best is None or lost < best[0]:
             best = lost, plan

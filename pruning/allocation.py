@@ -66,7 +66,6 @@ class Profile:
     """For every block, nats at the `SHARES`, none of which falls; nothing where no token goes."""
     token_reduction: TokenReduction
     cutoff_token: float
-    sensitivity: list[BlockSensitivity]
     forward_passes: float
     """What it cost, in forward passes over the calibration images; a backward pass is two."""
 
@@ -74,15 +73,18 @@ class Profile:
 def measure_profile(
     model: nn.Module, calibration: Images, probe: Images, *, token_reduction: TokenReduction,
     cutoff_token: float = 0.85, batch_size: int = 64, precision: Precision = "float32",
+    sensitivity: list[BlockSensitivity] | None = None,
 ) -> Profile:  # fmt: skip
-    """The profile of a dense model in eval mode.
+    """The profile of a dense model in eval mode; on the CPU.
 
     Args:
+        sensitivity: of the model on the calibration images; measured if it is not given.
         calibration: for the channel curves.
         probe: images on which the cost of removing tokens is measured, and that of a trial of channels.
     """
     anatomy = examine(model)
-    sensitivity = measure_sensitivity(model, calibration, batch_size=batch_size, precision=precision)
+    if sensitivity is None:
+        sensitivity = measure_sensitivity(model, calibration, batch_size=batch_size, precision=precision)
     flow = Flow(
         model, calibration, sensitivity, token_reduction=token_reduction, cutoff_token=cutoff_token,
         batch_size=batch_size, precision=precision,
@@ -97,7 +99,7 @@ def measure_profile(
         tokens = _token_costs(model, probe, token_reduction, cutoff_token, batch_size, precision)
     profile = Profile(
         channels=tuple(channels), channel_scale=1.0, token_scale=1.0, tokens=tokens, token_reduction=token_reduction,
-        cutoff_token=cutoff_token, sensitivity=sensitivity, forward_passes=0.0,
+        cutoff_token=cutoff_token, forward_passes=0.0,
     )  # fmt: skip
     dense = predict(model, probe, batch_size=batch_size, precision=precision)
     scales = []

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -150,32 +150,30 @@ def prepare(
     )  # fmt: skip
     anatomy = examine(model)
     space = Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows)
+    bench = Bench(
+        config=config, model=model, heads=heads, splits=splits, precision=precision, profiles={}, paces={},
+        sensitivities={},
+    )  # fmt: skip
+    timing, _ = _race(bench, [], config.measure.num_rounds)
+    dense = _measurement(bench, model, _dense_plan(bench), timing)
+    common: dict[str, Any] = {"batch_size": config.cascade.batch_size, "precision": precision}
+    sensitivities = {
+        block: measure_sensitivity(truncate(model, block, heads[block]), splits.calibration, **common)
+        for block in (exit_blocks if set(space.method) - TOKENLESS else ())
+    }
     known = dict(profiles or {})
     for kind in profiled(space) if profiles is not None or "global" in space.method else ():
         if kind not in known:
             known[kind] = measure_profile(
-                model, splits.calibration, splits.probe, token_reduction=kind, batch_size=config.cascade.batch_size,
-                precision=precision,
+                model, splits.calibration, splits.probe, token_reduction=kind,
+                sensitivity=sensitivities.get(anatomy.depth), **common,
             )  # fmt: skip
     with lease_on(device).exclusive():
         paces = {
             kind: measure_paces(model, config.measure.batch_size, token_reduction=kind, precision=precision)
             for kind in (_reductions(space) if "auto" in space.round_to else ())
         }
-    bench = Bench(
-        config=config, model=model, heads=heads, splits=splits, precision=precision, profiles=known, paces=paces,
-        sensitivities={},
-    )  # fmt: skip
-    timing, _ = _race(bench, [], config.measure.num_rounds)
-    dense = _measurement(bench, model, _dense_plan(bench), timing)
-    sensitivities = {
-        block: measure_sensitivity(
-            truncate(model, block, heads[block]), splits.calibration, batch_size=config.cascade.batch_size,
-            precision=precision,
-        )
-        for block in (exit_blocks if set(space.method) - TOKENLESS else ())
-    }  # fmt: skip
-    return replace(bench, sensitivities=sensitivities), dense
+    return replace(bench, profiles=known, paces=paces, sensitivities=sensitivities), dense
 
 
 def profiled(space: Space) -> tuple[TokenReduction, ...]:

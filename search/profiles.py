@@ -15,12 +15,11 @@ from pruning.allocation import Profile
 from pruning.curves import BlockCurves
 from pruning.data import Splits
 from pruning.plan import TokenReduction
-from pruning.sensitivity import BlockSensitivity, StreamSensitivity
 from search.config import Config
 from search.errors import SweepError
 from search.files import write_by
 
-CLASSES: list[Any] = [Profile, BlockCurves, BlockSensitivity, StreamSensitivity]
+CLASSES: list[Any] = [Profile, BlockCurves]
 """All that a file may hold beside tensors and plain containers; anything else in it is not unpickled."""
 
 

@@ -54,10 +54,9 @@ class StudySearcher(Searcher):
 
     def __init__(
         self, space: Space, *, known: Sequence[Outcome], sampler: Sampler, seed: int, num_trials: int = 0,
-        first: Sequence[Candidate] | None = None, learned: Sequence[Outcome] = (), ahead: int = 0,
-        has_rungs: bool = False,
-        unfinished: Sequence[tuple[str, Candidate]] = (), accuracy: str = "top1", limits: Sequence[Limit] = (),
-        dense: Measurement | None = None, deadline: float | None = None,
+        first: Sequence[Candidate] | None = None, learned: Sequence[Outcome] = (), has_rungs: bool = False,
+        ahead: int = 0, unfinished: Sequence[tuple[str, Candidate]] = (), accuracy: str = "top1",
+        limits: Sequence[Limit] = (), dense: Measurement | None = None, deadline: float | None = None,
         on_suggest: Callable[[str, Candidate], None] | None = None,
     ) -> None:  # fmt: skip
         """

@@ -136,7 +136,8 @@ def prepare_remotely(
     bench, dense = prepare(
         config, model, inputs.splits, inputs.space.exit_blocks, trained=inputs.trained, profiles=profiles
     )
-    return bench.to("cpu"), dense, propose(bench, inputs.space)
+    proposed = propose(bench, inputs.space)
+    return bench.to("cpu"), dense, proposed
 
 
 def confirm_remotely(bench: Bench, plans: list[Plan], weights: list[Weights | None]) -> Confirmation:

@@ -21,7 +21,6 @@ from pruning.data import Images
 from pruning.errors import SettingError
 from pruning.pace import Pace, multiples
 from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, Plan, TokenReduction
-from pruning.sensitivity import BlockSensitivity, StreamSensitivity
 from pruning.surgery import apply_plan, check_plan, keep_all_block, keep_all_plan
 from pruning.tokens import Schedule, schedule
 from tests.pruning_tests import made
@@ -78,10 +77,9 @@ def invented(anatomy: Anatomy, *, seed: int = 0, kind: TokenReduction = "lfe") -
             1 + 0.2 * torch.rand(len(SHARES), generator=generator),
         )
         tokens.append(tuple((4 * worth * torch.tensor(SHARES) ** power * jitter).cummax(0).values.tolist()))
-    place = StreamSensitivity(metric=torch.eye(anatomy.blocks[0].width, dtype=torch.float64), prefix_share=0.5)
     return Profile(
         channels=tuple(channels), channel_scale=1.7, token_scale=1.3, tokens=tuple(tokens), token_reduction=kind,
-        cutoff_token=0.6, sensitivity=[BlockSensitivity(mid=place, out=place)] * anatomy.depth, forward_passes=0.0,
+        cutoff_token=0.6, forward_passes=0.0,
     )  # fmt: skip
 
 
@@ -442,7 +440,7 @@ def test_a_profile_has_curves_of_every_block_and_scales_of_one_at_least(family: 
     assert modes == [module.training for module in model.modules()]
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert len(profile.channels) == len(profile.tokens) == len(profile.sensitivity) == 3
+    assert len(profile.channels) == len(profile.tokens) == 3
     assert min(profile.channel_scale, profile.token_scale) >= 1
     assert profile.token_reduction == "merge" and profile.cutoff_token == 0.85
     again = measure_profile(model, made.toy_images(64, seed=2), probe_images(), token_reduction="merge")

@@ -21,12 +21,12 @@ from search import ledger
 from search.folder import Folder
 from search.outcome import Outcome
 
-NO_PLAN = Plan(blocks=(BlockPlan(keep_heads=(0,), keep_qk=((0,),), keep_v=((0,),), keep_hidden=(0,), num_tokens=1),))
-"""In the place of all plans, which would be 3 MB: a measured outcome has one."""
+NO_BLOCK = BlockPlan(keep_heads=(0,), keep_qk=((0,),), keep_v=((0,),), keep_hidden=(0,), num_tokens=1)
+"""In the place of all blocks' plans, which would be 3 MB; a replay shows how many there are."""
 
 
 def stripped(outcome: Outcome, number: int) -> Outcome:
-    plan = None if outcome.plan is None else NO_PLAN
+    plan = None if outcome.plan is None else Plan(blocks=(NO_BLOCK,) * outcome.plan.exit_block)
     return replace(outcome, id=f"t{number:03d}", plan=plan, block_drops=(), notes=(), history=())
 
 

@@ -95,10 +95,7 @@ class Bench:
 
     def glance(self) -> Bench:
         """The same with a part of the images, and short timings: what a first look at a candidate costs little on."""
-        splits = replace(
-            self.splits, calibration=_every(self.splits.calibration), probe=_every(self.splits.probe),
-            val=_every(self.splits.val),
-        )  # fmt: skip
+        splits = _part_of(self.splits)
         timing = self.config.measure.model_copy(update={"num_rounds": MIN_ROUNDS})
         return replace(self, splits=splits, config=self.config.model_copy(update={"measure": timing}))
 
@@ -108,8 +105,13 @@ class Bench:
         return self.splits.val.normalized(torch.arange(size) % len(self.splits.val), self.device)
 
 
-def _every(images: Images) -> Images:
-    return images.take(slice(None, None, GLANCE)) if len(images) >= GLANCE else images
+def _part_of(splits: Splits) -> Splits:
+    """Every so many images."""
+
+    def every(images: Images) -> Images:
+        return images.take(slice(None, None, GLANCE)) if len(images) >= GLANCE else images
+
+    return replace(splits, calibration=every(splits.calibration), probe=every(splits.probe), val=every(splits.val))
 
 
 def lease_on(device: torch.device) -> Lease:
@@ -161,11 +163,11 @@ def prepare(
         block: measure_sensitivity(truncate(model, block, heads[block]), splits.calibration, **common)
         for block in (exit_blocks if set(space.method) - TOKENLESS else ())
     }
-    known = dict(profiles or {})
+    known, shown = dict(profiles or {}), profile_images(space, splits)
     for kind in profiled(space) if profiles is not None or "global" in space.method else ():
         if kind not in known:
             known[kind] = measure_profile(
-                model, splits.calibration, splits.probe, token_reduction=kind,
+                model, shown.calibration, shown.probe, token_reduction=kind,
                 sensitivity=sensitivities.get(anatomy.depth), **common,
             )  # fmt: skip
     with lease_on(device).exclusive():
@@ -174,6 +176,11 @@ def prepare(
             for kind in (_reductions(space) if "auto" in space.round_to else ())
         }
     return replace(bench, profiles=known, paces=paces, sensitivities=sensitivities), dense
+
+
+def profile_images(space: Space, splits: Splits) -> Splits:
+    """What the profiles are taken on: all where `method: global` allocates by them, a part where they only propose."""
+    return splits if "global" in space.method else _part_of(splits)
 
 
 def profiled(space: Space) -> tuple[TokenReduction, ...]:

@@ -25,7 +25,7 @@ from pruning.artifact import Description, save, save_weights
 from pruning.models import read_weights
 from pruning.plan import Plan
 from search import ledger
-from search.bench import Bench, Confirmation, Weights, known_from, profiled
+from search.bench import Bench, Confirmation, Weights, known_from, profile_images, profiled
 from search.cluster import (
     check_resources,
     fetch,
@@ -112,8 +112,8 @@ def _run(
     # process takes one, digits train in 65 s with one thread and in 220 s with two.
     share = trial_share(config)
     observer.stage("preparing the dense model" if inputs.trained else "training the dense model")
-    kinds = profiled(inputs.space)
-    cache = ProfileCache(inputs.cache.parent, config, inputs.model.state_dict(), inputs.splits)
+    kinds, shown = profiled(inputs.space), profile_images(inputs.space, inputs.splits)
+    cache = ProfileCache(inputs.cache.parent, config, inputs.model.state_dict(), shown)
     known = cache.read(kinds) if inputs.trained else {}
     bench_ref, dense_ref, proposed_ref = submit(prepare_remotely, share, config, inputs, known, num_returns=3)
     dense = fetch(dense_ref)
@@ -121,7 +121,7 @@ def _run(
         bench: Bench = fetch(bench_ref)
         if not inputs.trained:
             save_weights(bench.model.state_dict(), inputs.cache)
-            cache = ProfileCache(inputs.cache.parent, config, bench.model.state_dict(), inputs.splits)
+            cache = ProfileCache(inputs.cache.parent, config, bench.model.state_dict(), shown)
         cache.write(bench.profiles)
 
     outcomes, ended_by = run_search(

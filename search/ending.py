@@ -24,7 +24,7 @@ def is_saturated(hypervolumes: Sequence[float], patience: int, min_gain: float) 
 
 @contextmanager
 def calling_on_interrupt(call: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls a function within this; the second one does what it does elsewhere.
+    """Ctrl-C calls a function within this; the second one raises KeyboardInterrupt.
 
     In another than the main thread, which alone may handle signals, Ctrl-C is left as it is.
     """
@@ -33,7 +33,7 @@ def calling_on_interrupt(call: Callable[[], None]) -> Iterator[None]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # not as before: a job in the background ignores it
         call()
 
     before = signal.signal(signal.SIGINT, handle)

@@ -424,7 +424,7 @@ def invented(anatomy: Anatomy, kind: TokenReduction = "attention", seed: int = 0
     tokens = tuple(tuple(0.2 * share**1.5 * (1 + index) for share in SHARES) for index in range(anatomy.depth))
     return Profile(
         channels=channels, channel_scale=1.0, token_scale=1.0, tokens=tokens, token_reduction=kind, cutoff_token=0.85,
-        sensitivity=[], forward_passes=0.0,
+        forward_passes=0.0,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from typing import Any
 
 import pytest
 
@@ -32,14 +33,16 @@ def test_a_search_is_saturated_when_its_last_trials_gained_too_little(
     assert is_saturated(volumes, patience, 0.01) is expected
 
 
-def test_first_interrupt_calls_and_the_second_is_as_before() -> None:
-    called = list[int]()
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])  # the latter in the background
+def test_first_interrupt_calls_and_the_second_interrupts(before: Any) -> None:
+    called, own = list[int](), signal.signal(signal.SIGINT, before)
     with calling_on_interrupt(lambda: called.append(1)):
         signal.raise_signal(signal.SIGINT)
         assert called == [1]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert called == [1]
+    assert signal.signal(signal.SIGINT, own) is before
 
 
 def test_afterwards_an_interrupt_is_as_before() -> None:

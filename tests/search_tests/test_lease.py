@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -281,14 +282,17 @@ def watch(model: Any, leases: Path) -> set[str]:
 
 
 def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
+    import torch
+
     from pruning.anatomy import examine
     from pruning.surgery import keep_all_plan
     from search.bench import confirm, measure, prepare
+    from search.worker import run_task
     from tests.search_tests import tiny
 
-    model = tiny.model()
+    model, cpus = tiny.model(), torch.get_num_threads()
     in_training = watch(model.blocks[1], leases)
-    bench, _ = prepare(tiny.config(), model, tiny.splits(), [3], trained=True)
+    bench, _ = run_task(partial(prepare, trained=True), cpus, tiny.config(), model, tiny.splits(), [3])
     assert in_training == {"shared", "exclusive"}
     in_races = watch(bench.model, leases)
     other = tiny.model(1).eval()
@@ -298,7 +302,7 @@ def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
         measure(bench, other, plan)
     assert in_races == {"exclusive"}
     assert seen == {"shared", "exclusive"}
-    confirm(bench, [plan])
+    run_task(confirm, cpus, bench, [plan])
     assert in_races == {"shared", "exclusive"}
     assert state(leases, "cpu") == "free"
 
@@ -316,7 +320,11 @@ def test_an_actor_holds_the_device_within_a_step_and_not_between_two(leases: Pat
             held.append(state(leases, "cpu"))
             yield Ended(outcomes=[made.outcome("t000", 0.9, 1.5)], models={})
 
-    actor: Any = SimpleNamespace(bench=SimpleNamespace(lease=lease), events=events(), id="t000", mailbox=None)
+    actor: Any = TrialActor.__new__(TrialActor)  # without the setup, which takes Ray
+    vars(actor).update(
+        bench=SimpleNamespace(lease=lease), events=events(), id="t000", mailbox=None, waited_s=0.0, free_since=0.0,
+        started=0.0, is_first=False, num_trials=1, num_workers=1,
+    )  # fmt: skip
     for _ in range(2):
         assert TrialActor.step(actor)["done"]
         assert state(leases, "cpu") == "free"

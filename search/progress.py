@@ -75,7 +75,8 @@ class ProgressLine:
             self._console.print(f"{self._num_done}/{self._num_trials} {describe(outcome)}", highlight=False)
 
     def interrupted(self) -> None:
-        self._console.print("no further trial starts; waiting for those that run (Ctrl-C again leaves at once)")
+        told = "no further trial starts; waiting for those that run (Ctrl-C again leaves at once)"
+        self._console.print(told, highlight=False, soft_wrap=True)
 
     def _render(self) -> Text:
         if not self._num_trials:

@@ -13,9 +13,12 @@ from search.space import PAPER_CUTOFF_CHANNEL, PAPER_CUTOFF_TOKEN, PAPER_POINTS,
 NUM_TARGETS = 4
 """From the least on, each as many times the one before: even in the speed-up that they promise."""
 
+ORDER = (2, 1, 3, 0)
+"""Of the targets, the largest is 0: from the middle on, so that a short search sees it."""
+
 
 def propose(bench: Bench, space: Space) -> list[Candidate]:
-    """Candidates of the methods `cascade` and `global`, all within the space, the largest target first.
+    """Candidates of the methods `cascade` and `global`, all within the space, those in the middle first.
 
     The largest target gets the last exit, the least one the first. `global` follows the profile by itself; the cascade
     gets VTC-LFC's 9.5 points, dealt to blocks and tokens as the profile's plan for that target pays there.
@@ -24,7 +27,7 @@ def propose(bench: Bench, space: Space) -> list[Candidate]:
     if profile is None:
         return found
     low, high = space.target_ratio
-    for step in range(NUM_TARGETS):
+    for step in ORDER:
         target_ratio = low ** ((step + 1) / NUM_TARGETS) * high ** (1 - (step + 1) / NUM_TARGETS)
         exit_block = space.exit_blocks[round((1 - step / (NUM_TARGETS - 1)) * (len(space.exit_blocks) - 1))]
         shorter = examine(truncate(bench.model, exit_block, bench.heads[exit_block]))

@@ -60,6 +60,8 @@ def test_proposals_lie_along_the_front_and_within_the_space(bench: Bench) -> Non
     assert len(set(found)) == len(found)
     for method in ("cascade", "global"):
         own = [candidate for candidate in found if candidate.method == method]
+        assert own[0].target_ratio < own[1].target_ratio < own[3].target_ratio  # from the middle on
+        own.sort(key=lambda candidate: -candidate.target_ratio)
         ratios = [candidate.target_ratio for candidate in own]
         assert len(own) == NUM_TARGETS
         assert ratios[-1] == pytest.approx(0.2)

@@ -72,7 +72,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
         lines = []
         for line in process.stderr:
             lines.append(line)
-            if line.startswith("1/50 t000 ") or line.startswith("no further trial starts"):
+            if line.startswith(("1/50 t000 ", "no further trial starts")):
                 process.send_signal(signal.SIGINT)  # the second leaves at once
         stdout = process.stdout.read()
     runs = folder / "runs"
@@ -123,7 +123,7 @@ def test_sweep_goes_on_on_the_cluster_at_the_address(stopped: Stopped, cluster: 
     assert folder.ledger.read_bytes().startswith(stopped.book)
     assert [outcome.id for outcome in ledger.read(folder.ledger)] == ["t000", "t001"]
     assert record["trials"] == 2
-    assert record["points"]
+    assert record["ended_by"] == "trials"
     assert status_of_the_sweep(stopped.runs) == "FINISHED"
 
 

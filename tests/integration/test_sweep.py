@@ -226,10 +226,12 @@ def test_every_point_has_a_model_that_does_what_the_front_says(first: Sweep) -> 
         assert count_params(model) == point["params"]
 
 
-def test_dense_weights_are_kept_for_other_sweeps(first: Sweep) -> None:
+def test_dense_weights_and_the_profile_are_kept_for_other_sweeps(first: Sweep) -> None:
     inputs = load_inputs(first.config, first.runs)
     assert inputs.trained
-    assert [path.name for path in (first.runs / ".cache").iterdir()] == [inputs.cache.name]
+    profile, weights = sorted((first.runs / ".cache").iterdir(), key=lambda path: path.suffix)
+    assert weights == inputs.cache
+    assert profile.match("profile-*-lfe.pt")
     assert accuracy(inputs.model, inputs.splits.val) == pytest.approx(first.record["dense"]["top1"])
     anatomy = examine(inputs.model)
     whole = first.outcomes[0].plan

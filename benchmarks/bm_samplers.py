@@ -21,7 +21,8 @@ from scipy.stats import t
 from search.config import Config, load_config
 from search.front import hypervolume_of, running_hypervolume
 from search.replay import Recorded, replay
-from search.searcher import Sampler, StudySearcher
+from search.samplers import Sampler
+from search.searcher import StudySearcher
 
 TABLE = Path(__file__).parents[1] / "tests" / "data" / "digits_table"
 RUNS: dict[Sampler, tuple[int, ...]] = {
@@ -38,7 +39,13 @@ def measure(config: Config, table: Path, num_seeds: int, runs: dict[Sampler, tup
         found = []
         for seed in range(num_seeds):
             searcher = StudySearcher(
-                recorded.space, known=(), sampler=sampler, seed=seed, num_trials=milestones[-1], dense=recorded.dense
+                recorded.space,
+                known=(),
+                sampler=sampler,
+                seed=seed,
+                num_trials=milestones[-1],
+                dense=recorded.dense,
+                settle=recorded.nearest,
             )
             outcomes = [each for some in replay(recorded, searcher, milestones[-1], num_workers=2) for each in some]
             searcher.finish()

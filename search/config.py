@@ -247,8 +247,8 @@ class SearchConfig(_Section):
     time_budget: str | float | None = None
     """Stop starting trials after so long: seconds, or 90s, 10m, 2h."""
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
-    """auto: a Gaussian process where all that is searched are numbers, the trials are at most 200 and none is stopped
-    at a rung, else tpe. random, nsga2 and grid are there to compare with."""
+    """auto: Gaussian processes (gp) where the trials are at most 200, else tpe. random, nsga2 and grid are there to
+    compare with."""
     earlier: tuple[str, ...] = ()
     """Names of sweeps of the same model and images, from which this one learns; their fronts are tried first."""
     patience: Annotated[int, Field(ge=0)] = 40

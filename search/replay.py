@@ -1,19 +1,21 @@
 """A recorded sweep in the place of the models: what a search would have found, in seconds and on any machine.
 
-A candidate is answered with what was measured of the nearest one that was recorded. Workers are simulated: each is busy
-for as long as the recorded trial took, so trials end in the order in which they would, and hypervolume can be told
-against trials and against time.
+The recorded candidates alone can be tried: what a sampler suggests is moved to the nearest of them. Workers are
+simulated: each is busy for as long as the recorded trial took, so trials end in the order in which they would, and
+hypervolume can be told against trials and against time.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from search import ledger
 from search.config import Config
@@ -25,7 +27,7 @@ from search.ledger import Ledger
 from search.limits import acceptable, parse_limit
 from search.outcome import Candidate, Measurement, Outcome, num_trials
 from search.searcher import StudySearcher
-from search.space import Numbers, Parameter, Space
+from search.space import Choice, Numbers, Space
 
 
 class Recorded:
@@ -36,15 +38,22 @@ class Recorded:
         Args:
             outcomes: of the sweep; those that were not measured are as much an answer as the others.
             dense: what they are compared with.
-            space: that is searched now; distances are shares of its ranges.
+            space: that is searched now; distances are shares of its ranges, and candidates outside are left out.
+
+        Raises:
+            SweepError: there are none within.
         """
-        self.outcomes, self.dense, self.space = tuple(outcomes), dense, space
-        self._parameters = space.parameters()
+        self.dense, self.space = dense, space
+        self.outcomes = tuple(outcome for outcome in outcomes if space.holds(outcome.candidate))
+        if not self.outcomes:
+            raise SweepError("nothing was recorded within the recipe's search space")
         by_trial: dict[str, list[Outcome]] = {}
-        for outcome in outcomes:
+        for outcome in self.outcomes:
             by_trial.setdefault(outcome.trial, []).append(outcome)
-        self._trials = list(by_trial.values())
-        self._rows = [self._scaled(trial[0].candidate) for trial in self._trials]
+        self._trials = {trial[0].candidate: trial for trial in reversed(by_trial.values())}
+        self._candidates = list(reversed(self._trials))
+        self._is_choice = np.array([isinstance(each, Choice) for each in space.parameters().values()])
+        self._rows = np.array([self._row(each) for each in self._candidates])
 
     @classmethod
     def read(cls, path: Path, config: Config) -> Recorded:
@@ -64,43 +73,37 @@ class Recorded:
         is_windowed = all(outcome.candidate.token_reduction == "none" for outcome in outcomes)
         return cls(outcomes, dense, Space(config.space, depth, exits, has_windows=is_windowed))
 
+    def nearest(self, candidate: Candidate) -> Candidate:
+        """The recorded candidate with the least squared distance; of equals the first.
+
+        Another choice, or a parameter that has an effect in one alone, is as far as a whole range.
+        """
+        row = self._row(candidate)
+        apart = np.where(self._is_choice, self._rows != row, np.abs(self._rows - row))
+        apart[np.isnan(self._rows) != np.isnan(row)] = 1.0
+        apart[np.isnan(self._rows) & np.isnan(row)] = 0.0
+        return self._candidates[int((apart**2).sum(axis=1).argmin())]
+
     def answer(self, candidate: Candidate, trial_id: str) -> list[Outcome]:
-        """What came of the nearest recorded candidate, as if it were this one's; of equals the first."""
-        row = self._scaled(candidate)
-        nearest = min(range(len(self._rows)), key=lambda index: _distance(row, self._rows[index]))
-        first, *earlier = self._trials[nearest]
-        answers = [replace(first, id=trial_id, candidate=candidate)]
-        return answers + [
-            replace(each, id=f"{trial_id}.{each.id.split('.')[1]}", candidate=candidate) for each in earlier
-        ]
+        """What came of a recorded candidate.
 
-    def _scaled(self, candidate: Candidate) -> dict[str, Any]:
-        """What has an effect in it: numbers as shares of their range, choices as they are."""
-        return {
-            name: _scaled(value, self._parameters[name])
-            for name, value in candidate.to_params().items()
-            if name in self._parameters
-        }
+        Raises:
+            KeyError: it was not recorded.
+        """
+        first, *earlier = self._trials[candidate]
+        return [replace(first, id=trial_id), *(replace(e, id=f"{trial_id}.{e.id.split('.')[1]}") for e in earlier)]
 
-
-def _scaled(value: Any, parameter: Parameter) -> Any:
-    if not isinstance(parameter, Numbers):
-        return value
-    size = math.log if parameter.is_log else float
-    low, high = size(parameter.low), size(parameter.high)
-    return (size(value) - low) / (high - low)
-
-
-def _distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """Squared; another choice, or a parameter that has an effect in one alone, is as far as a whole range."""
-    total = 0.0
-    for name in one.keys() | other.keys():
-        mine, theirs = one.get(name), other.get(name)
-        if isinstance(mine, float) and isinstance(theirs, float):
-            total += (mine - theirs) ** 2
-        else:
-            total += float(mine != theirs)
-    return total
+    def _row(self, candidate: Candidate) -> NDArray[np.float64]:
+        """A number's place in its range, the number of a choice; NaN for what has no effect."""
+        values, row = candidate.to_params(), []
+        for name, parameter in self.space.parameters().items():
+            if name not in values:
+                row.append(np.nan)
+            elif isinstance(parameter, Numbers):
+                row.append(parameter.share(float(values[name])))
+            else:
+                row.append(float(parameter.values.index(values[name])))
+        return np.array(row)
 
 
 def replay(recorded: Recorded, searcher: StudySearcher, num_trials: int, num_workers: int) -> Iterator[list[Outcome]]:
@@ -136,6 +139,7 @@ def replay_sweep(config: Config, runs: Path, recorded: Recorded, num_workers: in
     searcher = StudySearcher(
         recorded.space, known=(), sampler=config.search.sampler, seed=config.search.seed,
         num_trials=config.search.trials, accuracy=accuracy, limits=limits, dense=recorded.dense,
+        settle=recorded.nearest,
     )  # fmt: skip
     with Ledger(folder.ledger) as book:
         write_atomically(folder.config, config.to_yaml())

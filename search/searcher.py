@@ -1,4 +1,4 @@
-"""Ray's `Searcher` over an Optuna study that is ours: the only file that knows Optuna.
+"""Ray's `Searcher` over an Optuna study that is ours.
 
 The study lives in memory and is rebuilt from the ledger when a sweep goes on: the ledger is the only truth.
 Ray's own OptunaSearch leaves failed and NaN trials running for ever.
@@ -9,43 +9,29 @@ from __future__ import annotations
 import json
 import math
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import optuna
-from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import TPESampler
-from optuna.samplers._tpe.sampler import _split_trials, default_gamma_multiobjective
-from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from optuna.trial import Trial, TrialState, create_trial
 from ray.tune.search import Searcher
 
+from search.front import reference_point
 from search.limits import Limit
 from search.outcome import Candidate, Measurement, Outcome, State
-from search.space import Choice, Parameter, Space
-
-Sampler = Literal["auto", "gp", "tpe", "nsga2", "random", "grid"]
-"""auto: gp where all parameters are numbers, the trials are not too many and none is stopped, else tpe. grid: as fine
-as the trials allow, in random order."""
-
-MOST_GP_TRIALS = 200
-"""A suggestion of the Gaussian process takes seconds, and the more, the more it knows."""
-
-NUM_RANDOM = 8
-"""So many trials are known before a sampler uses them."""
+from search.samplers import MOST_GP_TRIALS, Sampler, create_study, distributions_of
+from search.space import Space
+from search.surrogate import Surrogate
 
 LIMIT_KEEPERS = ("tpe", "nsga2")
-"""Samplers that look at the values of trials within the limits alone; gp models the others' too."""
+"""Samplers that learn from a trial beyond a limit, but not of its values; gp learns from one that failed."""
 
 STOPPED = "stopped at a rung"
 """The limit that a stopped trial is beyond."""
 
-MOST_REPEATS = 20
+MOST_REPEATS = 50
 """So many suggestions in a row that were tried before end a search: the space is exhausted, or so is the sampler."""
 
 
@@ -57,6 +43,7 @@ class StudySearcher(Searcher):
         first: Sequence[Candidate] | None = None, learned: Sequence[Outcome] = (), has_rungs: bool = False,
         ahead: int = 0, unfinished: Sequence[tuple[str, Candidate]] = (), accuracy: str = "top1",
         limits: Sequence[Limit] = (), dense: Measurement | None = None, deadline: float | None = None,
+        settle: Callable[[Candidate], Candidate] = lambda candidate: candidate,
         on_suggest: Callable[[str, Candidate], None] | None = None,
     ) -> None:  # fmt: skip
         """
@@ -71,17 +58,21 @@ class StudySearcher(Searcher):
             accuracy: the field of `Measurement` that is told, beside the speed-up.
             limits: what a model must keep, against what the dense one does.
             deadline: on the monotonic clock; no trial is suggested later.
+            settle: gives what is tried in the place of a candidate, where not all can be.
             on_suggest: called with the id and candidate of every trial that is about to start.
         """
         super().__init__()
-        self._space = space
+        self._space, self._settle = space, settle
         self._accuracy, self._limits, self._dense = accuracy, limits, dense
-        self._distributions = {name: _distribution(each) for name, each in space.parameters().items()}
+        self._distributions = distributions_of(space)
         if sampler == "auto":
-            has_choices = any(isinstance(each, CategoricalDistribution) for each in self._distributions.values())
-            sampler = "gp" if num_trials <= MOST_GP_TRIALS and not has_choices and not has_rungs else "tpe"
+            sampler = "gp" if num_trials <= MOST_GP_TRIALS else "tpe"
         self._has_rungs, self._sampler = has_rungs, sampler
-        self._study = _create_study(sampler, seed + len(known), self._distributions)
+        start = None if dense is None else reference_point(dense, accuracy)
+        surrogate = Surrogate(
+            space, self._candidate_of, None if start is None else (start[accuracy], start["speedup"]), seed + len(known)
+        )
+        self._study = create_study(sampler, seed + len(known), space, surrogate)
         self._asked: dict[str, Trial | Candidate] = {}
         self._answers: dict[Candidate, Outcome | None] = {}
         """What came of each candidate; None while it runs."""
@@ -136,16 +127,20 @@ class StudySearcher(Searcher):
     def _next(self) -> tuple[Trial | Candidate, Candidate] | None:
         """What to try next, that was not tried before: for the study, and as a candidate."""
         while self._given:
-            candidate = self._given.pop(0)
+            candidate = self._settle(self._given.pop(0))
             if candidate not in self._answers:
                 return candidate, candidate
         for _ in range(0 if self._sampler == "grid" else MOST_REPEATS):
             trial = self._sampled()
-            candidate = self._space.of_values(self._space.on_grid(trial.params))
+            candidate = self._candidate_of(trial.params)
             if candidate not in self._answers:
                 return trial, candidate
             self._tell(trial, self._answers[candidate])
         return None
+
+    def _candidate_of(self, values: Mapping[str, Any]) -> Candidate:
+        """What is tried when these values are suggested."""
+        return self._settle(self._space.of_values(self._space.on_grid(values)))
 
     def _sampled(self) -> Trial:
         """The next that the sampler suggests; the one after it is begun."""
@@ -181,7 +176,7 @@ class StudySearcher(Searcher):
         """
         values = None if outcome is None else self._values(outcome)
         excesses = {} if outcome is None or values is None else self._excesses(outcome)
-        if self._has_rungs and values is not None:
+        if self._has_rungs and values is not None and self._sampler in LIMIT_KEEPERS:
             excesses |= {STOPPED: 0.0}
         rungs = outcome.rungs if outcome is not None and outcome.state is State.STOPPED else ()
         if rungs and self._sampler in LIMIT_KEEPERS:
@@ -211,75 +206,3 @@ class StudySearcher(Searcher):
         if outcome.measurement is None or self._dense is None:
             return {}
         return {limit.text: limit.excess(outcome.measurement, self._dense) for limit in self._limits}
-
-
-def _distribution(parameter: Parameter) -> BaseDistribution:
-    if isinstance(parameter, Choice):
-        return CategoricalDistribution(parameter.values)
-    if parameter.is_whole:
-        return IntDistribution(int(parameter.low), int(parameter.high))
-    return FloatDistribution(parameter.low, parameter.high, log=parameter.is_log)
-
-
-def _create_study(sampler: Sampler, seed: int, distributions: Mapping[str, BaseDistribution]) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    chosen: optuna.samplers.BaseSampler
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if sampler == "gp":
-            chosen = optuna.samplers.GPSampler(seed=seed, n_startup_trials=NUM_RANDOM)
-        elif sampler == "tpe":
-            chosen = _TPESampler(distributions, seed=seed)
-        elif sampler == "nsga2":
-            chosen = optuna.samplers.NSGAIISampler(seed=seed)
-        else:  # of a grid nothing is ever asked
-            chosen = optuna.samplers.RandomSampler(seed=seed)
-    return optuna.create_study(directions=["maximize", "maximize"], sampler=chosen)
-
-
-class _TPESampler(TPESampler):
-    """Optuna's TPE, with the same suggestions, in a fraction of the time once there are many trials.
-
-    Optuna parts the good trials from the others again for each parameter, and converts all their values again. One
-    model of all parameters (`multivariate`) is as fast, but found less: hypervolume 0.44 against 0.48 after 100 made-up
-    trials.
-    """
-
-    def __init__(self, distributions: Mapping[str, BaseDistribution], *, seed: int) -> None:
-        super().__init__(seed=seed, n_startup_trials=NUM_RANDOM, constant_liar=True)
-        self._all = dict(distributions)
-        self._internal: dict[str, dict[int, float]] = {name: {} for name in distributions}
-        """Parameter -> number of a trial -> its value as a number."""
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._all
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """None before there are enough trials: then Optuna asks for each parameter alone, at random."""
-        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        trials = [each for each in study.get_trials(deepcopy=False, states=states) if each.number != trial.number]
-        num_done = sum(each.state != TrialState.RUNNING for each in trials)
-        if num_done < NUM_RANDOM:
-            return {}
-        good, others = _split_trials(study, trials, default_gamma_multiobjective(num_done))
-        params = {}
-        for name, distribution in search_space.items():
-            one = {name: distribution}
-            of_good = self._build_parzen_estimator(study, one, good, handle_below=True)
-            of_others = self._build_parzen_estimator(study, one, others, handle_below=False)
-            drawn = of_good.sample(self._rng.rng, self._n_ei_candidates)
-            best = self._compare(drawn, self._compute_acquisition_func(drawn, of_good, of_others))
-            params[name] = distribution.to_external_repr(best[name])
-        return params
-
-    def _get_internal_repr(
-        self, trials: list[FrozenTrial], search_space: dict[str, BaseDistribution], study: optuna.Study
-    ) -> dict[str, NDArray[np.float64]]:
-        for name, distribution in search_space.items():
-            known = self._internal[name]
-            for trial in trials:
-                if trial.number not in known:
-                    known[trial.number] = distribution.to_internal_repr(trial.params[name])
-        return {name: np.array([self._internal[name][trial.number] for trial in trials]) for name in search_space}

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 from pruning.plan import TokenReduction
@@ -47,13 +48,20 @@ class Numbers:
     is_whole: bool = False
     is_log: bool = False
 
+    def at(self, share: float) -> float:
+        """The value at a share of the range, in [0, 1]."""
+        value = self.low * (self.high / self.low) ** share if self.is_log else self.low + share * (self.high - self.low)
+        return round(value) if self.is_whole else min(max(value, self.low), self.high)  # rounding errors
+
+    def share(self, value: float) -> float:
+        """Of the range that lies below a value; the inverse of `at`."""
+        if self.is_log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
     def levels(self, count: int) -> tuple[float, ...]:
         """So many values, evenly spread, from end to end; fewer whole numbers if there are not so many."""
-        parts = [index / (count - 1) for index in range(count)]
-        if self.is_log:
-            return tuple(self.low * (self.high / self.low) ** part for part in parts)
-        values = [self.low + part * (self.high - self.low) for part in parts]
-        return tuple(dict.fromkeys(round(value) for value in values) if self.is_whole else values)
+        return tuple(dict.fromkeys(self.at(index / (count - 1)) for index in range(count)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +168,12 @@ class Space:
             recovery="none" if is_learned else choice("recovery", self.recovery),
         )
 
-    def parameters(self) -> dict[str, Parameter]:
+    def parameters(self) -> Mapping[str, Parameter]:
         """All that `choose` may ask for, whatever was chosen before: by following every choice."""
+        return self._parameters
+
+    @cached_property
+    def _parameters(self) -> dict[str, Parameter]:
         found: dict[str, Parameter] = {}
         paths: list[dict[str, Any]] = [{}]
         while paths:
@@ -177,7 +189,7 @@ class Space:
         for name, value in values.items():
             parameter = parameters[name]
             if isinstance(parameter, Numbers) and name not in ("target_ratio", "exit_block"):
-                rounded[name] = min(parameter.levels(NUM_STEPS + 1), key=lambda level: abs(level - value))
+                rounded[name] = parameter.at(round(parameter.share(value) * NUM_STEPS) / NUM_STEPS)
         return rounded
 
     def of_values(self, values: Mapping[str, Any]) -> Candidate:

@@ -1,12 +1,13 @@
 """Makes one table of several finished sweeps of digits, without what a replay needs not (plans, notes).
 
-    python tests/data/record_table.py runs/table-random runs/table-tpe --to tests/data/digits_table
+    python tests/data/record_table.py runs/table-auto runs/table-random runs/table-tpe --to tests/data/digits_table
 
-The sweeps of the table in this folder were run on two workers, beside other work, by
+The sweeps of the table in this folder were run on two workers, with nothing beside them, by
 
-    vitfront run digits --trials 170 --name table-random --set search.sampler=random --set measure.num_rounds=11
-    vitfront run digits --trials 180 --name table-tpe --from table-random --set search.sampler=tpe \\
-        --set search.patience=0 --set measure.num_rounds=11      # stopped by Ctrl-C after 147
+    vitfront run digits --trials 120 --name table-auto --set search.patience=0      # Optuna's GPSampler then
+    vitfront run digits --trials 150 --name table-random --set search.sampler=random --set search.patience=0
+    vitfront run digits --trials 90 --name table-tpe --from table-random --set search.sampler=tpe \\
+        --set search.patience=0                                                     # stopped by Ctrl-C after NUM
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
 
 from search import ledger
@@ -27,13 +25,7 @@ from search.sweep import run_sweep
 from tests.integration import sweeps
 from tests.integration.sweeps import Watcher
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_node() -> Iterator[None]:
-    """Ray for the sweeps of this process, so that they share its workers."""
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("one_node")
 
 
 @pytest.fixture(scope="module")

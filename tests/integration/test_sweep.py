@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -36,6 +34,8 @@ from search.sweep import run_sweep
 from search.tracking import default_uri
 from tests.integration import sweeps
 from tests.integration.sweeps import Watcher
+
+pytestmark = pytest.mark.usefixtures("one_node")
 
 NUM_TRIALS = 4
 POINT = {
@@ -75,14 +75,6 @@ class Sweep:
         children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
         assert len({run.info.run_name for run in children}) == len(children)
         return client, parents, {run.info.run_name: run for run in children}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_node() -> Iterator[None]:
-    """Ray for all sweeps of this file, so that they share its workers; one core, so that trials follow each other."""
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from ray.tune.search import Searcher
 from search.config import SpaceConfig
 from search.limits import parse_limit
 from search.outcome import Candidate, Outcome, State
-from search.searcher import NUM_RANDOM, STOPPED, StudySearcher
+from search.samplers import MOST_GP_TRIALS, NUM_RANDOM
+from search.searcher import LIMIT_KEEPERS, STOPPED, StudySearcher
 from search.space import Space
 from tests.search_tests import made
 
@@ -453,7 +454,8 @@ def test_what_was_stopped_is_no_final_value(sampler: str) -> None:
     tell(source, 1, stopped)
     for each in (source, searcher(sampler=sampler, has_rungs=True, known=[measured(*good), stopped])):
         first, second = trials(each)
-        assert (first.state, first.constraints) == (TrialState.COMPLETE, {STOPPED: 0.0})
+        keeps_limits = sampler in LIMIT_KEEPERS
+        assert (first.state, first.constraints) == (TrialState.COMPLETE, {STOPPED: 0.0} if keeps_limits else {})
         if sampler in ("tpe", "nsga2"):  # beyond a limit: of use, but not compared with the others
             assert (second.state, second.values, second.constraints) == (
                 TrialState.COMPLETE,
@@ -465,8 +467,9 @@ def test_what_was_stopped_is_no_final_value(sampler: str) -> None:
             assert second.state is TrialState.FAIL
 
 
-def test_tpe_leaves_where_trials_are_stopped() -> None:
-    source = searcher(Space(SpaceConfig(exit_block=3), depth=3), has_rungs=True)
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_where_trials_are_stopped_is_left(sampler: str) -> None:
+    source = searcher(Space(SpaceConfig(exit_block=3), depth=3), sampler=sampler, has_rungs=True)
     tried = []
     for number in range(60):
         [(id, candidate)] = suggest(source, 1)
@@ -478,10 +481,10 @@ def test_tpe_leaves_where_trials_are_stopped() -> None:
     assert sum(value > 0.5 for value in tried[-30:]) < 8  # 15 at random
 
 
-def test_auto_takes_a_sampler_that_learns_of_what_is_stopped() -> None:
-    samplers = [type(searcher(sampler="auto", has_rungs=has)._study.sampler).__name__ for has in (False, True)]
-    assert samplers[0] == "GPSampler"
-    assert "TPESampler" in samplers[1]
+def test_auto_takes_processes_until_there_are_many_trials() -> None:
+    counts = (MOST_GP_TRIALS, MOST_GP_TRIALS + 1)
+    sources = [searcher(space, sampler="auto", num_trials=count) for space in (SPACE, BOTH) for count in counts]
+    assert [type(source._study.sampler).__name__ for source in sources] == ["_GPSampler", "_TPESampler"] * 2
 
 
 def test_tune_may_pickle_it() -> None:

@@ -2,8 +2,10 @@
 
     python benchmarks/bm_samplers.py [--quick] [--json] [--out benchmarks/results] [--table FOLDER]
 
-The table is a finished sweep of digits by random candidates (`tests/data/digits_table`); every sampler searches it with
-the same first candidates, on two simulated workers. Hypervolume is that of the search (val), as in `vitfront run`.
+The table (`tests/data/digits_table`) is of finished sweeps of digits, by random candidates and two samplers of Optuna
+(tests/data/record_table.py). Every sampler searches it with the same first candidates, on two simulated workers, and is
+moved to the nearest recorded candidate, none twice: where they lie dense, chance seldom comes. Hypervolume is that of
+the search (val), as in `vitfront run`. A sampler that finds nothing new any more ends with what it has.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import t
 
-from search.config import Config, load_config
+from search.config import load_config
 from search.front import hypervolume_of, running_hypervolume
 from search.replay import Recorded, replay
 from search.samplers import Sampler
@@ -31,12 +34,17 @@ RUNS: dict[Sampler, tuple[int, ...]] = {
 """Sampler -> the numbers of trials after which it is read."""
 
 
-def measure(config: Config, table: Path, num_seeds: int, runs: dict[Sampler, tuple[int, ...]]) -> list[dict[str, Any]]:
-    recorded = Recorded.read(table, config)
-    rows = []
+Curves = dict[Sampler, NDArray[np.float64]]
+"""Sampler -> (seeds, trials) hypervolume after each trial."""
+
+
+def measure(
+    recorded: Recorded, num_seeds: int, runs: dict[Sampler, tuple[int, ...]]
+) -> tuple[list[dict[str, Any]], Curves]:
+    rows, curves = list[dict[str, Any]](), Curves()
     for sampler, milestones in runs.items():
         start = time.monotonic()
-        found = []
+        found = np.empty((num_seeds, milestones[-1]))
         for seed in range(num_seeds):
             searcher = StudySearcher(
                 recorded.space,
@@ -50,9 +58,10 @@ def measure(config: Config, table: Path, num_seeds: int, runs: dict[Sampler, tup
             outcomes = [each for some in replay(recorded, searcher, milestones[-1], num_workers=2) for each in some]
             searcher.finish()
             volumes = running_hypervolume(outcomes, recorded.dense)
-            found.append([volumes[count - 1] for count in milestones])
+            found[seed, : len(volumes)], found[seed, len(volumes) :] = volumes, volumes[-1]
+        curves[sampler] = found
         seconds = (time.monotonic() - start) / num_seeds / milestones[-1]
-        values = np.array(found)
+        values = found[:, np.array(milestones) - 1]
         half = t.ppf(0.975, num_seeds - 1) * values.std(axis=0, ddof=1) / np.sqrt(num_seeds)
         for count, mean, spread in zip(milestones, values.mean(axis=0), half, strict=True):
             rows.append({
@@ -60,14 +69,33 @@ def measure(config: Config, table: Path, num_seeds: int, runs: dict[Sampler, tup
                 "seeds": num_seeds, "seconds_a_suggestion": seconds,
             })  # fmt: skip
             print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+    return rows, curves
+
+
+def draw(curves: Curves, best: float, path: Path) -> None:
+    """Mean over the seeds and the band in which all of them lie."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for sampler, found in curves.items():
+        trials = np.arange(1, found.shape[1] + 1)
+        (line,) = axes.plot(trials, found.mean(axis=0), label=sampler)
+        axes.fill_between(trials, found.min(axis=0), found.max(axis=0), color=line.get_color(), alpha=0.1, linewidth=0)
+    axes.axhline(best, color="grey", linestyle=":", label="the whole table")
+    axes.set(xlabel="trials", ylabel="hypervolume on val", title="Samplers on a recorded sweep of digits")
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def text_of(rows: list[dict[str, Any]], command: str, num_rows: int, best: float) -> str:
     lines = [
         "# Samplers on a recorded sweep", "", f"    {command}", "",
         f"{num_rows} recorded trials of digits, whose own hypervolume is {best:.4f}.",
-        "Mean over the seeds and its 95 % interval.",
+        "Mean over the seeds and its 95 % interval.", "", "![hypervolume over trials](samplers.png)",
         "", "| sampler | trials | hypervolume | seeds | seconds a suggestion |", "|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [
@@ -82,17 +110,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three seeds, fewer trials")
     parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
-    parser.add_argument("--out", type=Path, help="folder for samplers.{md,json}")
+    parser.add_argument("--out", type=Path, help="folder for samplers.{md,json,png}")
     parser.add_argument("--table", type=Path, default=TABLE, help="folder of a finished sweep")
     args = parser.parse_args()
-    config = load_config("digits")
     runs = {name: counts[:1] for name, counts in RUNS.items()} if args.quick else RUNS
-    rows = measure(config, args.table, 3 if args.quick else 10, runs)
-    recorded = Recorded.read(args.table, config)
+    recorded = Recorded.read(args.table, load_config("digits"))
+    rows, curves = measure(recorded, 3 if args.quick else 10, runs)
     whole = hypervolume_of(recorded.outcomes, recorded.dense)
     text = text_of(rows, " ".join(["python", *sys.argv]), len(recorded.outcomes), whole)
     if args.out is not None:
         (args.out / "samplers.md").write_text(text)
+        draw(curves, whole, args.out / "samplers.png")
         (args.out / "samplers.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     print(json.dumps({"rows": rows}) if args.json else text, end="")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
@@ -335,7 +335,7 @@ class _Nearest:
 
     def __init__(self, candidate: Candidate) -> None:
         budgets = {f"drop_budget.{block}": points for block, points in enumerate(candidate.drop_budget)}
-        self._wanted: dict[str, Any] = asdict(candidate) | budgets
+        self._wanted: dict[str, Any] = vars(candidate) | budgets
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         return _clipped(self._wanted[name], (low, high))

@@ -19,11 +19,11 @@ from search.space import Choice, Parameter, Space
 
 Values = NDArray[np.float64]
 
-NUM_ANYWHERE, NUM_NEAR = 600, 600
+NUM_ANYWHERE, NUM_NEAR = 300, 300
 """Candidates that are looked at for a suggestion, before the best of them are moved: from all of the space, and near
 the best that is known."""
 
-NUM_MOVED, NUM_MOVES, NUM_ROUNDS = 10, 20, 3
+NUM_MOVED, NUM_MOVES, NUM_ROUNDS = 10, 10, 3
 """So many of the best are moved, so many times each, so often."""
 
 SCALES = (0.05, 0.1, 0.2, 0.4)

@@ -7,7 +7,7 @@ The sweeps of the table in this folder were run on two workers, with nothing bes
     vitfront run digits --trials 120 --name table-auto --set search.patience=0      # Optuna's GPSampler then
     vitfront run digits --trials 150 --name table-random --set search.sampler=random --set search.patience=0
     vitfront run digits --trials 90 --name table-tpe --from table-random --set search.sampler=tpe \\
-        --set search.patience=0                                                     # stopped by Ctrl-C after NUM
+        --set search.patience=0                                                     # stopped by Ctrl-C after 59
 """
 
 from __future__ import annotations

@@ -73,6 +73,8 @@ class _GPSampler(BaseSampler):
         self._space, self._surrogate = space, surrogate
         self._candidates: dict[int, Candidate] = {}
         """Number of a trial -> its candidate."""
+        self._is_exhausted = not distributions_of(space)
+        """Nothing new is left, so anything will do: the searcher sees that it was tried."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return distributions_of(self._space)
@@ -92,8 +94,10 @@ class _GPSampler(BaseSampler):
             else:
                 values = (each.values[0], each.values[1]) if each.state == TrialState.COMPLETE else None
                 tried.append(Tried(candidate=candidate, values=values, excesses=each.constraints))
-        is_early = sum(each.values is not None for each in tried) < NUM_RANDOM
-        suggested = None if is_early else self._surrogate.suggest(tried, running)
+        suggested = None
+        if not self._is_exhausted and sum(each.values is not None for each in tried) >= NUM_RANDOM:
+            suggested = self._surrogate.suggest(tried, running)
+            self._is_exhausted = suggested is None
         return self._space.values_of(suggested or self._surrogate.anywhere())
 
     def sample_independent(

@@ -192,7 +192,10 @@ class Surrogate:
         points, waiting = self._rows([each.candidate for each in measured]), self._rows(running)
         names = list(measured[0].excesses)
         within = np.array([[each.excesses[name] <= 0 for name in names] for each in measured]).all(axis=1)
-        objectives = [self._process(str(index), points, column, waiting) for index, column in enumerate(values.T)]
+        objectives = [
+            self._process(name, points, column, waiting)
+            for name, column in zip(("accuracy", "speed-up"), values.T, strict=True)
+        ]
         limits = [
             self._process(name, points, np.array([each.excesses[name] for each in measured]), waiting) for name in names
         ]

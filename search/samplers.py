@@ -23,6 +23,9 @@ Sampler = Literal["auto", "gp", "tpe", "nsga2", "random", "grid"]
 
 MOST_GP_TRIALS = 200
 
+RUNGS = "rungs"
+"""Attribute of a trial: the values that it had at its rungs."""
+
 NUM_RANDOM = 8
 """So many trials are known before a sampler uses them."""
 
@@ -93,9 +96,12 @@ class _GPSampler(BaseSampler):
                 running.append(candidate)
             else:
                 values = (each.values[0], each.values[1]) if each.state == TrialState.COMPLETE else None
-                tried.append(Tried(candidate=candidate, values=values, excesses=each.constraints))
+                rungs = each.user_attrs.get(RUNGS, ())
+                tried.append(Tried(candidate=candidate, values=values, excesses=each.constraints, rungs=rungs))
         suggested = None
-        if not self._is_exhausted and sum(each.values is not None for each in tried) >= NUM_RANDOM:
+        is_early = all(each.values is None for each in tried)
+        is_early |= sum(each.values is not None or len(each.rungs) > 0 for each in tried) < NUM_RANDOM
+        if not self._is_exhausted and not is_early:
             suggested = self._surrogate.suggest(tried, running)
             self._is_exhausted = suggested is None
         return self._space.values_of(suggested or self._surrogate.anywhere())

@@ -21,12 +21,12 @@ from ray.tune.search import Searcher
 from search.front import reference_point
 from search.limits import Limit
 from search.outcome import Candidate, Measurement, Outcome, State
-from search.samplers import MOST_GP_TRIALS, Sampler, create_study, distributions_of
+from search.samplers import MOST_GP_TRIALS, RUNGS, Sampler, create_study, distributions_of
 from search.space import Space
 from search.surrogate import Surrogate
 
 LIMIT_KEEPERS = ("tpe", "nsga2")
-"""Samplers that learn from a trial beyond a limit, but not of its values; gp learns from one that failed."""
+"""Samplers that learn from a trial that is beyond a limit, but not from its values."""
 
 STOPPED = "stopped at a rung"
 """The limit that a stopped trial is beyond."""
@@ -170,7 +170,7 @@ class StudySearcher(Searcher):
         """A measured outcome is told with its values; everything else as failed, so that nothing stays running.
 
         What was stopped at a rung is told to `LIMIT_KEEPERS` as beyond a limit: they learn that it was no good, but
-        do not take its values for final ones. To others it has failed.
+        do not take its values for final ones. For others it has failed; gp knows what it had at its rungs.
 
         trial: what the study was asked for, or a candidate that was given to it.
         """
@@ -181,18 +181,20 @@ class StudySearcher(Searcher):
         rungs = outcome.rungs if outcome is not None and outcome.state is State.STOPPED else ()
         if rungs and self._sampler in LIMIT_KEEPERS:
             values, excesses = list(rungs[-1]), {STOPPED: 1.0}
+        attributes = {} if outcome is None else {RUNGS: outcome.rungs}
         state = TrialState.FAIL if values is None else TrialState.COMPLETE
         if isinstance(trial, Trial):
             for text, excess in excesses.items():
                 trial.set_constraint(text, excess)
+            for name, value in attributes.items():
+                trial.set_user_attr(name, value)
             self._study.tell(trial, values, state)
         else:
-            params = self._space.values_of(trial)
-            self._study.add_trial(
-                create_trial(
-                    state=state, values=values, params=params, distributions=self._distributions, constraints=excesses
-                )
-            )
+            made = create_trial(
+                state=state, values=values, params=self._space.values_of(trial), distributions=self._distributions,
+                constraints=excesses, user_attrs=attributes,
+            )  # fmt: skip
+            self._study.add_trial(made)
 
     def _values(self, outcome: Outcome) -> list[float] | None:
         """Of the objectives; None if the outcome has not all of them."""

@@ -130,10 +130,16 @@ class Tried:
     """Of both objectives, maximised; None if it failed or was stopped."""
     excesses: Mapping[str, float]
     """Limit -> how far it is beyond; 0 or less is within."""
+    rungs: tuple[tuple[float, float], ...] = ()
+    """Values on the way, at the first rung and at later ones."""
 
 
 class Surrogate:
-    """Suggests candidates, by a process of each objective, of each limit, and of whether a trial succeeds at all."""
+    """Suggests candidates, by a process of each objective, of each limit, and of whether a trial succeeds at all.
+
+    Where trials pass rungs, how far one has come is an axis more of the objectives: what was seen early is not taken
+    for final, but tells of it as much as it does for those that went on (after Kandasamy et al. 2017, "BOCA").
+    """
 
     def __init__(
         self,
@@ -185,30 +191,45 @@ class Surrogate:
     def _expectations(
         self, tried: Sequence[Tried], measured: Sequence[Tried], running: Sequence[Candidate]
     ) -> Callable[[Values], Values]:
-        """The expected gain of hypervolume at points, times the chance that all limits hold."""
-        values = np.array([each.values for each in measured])
+        """The expected gain of hypervolume at points, times the chance that the trial succeeds within the limits."""
+        seen = [(each.candidate, 1.0, each.values) for each in measured]
+        num_rungs = max(len(each.rungs) for each in tried)
+        for each in tried:
+            seen += [(each.candidate, rung / num_rungs, values) for rung, values in enumerate(each.rungs)]
+
+        def placed(rows: Values, progress: Sequence[float]) -> Values:
+            return np.column_stack((rows, progress)) if num_rungs else rows
+
+        candidates, progress, found = zip(*seen, strict=True)
+        values = np.array(found)
         reference = values.min(axis=0) if self._reference is None else np.array(self._reference)
         values[:, 0] = np.maximum(values[:, 0], reference[0])
         points, waiting = self._rows([each.candidate for each in measured]), self._rows(running)
         names = list(measured[0].excesses)
         within = np.array([[each.excesses[name] <= 0 for name in names] for each in measured]).all(axis=1)
         objectives = [
-            self._process(name, points, column, waiting)
+            self._process(name, placed(self._rows(candidates), progress), column, placed(waiting, [1.0] * len(waiting)))
             for name, column in zip(("accuracy", "speed-up"), values.T, strict=True)
         ]
         limits = [
             self._process(name, points, np.array([each.excesses[name] for each in measured]), waiting) for name in names
         ]
-        if len(measured) < len(tried):
-            failed = np.array([1.0 if each.values is None else -1.0 for each in tried])
-            limits.append(self._process("failed", self._rows([each.candidate for each in tried]), failed, waiting))
-        known = np.vstack((points[within], waiting))
+        ended = [each for each in tried if each.values is not None or not each.rungs]  # not those that were stopped
+        if len(measured) < len(ended):
+            failed = np.array([1.0 if each.values is None else -1.0 for each in ended])
+            limits.append(self._process("failed", self._rows([each.candidate for each in ended]), failed, waiting))
+
+        def at_end(rows: Values) -> tuple[Values, Values]:
+            """Means and deviations of both objectives, (m, 2) each."""
+            whole = placed(rows, [1.0] * len(rows))
+            means, deviations = zip(*(process.at(whole) for process in objectives), strict=True)
+            return np.column_stack(means), np.column_stack(deviations)
+
         # What is expected at the front's points, not what was measured there: the best of many measurements are lucky.
-        front = np.column_stack([process.at(known)[0] for process in objectives])
+        front, _ = at_end(np.vstack((points[within], waiting)))
 
         def expect(at: Values) -> Values:
-            means, deviations = zip(*(process.at(at) for process in objectives), strict=True)
-            gains = expected_gain(np.column_stack(means), np.column_stack(deviations), front, reference)
+            gains = expected_gain(*at_end(at), front, reference)
             for process in limits:
                 mean, deviation = process.at(at)
                 gains = gains * norm.cdf(-mean / deviation)
@@ -218,7 +239,9 @@ class Surrogate:
 
     def _process(self, name: str, points: Values, values: Values, waiting: Values) -> GaussianProcess:
         """Of measured values, and of the expected ones of points that wait for theirs."""
-        fitted = GaussianProcess.fitted(points, values, self._logs.get(name))
+        start = self._logs.get(name)
+        is_fit = start is not None and len(start) == points.shape[1] + 1  # not before there were rungs
+        fitted = GaussianProcess.fitted(points, values, start if is_fit else None)
         self._logs[name] = fitted.logs
         if len(waiting) == 0:
             return fitted

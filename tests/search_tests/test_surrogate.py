@@ -93,8 +93,13 @@ def surrogate(**other: Any) -> Surrogate:
     return Surrogate(SPACE, lambda values: SPACE.of_values(SPACE.on_grid(values)), **settings)
 
 
-def tried(candidate: Candidate, values: tuple[float, float] | None = None, **excesses: float) -> Tried:
-    return Tried(candidate=candidate, values=values, excesses=excesses)
+def tried(
+    candidate: Candidate,
+    values: tuple[float, float] | None = None,
+    rungs: tuple[tuple[float, float], ...] = (),
+    **excesses: float,
+) -> Tried:
+    return Tried(candidate=candidate, values=values, excesses=excesses, rungs=rungs)
 
 
 def made_up(candidate: Candidate) -> tuple[float, float]:
@@ -152,6 +157,35 @@ def test_what_fails_and_what_is_beyond_a_limit_is_avoided() -> None:
     assert found["free"] <= 0.5
     assert found["fails"] >= 0.8
     assert found["limited"] >= 0.8
+
+
+def test_what_was_seen_at_rungs_tells_of_the_end_but_is_not_taken_for_it() -> None:
+    """Early accuracy is far too high everywhere, but highest where the end is as well."""
+    drawing = surrogate(seed=3)
+    some = list(dict.fromkeys(drawing.anywhere() for _ in range(40)))
+
+    def known(with_rungs: bool) -> list[Tried]:
+        found = []
+        for number, each in enumerate(some):
+            top1, speedup = made_up(each)
+            rungs = ((top1 + 0.09, speedup), (top1 + 0.05, speedup))
+            if number < 6:
+                found.append(tried(each, (top1, speedup), rungs=rungs if with_rungs else ()))
+            elif with_rungs:
+                found.append(tried(each, rungs=rungs[: 1 + number % 2]))
+        return found
+
+    far, gained = {}, {}
+    for with_rungs in (False, True):
+        source, asked, shown = surrogate(), list[Candidate](), known(with_rungs)
+        for _ in range(8):
+            suggested = source.suggest(shown, asked)
+            assert suggested is not None
+            asked.append(suggested)
+        far[with_rungs] = np.mean([abs(each.token_share - 0.2) for each in asked])
+        gained[with_rungs] = hypervolume(np.array([made_up(each) for each in asked]), REFERENCE)
+    assert far[True] < 0.7 * far[False]
+    assert gained[True] > gained[False]
 
 
 def test_nothing_is_suggested_where_all_was_tried() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pictures import band, drawn
 
 from pruning.stopwatch import device_name
 from search import ledger
@@ -32,10 +33,11 @@ from search.sweep import run_sweep
 
 RUNS = Path("runs")
 REDUCTION_FACTOR = 3
+NUM_TIMES = 200
+"""In the picture."""
 SETS = (
     "space.recovery=distill",
     "distill.epochs=18",
-    "search.sampler=tpe",
     "search.patience=0",
     "measure.num_rounds=11",
 )
@@ -79,9 +81,19 @@ def measure(seeds: range, seconds: float) -> list[dict[str, Any]]:
                 "hypervolume_with_rungs": halved.after(seconds), "budget_s": seconds,
                 "trials": sum(states.values()), "trials_with_rungs": sum(halved_states.values()),
                 "stopped": halved_states.get(State.STOPPED.value, 0),
+                "courses": [[each.after(at) for at in np.linspace(0, seconds, NUM_TIMES)] for each in (whole, halved)],
             })  # fmt: skip
-            print(rows[-1], file=sys.stderr, flush=True)
+            print({name: value for name, value in rows[-1].items() if name != "courses"}, file=sys.stderr, flush=True)
     return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    with drawn(path) as (axes,):
+        times = np.linspace(0, rows[0]["budget_s"], NUM_TIMES)
+        for index, label in enumerate(("all run to their end", f"with rungs, one of {REDUCTION_FACTOR} goes on")):
+            band(axes, times, [row["courses"][index] for row in rows], label)
+        title = "digits, each model distilled: mean and range of the seeds"
+        axes.set(xlabel="seconds of searching", ylabel="hypervolume on val", title=title)
 
 
 def text_of(rows: list[dict[str, Any]], command: str) -> str:
@@ -93,7 +105,7 @@ def text_of(rows: list[dict[str, Any]], command: str) -> str:
         f"With rungs one of {REDUCTION_FACTOR} goes on. Seconds: when the search without them had found what it had in",
         "its budget, and when the one with rungs had found as much.",
         f"Geometric mean of their shares: {mean}, over the {len(shares)} of {len(rows)} seeds that came there.",
-        "",
+        "", "![hypervolume over seconds](fidelities.png)", "",
         "| seed | hypervolume | seconds | seconds with rungs | share | trials | with rungs | stopped | in the end |",
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -111,13 +123,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, a minute each")
     parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
-    parser.add_argument("--out", type=Path, help="folder for fidelities.{md,json}")
+    parser.add_argument("--out", type=Path, help="folder for fidelities.{md,json,png}")
     parser.add_argument("--seconds", type=float, default=240, help="of each search")
     args = parser.parse_args()
     rows = measure(range(1), 60) if args.quick else measure(range(3), args.seconds)
     text = text_of(rows, " ".join(["python", *sys.argv]))
     if args.out is not None:
         (args.out / "fidelities.md").write_text(text)
+        draw(rows, args.out / "fidelities.png")
         (args.out / "fidelities.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     print(json.dumps({"rows": rows}) if args.json else text, end="")
 

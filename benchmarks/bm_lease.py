@@ -23,7 +23,9 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from pictures import drawn
 
 from pruning.allocation import scheduled
 from pruning.anatomy import examine
@@ -161,6 +163,7 @@ def text_of(rows: list[dict[str, Any]], command: str, turn_us: float) -> str:
         f"the two. Medians over {rows[0]['turns']} turns with 95 % intervals; of alone: throughput in units of",
         "that of the same turn without a neighbour; wait: from asking for the device to having it, median and most.",
         f"A turn that nobody wants costs the neighbour {turn_us:.1f} µs.", "",
+        "![throughput, of alone](lease.png)", "",
         "| threads | condition | images/s | of alone | speed-up | wait |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [
@@ -172,11 +175,25 @@ def text_of(rows: list[dict[str, Any]], command: str, turn_us: float) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Throughput in units of that alone, with its interval."""
+    with drawn(path) as (axes,):
+        for index, threads in enumerate(dict.fromkeys(row["threads"] for row in rows)):
+            some = [row for row in rows if row["threads"] == threads]
+            middle, low, high = ([row[f"of_alone{end}"] for row in some] for end in ("", "_low", "_high"))
+            errors = [np.subtract(middle, low), np.subtract(high, middle)]
+            places = np.arange(len(some)) + 0.3 * index
+            axes.bar(places, middle, width=0.28, yerr=errors, capsize=4, label=f"{threads} threads each")
+        axes.axhspan(0.95, 1.05, color="grey", alpha=0.3, label="5 % of alone")
+        axes.set_xticks(np.arange(len(CONDITIONS)) + 0.15, CONDITIONS)
+        axes.set(ylabel="throughput, of alone", title="A model is timed beside a neighbour that prunes")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewest turns and rounds, one thread")
     parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
-    parser.add_argument("--out", type=Path, help="folder for lease.{md,json}")
+    parser.add_argument("--out", type=Path, help="folder for lease.{md,json,png}")
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2], help="of each process, as in a recipe")
     args = parser.parse_args()
     turns, num_rounds = (6, 7) if args.quick else (21, 15)
@@ -186,6 +203,7 @@ def main() -> None:
     text = text_of(rows, " ".join(["python", *sys.argv]), turn_us)
     if args.out is not None:
         (args.out / "lease.md").write_text(text)
+        draw(rows, args.out / "lease.png")
         (args.out / "lease.json").write_text(json.dumps({"rows": rows, "give_way_us": turn_us}, indent=1) + "\n")
     print(json.dumps({"rows": rows}) if args.json else text, end="")
 

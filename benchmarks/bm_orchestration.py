@@ -24,6 +24,7 @@ import numpy as np
 import optuna
 import ray
 import torch
+from pictures import drawn
 from rich.console import Console
 
 from pruning.plan import BlockPlan, Plan
@@ -124,9 +125,9 @@ def measure(counts: tuple[int, ...]) -> list[dict[str, Any]]:
             "trials": count, "workers": num_workers, "trials_per_s": (count - 1) / float(done[-1] - done[0]),
             "ms_per_trial": 1000 * float(np.diff(done).mean()),
             "ms_per_trial_last": 1000 * float(np.diff(done)[-WINDOW:].mean()),
-            "driver_ms_per_trial": 1000 * processor_s / count,
+            "driver_ms_per_trial": 1000 * processor_s / count, "done_s": (done - done[0]).round(3).tolist(),
         })  # fmt: skip
-        print(rows[-1], file=sys.stderr, flush=True)
+        print({name: value for name, value in rows[-1].items() if name != "done_s"}, file=sys.stderr, flush=True)
     ray.shutdown()
     return rows
 
@@ -139,7 +140,8 @@ def text_of(rows: list[dict[str, Any]], command: str) -> str:
         "Made-up trials that take no time, from when the first is in ledger and MLflow to when the last is. The last",
         "column is the processor time of the driver, the sweep's start and end included: it hardly depends on what",
         "else the machine does.",
-        "", f"| trials | workers | trials/s | ms a trial | ms a trial, last {WINDOW} | driver, ms a trial |",
+        "", "![ms a trial](orchestration.png)", "",
+        f"| trials | workers | trials/s | ms a trial | ms a trial, last {WINDOW} | driver, ms a trial |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [
@@ -150,16 +152,29 @@ def text_of(rows: list[dict[str, Any]], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Milliseconds a trial, over the trials before it."""
+    with drawn(path) as (axes,):
+        for row in rows:
+            done = np.array(row["done_s"])
+            width = min(50, len(done) // 2)
+            at = np.arange(width, len(done))
+            axes.plot(at, 1000 * (done[at] - done[at - width]) / width, label=f"a sweep of {row['trials']}")
+        axes.set(xlabel="trials done", ylabel="ms a trial, mean of the last 50", title="Trials that do nothing")
+        axes.set_ylim(bottom=0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="100 and 200 trials")
     parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
-    parser.add_argument("--out", type=Path, help="folder for orchestration.{md,json}")
+    parser.add_argument("--out", type=Path, help="folder for orchestration.{md,json,png}")
     args = parser.parse_args()
     rows = measure((100, 200) if args.quick else (100, 1000))
     text = text_of(rows, " ".join(["python", *sys.argv]))
     if args.out is not None:
         (args.out / "orchestration.md").write_text(text)
+        draw(rows, args.out / "orchestration.png")
         (args.out / "orchestration.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     print(json.dumps({"rows": rows}) if args.json else text, end="")
 

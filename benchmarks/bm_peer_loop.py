@@ -411,29 +411,19 @@ def text_of(rows: list[dict[str, Any]], command: str) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A panel a task: hypervolume over seconds, mean of the seeds and their range."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from search.plots import FRONT_COLOUR, GRID_COLOUR, KNEE_COLOUR
+    from pictures import band, drawn  # not at the top: the peer's processes need no matplotlib
 
     names = list(dict.fromkeys(row["task"] for row in rows))
-    figure, grid = plt.subplots(1, len(names), figsize=(6 * len(names), 4), squeeze=False)
     labels = {"vitfront": "vitfront", "peer": "Optuna + Torch-Pruning"}
-    for axes, name in zip(grid.flat, names, strict=True):
-        some = [row for row in rows if row["task"] == name]
-        seconds = np.linspace(0, min(row["seconds"] for row in some), 200)
-        for side, colour in zip(SIDES, (FRONT_COLOUR, KNEE_COLOUR), strict=True):
-            curves = np.array([[volume(row["points"][side], row["dense_top1"], at) for at in seconds] for row in some])
-            axes.plot(seconds, curves.mean(axis=0), color=colour, label=labels[side])
-            axes.fill_between(seconds, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-        title = f"{name}, mean and range of {len(some)} seeds" if len(some) > 1 else f"{name}, one seed"
-        axes.set(xlabel="seconds since the search began", ylabel="hypervolume on val", title=title)
-        axes.grid(color=GRID_COLOUR)
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with drawn(path, len(names)) as panels:
+        for axes, name in zip(panels, names, strict=True):
+            some = [row for row in rows if row["task"] == name]
+            seconds = np.linspace(0, min(row["seconds"] for row in some), 200)
+            for side in SIDES:
+                curves = [[volume(row["points"][side], row["dense_top1"], at) for at in seconds] for row in some]
+                band(axes, seconds, curves, labels[side])
+            title = f"{name}, mean and range of {len(some)} seeds" if len(some) > 1 else f"{name}, one seed"
+            axes.set(xlabel="seconds since the search began", ylabel="hypervolume on val", title=title)
 
 
 def write(rows: list[dict[str, Any]], folder: Path, command: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pictures import band, drawn
 from scipy.stats import t
 
 from search.config import load_config
@@ -73,22 +74,11 @@ def measure(
 
 
 def draw(curves: Curves, best: float, path: Path) -> None:
-    """Mean over the seeds and the band in which all of them lie."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for sampler, found in curves.items():
-        trials = np.arange(1, found.shape[1] + 1)
-        (line,) = axes.plot(trials, found.mean(axis=0), label=sampler)
-        axes.fill_between(trials, found.min(axis=0), found.max(axis=0), color=line.get_color(), alpha=0.1, linewidth=0)
-    axes.axhline(best, color="grey", linestyle=":", label="the whole table")
-    axes.set(xlabel="trials", ylabel="hypervolume on val", title="Samplers on a recorded sweep of digits")
-    axes.legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with drawn(path) as (axes,):
+        for sampler, found in curves.items():
+            band(axes, np.arange(1, found.shape[1] + 1), found, sampler)
+        axes.axhline(best, color="grey", linestyle=":", label="the whole table")
+        axes.set(xlabel="trials", ylabel="hypervolume on val", title="digits recorded: mean and range of the seeds")
 
 
 def text_of(rows: list[dict[str, Any]], command: str, num_rows: int, best: float) -> str:

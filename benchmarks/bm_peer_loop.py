@@ -83,7 +83,7 @@ TASKS = {
     ),
     "imagenet-mini": Task(
         recipe=str(Path(__file__).with_name("imagenet_mini.yaml")),
-        seconds=280,
+        seconds=900,
         sets=("space.method=global", "space.token_reduction=auto", "space.round_to=auto", "data.probe_images=64"),
         heaviest=0.36,
     ),
@@ -148,11 +148,11 @@ def vitfront(config: Config) -> Found:
     return Found(prepared_s, points)
 
 
-def train_dense(task: str) -> None:
-    """A sweep of one trial, once: the dense model is trained then, and MLflow has its database."""
+def train_dense() -> None:
+    """A sweep of one trial of digits, once: their dense model is trained then, and MLflow has its database."""
     from search.sweep import run_sweep
 
-    run_sweep(load_config(TASKS[task].recipe, name=f"peer-loop-{task}-dense", trials=1), RUNS, Clock())
+    run_sweep(load_config("digits", name="peer-loop-dense", trials=1), RUNS, Clock())
 
 
 # ------------------------------------------------------------------------------------------------------------ the peer
@@ -366,19 +366,11 @@ def measure(name: str, seed: int, seconds: float) -> dict[str, Any]:
     return row | {"dense_top1": dense_top1, "points": {side: found[side].points for side in SIDES}}
 
 
-def row_file(name: str, seed: int, seconds: float) -> Path:
-    return RUNS / "bm_peer_loop" / f"{name}-{seed}-{seconds:g}.json"
-
-
-def measured(name: str, seed: int, seconds: float, resume: bool) -> dict[str, Any]:
-    """The row; it is kept in `runs/`, and taken from there if that is wanted."""
-    file = row_file(name, seed, seconds)
-    if not (resume and file.exists()):
-        row = measure(name, seed, seconds)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(row), encoding="utf-8")
-    kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return kept
+def rows_of(folder: Path | None) -> dict[tuple[str, int, float], dict[str, Any]]:
+    """Of an earlier run, by task, seed and seconds."""
+    file = folder and folder / "peer_loop.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file and file.exists() else []
+    return {(row["task"], row["seed"], row["seconds"]): row for row in rows}
 
 
 def text_of(rows: list[dict[str, Any]], command: str) -> str:
@@ -438,17 +430,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed of digits, 60 seconds a side")
     parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
     parser.add_argument("--out", type=Path, help="folder for peer_loop.{md,json,png}; written anew after every row")
-    parser.add_argument("--resume", action="store_true", help="take the rows that an earlier run left in runs/")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run in --out")
     parser.add_argument("--tasks", nargs="*", choices=[*TASKS], default=[*TASKS])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, help="of each search; by default the task's")
     args = parser.parse_args()
     tasks, seeds, seconds = (["digits"], [0], 60.0) if args.quick else (args.tasks, args.seeds, args.seconds)
     command, rows = " ".join(["python", *sys.argv]), []
+    known = rows_of(args.out) if args.resume else {}
+    train_dense()
     for name in tasks:
-        train_dense(name)
         for seed in seeds:
-            rows.append(measured(name, seed, seconds or TASKS[name].seconds, args.resume))
+            wanted = name, seed, seconds or TASKS[name].seconds
+            rows.append(known[wanted] if wanted in known else measure(*wanted))
             if args.out is not None:
                 write(rows, args.out, command)
     print(json.dumps({"rows": rows}) if args.json else text_of(rows, command), end="")

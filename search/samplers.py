@@ -68,8 +68,8 @@ def create_study(sampler: Sampler, seed: int, space: Space, surrogate: Surrogate
 class _GPSampler(BaseSampler):
     """Tells our `Surrogate` what the study knows, and gives what it suggests.
 
-    Optuna's own models no limit of what was stopped, takes the worst that was found as the reference, and takes 3 to 4
-    seconds a suggestion, in which a core is lost to the trials.
+    Optuna's own learns nothing from trials that failed or were stopped, counts hypervolume from the worst that was
+    found, and takes 3 to 4 seconds a suggestion, which the trials on that core lose.
     """
 
     def __init__(self, space: Space, surrogate: Surrogate) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from search.front import selection_order
+from search.front import non_dominated, selection_order
 from search.outcome import Outcome
 
 
 class NonDominatedHalving(FIFOScheduler):
-    """Of all that came to a rung, the best `1 / reduction_factor` go on: by non-dominated rank, then by crowding.
+    """Of all that came to a rung, the best `1 / reduction_factor` go on: by non-dominated rank, then by crowding; and
+    so does whoever is on their front, of whom none of the others is better.
 
     The first at a rung go on until there are enough to compare.
     """
@@ -46,7 +47,8 @@ class NonDominatedHalving(FIFOScheduler):
         """Whether a trial with these values goes on from a rung, where they are remembered; both are maximised."""
         there = self._rungs.setdefault(rung, [])
         there.append(values)
-        if len(there) < self._reduction_factor:
+        last, points = len(there) - 1, np.array(there)
+        if len(there) < self._reduction_factor or last in non_dominated(points):
             return True
-        order = selection_order(np.array(there))
-        return int(np.flatnonzero(order == len(there) - 1)[0]) < len(there) / self._reduction_factor
+        [place] = np.flatnonzero(selection_order(points) == last)
+        return bool(place < len(there) / self._reduction_factor)

@@ -323,17 +323,12 @@ def _distill(bench: Bench, candidate: Candidate, pruned: _Pruned, course: _Cours
         FinetuneSettings(seed=bench.config.data.seed, **bench.config.distill.common()),
         masks=_masks(candidate) if candidate.method == "unstructured" else None, precision=bench.precision,
     )  # fmt: skip
-    rungs = _rung_epochs(bench.config.distill.epochs, bench.config.search.reduction_factor) if course.rungs else ()
+    last_rung = round(bench.config.distill.epochs / bench.config.search.reduction_factor) if course.rungs else None
     for epoch in course.train("distill", training, pruned.to_state()):
         yield epoch
-        if epoch.progress["epoch"] in rungs:  # as fast as before
+        if epoch.progress["epoch"] == last_rung:  # as fast as before
             yield course.rung(accuracy(bench, training.trained), course.rungs[-1][1])
     return replace(pruned, model=training.finish(), has_weights=True)
-
-
-def _rung_epochs(epochs: int, reduction_factor: float) -> list[int]:
-    """Epochs after which a trial may be stopped: the last divided by the factor, and by its square."""
-    return [round(epochs / reduction_factor**power) for power in (2, 1) if round(epochs / reduction_factor**power) >= 1]
 
 
 def _prune_without_training(

@@ -69,6 +69,12 @@ def test_the_first_at_a_rung_go_on_then_the_best_share_of_all_that_came() -> Non
     assert scheduler.promotes(1, (0.1, 0.1))  # another rung
 
 
+def test_who_is_on_the_front_of_a_rung_goes_on() -> None:
+    scheduler = NonDominatedHalving(3)
+    assert all(scheduler.promotes(0, each) for each in [(0.98, 1.0), (0.97, 2.0), (0.96, 3.0), (0.965, 2.5)])
+    assert not scheduler.promotes(0, (0.964, 2.4))
+
+
 def test_a_factor_of_one_stops_none() -> None:
     scheduler = NonDominatedHalving(1)
     assert all(scheduler.promotes(0, (1 / n, 1 / n)) for n in range(1, 20))

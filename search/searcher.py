@@ -32,7 +32,8 @@ STOPPED = "stopped at a rung"
 """The limit that a stopped trial is beyond."""
 
 MOST_REPEATS = 50
-"""So many suggestions in a row that were tried before end a search: the space is exhausted, or so is the sampler."""
+"""After so many suggestions in a row that were tried before, candidates are drawn at random; after as many of these the
+space is exhausted."""
 
 
 class StudySearcher(Searcher):
@@ -69,10 +70,10 @@ class StudySearcher(Searcher):
             sampler = "gp" if num_trials <= MOST_GP_TRIALS else "tpe"
         self._has_rungs, self._sampler = has_rungs, sampler
         start = None if dense is None else reference_point(dense, accuracy)
-        surrogate = Surrogate(
+        self._surrogate = Surrogate(
             space, self._candidate_of, None if start is None else (start[accuracy], start["speedup"]), seed + len(known)
         )
-        self._study = create_study(sampler, seed + len(known), space, surrogate)
+        self._study = create_study(sampler, seed + len(known), space, self._surrogate)
         self._asked: dict[str, Trial | Candidate] = {}
         self._answers: dict[Candidate, Outcome | None] = {}
         """What came of each candidate; None while it runs."""
@@ -136,6 +137,10 @@ class StudySearcher(Searcher):
             if candidate not in self._answers:
                 return trial, candidate
             self._tell(trial, self._answers[candidate])
+        for _ in range(0 if self._sampler == "grid" else MOST_REPEATS):  # the sampler is stuck
+            candidate = self._surrogate.anywhere()
+            if candidate not in self._answers:
+                return candidate, candidate
         return None
 
     def _candidate_of(self, values: Mapping[str, Any]) -> Candidate:

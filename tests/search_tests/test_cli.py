@@ -19,11 +19,14 @@ from pruning.artifact import load
 from pruning.cost import count_params
 from search import ledger
 from search.cli import main
+from search.config import SpaceConfig
 from search.folder import Folder
 from search.front import front_record
 from search.outcome import Outcome
+from search.space import Space
 from search.trial import Ended, run_to_end
 from tests.search_tests import made, tiny
+from tests.search_tests.test_space import Chooser
 
 OUTCOMES = [made.outcome("t000", 0.9, 1.0), made.outcome("t001", 0.88, 2.0), made.outcome("t002", 0.5, 2.5)]
 
@@ -275,8 +278,21 @@ def test_front_within_limits_says_which(
     assert f"{says} top1 >= dense - 0.01" in out
 
 
-def test_a_finished_sweep_is_replayed_and_compared(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
-    tiny.write_recipe(sweep / "tiny.yaml")
+@pytest.fixture
+def table(sweep: Path) -> Path:
+    """A finished sweep of many candidates within the recipe's space."""
+    space = Space(SpaceConfig(), tiny.DEPTH)
+    ledger_file = Folder(sweep / "runs", "mine").ledger
+    ledger_file.unlink()
+    with ledger.Ledger(ledger_file) as book:
+        for number in range(40):
+            outcome = made.outcome(f"t{number:03d}", 0.9 - number / 100, 1 + number / 20)
+            book.append(replace(outcome, candidate=space.choose(Chooser(seed=number))))
+    return sweep
+
+
+def test_a_finished_sweep_is_replayed_and_compared(capsys: pytest.CaptureFixture[str], table: Path) -> None:
+    tiny.write_recipe(table / "tiny.yaml")
     for name in ("again-0", "again-1"):
         code, out, _ = call(
             capsys, "run", "tiny.yaml", "--replay", "runs/mine", "--name", name, "--trials", "12",
@@ -290,7 +306,7 @@ def test_a_finished_sweep_is_replayed_and_compared(capsys: pytest.CaptureFixture
     row = next(line for line in out.splitlines() if "again" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")][:2] == ["again", "2"]
     assert "±" in row and "(12)" in row
-    assert "plotly" in (sweep / "figure.html").read_text(encoding="utf-8")
+    assert "plotly" in (table / "figure.html").read_text(encoding="utf-8")
     code, out, _ = call(capsys, "compare", "again-0", "--json")
     [curve] = json.loads(out)["by_trial"]
     assert (code, curve["num_seeds"], len(curve["mean"])) == (0, 1, 12)
@@ -300,7 +316,7 @@ def test_a_finished_sweep_is_replayed_and_compared(capsys: pytest.CaptureFixture
     ("arguments", "says"),
     [
         (["run", "tiny.yaml", "--replay", "runs/yours", "--name", "x"], ["'yours'", "mine"]),
-        (["run", "tiny.yaml", "--replay", "runs/mine", "--name", "mine"], ["mine exists", "--name"]),
+        (["run", "tiny.yaml", "--replay", "runs/mine", "--name", "x"], ["recorded", "search space"]),
         (["compare", "yours", "mine"], ["'yours'", "mine"]),
         (["compare", "mine"], ["'mine'", "before the times"]),
     ],
@@ -310,6 +326,12 @@ def test_wrong_replay_is_one_line(
 ) -> None:
     tiny.write_recipe(sweep / "tiny.yaml")
     check_refused(capsys, sweep, *arguments, says=says)
+
+
+def test_replay_into_a_folder_that_exists_is_one_line(capsys: pytest.CaptureFixture[str], table: Path) -> None:
+    tiny.write_recipe(table / "tiny.yaml")
+    arguments = ["run", "tiny.yaml", "--replay", "runs/mine", "--name", "mine"]
+    check_refused(capsys, table, *arguments, says=["mine exists", "--name"])
 
 
 @pytest.mark.parametrize(("accuracy", "called"), [("recall_at_1", "recall@1"), ("mean_average_precision", "mAP")])

@@ -187,7 +187,7 @@ def test_the_recorded_table_is_of_real_digits_trials(table: Recorded) -> None:
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe", "nsga2", "random", "grid"])
 def test_every_sampler_searches_the_table(table: Recorded, sampler: Sampler) -> None:
-    recorded = {each.candidate: each.measurement for each in table.outcomes}
+    recorded = {each.candidate: each.measurement for each in reversed(table.outcomes)}  # of several the first
     volumes = []
     for count in (12, 40):
         outcomes = searched(table, count, sampler=sampler, seed=1)

@@ -48,7 +48,7 @@ def config(die_if: Path | None, **sections: dict[str, Any]) -> Config:
         "space": {"exit_block": [2, DEPTH]},
         "search": {"trials": 4},
         "cascade": {"num_levels": 3},
-        "measure": {"batch_size": 8, "num_rounds": 6, "precision": "float32"},
+        "measure": {"batch_size": 128, "num_rounds": 9, "precision": "float32"},
     }
     for section, changes in sections.items():
         record[section] = record.get(section, {}) | changes

@@ -177,7 +177,7 @@ def test_front_json_is_as_documented(first: Sweep) -> None:
     ]
     assert all(point.keys() == POINT for point in record["points"])
     assert record["knee"] in [point["id"] for point in record["points"]]
-    assert record["conditions"]["batch_size"] == 8
+    assert record["conditions"]["batch_size"] == 128
 
 
 def test_points_are_those_that_no_other_beats_and_run_from_slow_to_fast(first: Sweep) -> None:

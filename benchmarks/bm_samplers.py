@@ -5,7 +5,9 @@
 The table (`tests/data/digits_table`) is of finished sweeps of digits, by random candidates and two samplers of Optuna
 (tests/data/record_table.py). Every sampler searches it with the same first candidates, on two simulated workers, and is
 moved to the nearest recorded candidate, none twice: where they lie dense, chance seldom comes. Hypervolume is that of
-the search (val), as in `vitfront run`. A sampler that finds nothing new any more ends with what it has.
+the search (val), as in `vitfront run`. A grid of which nothing new is left ends with what it has.
+
+The table is not fresh to `auto`: that a suggestion looks at 900 candidates, not at 1,800, was chosen on six seeds of it.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 
 Real sweeps of digits, in which every model is distilled after it was pruned; once all trials run to their end, once the
 best third of those at a rung goes on. Both begin with the same candidates and have the same sampler. Seconds are those
-of searching, from the start of the trials; hypervolume is on val, of the trials that ran to their end. Seed 0 is not among the seeds that are reported: who goes
-on from a rung was chosen on it.
+of searching, from the start of the trials; hypervolume is on val, of the trials that ran to their end.
+
+Seed 0 is not reported: who goes on from a rung was chosen on it.
 """
 
 from __future__ import annotations

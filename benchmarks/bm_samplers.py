@@ -7,7 +7,8 @@ The table (`tests/data/digits_table`) is of finished sweeps of digits, by random
 moved to the nearest recorded candidate, none twice: where they lie dense, chance seldom comes. Hypervolume is that of
 the search (val), as in `vitfront run`. A grid of which nothing new is left ends with what it has.
 
-The table is not fresh to `auto`: that a suggestion looks at 900 candidates, not at 1,800, was chosen on six seeds of it.
+The table is not fresh to `auto`: that a suggestion looks at 900 candidates, not at 1,800, was chosen on six seeds of
+it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python tests/data/record_table.py runs/table-auto runs/table-random runs/table-tpe --to tests/data/digits_table
 
-The sweeps of the table in this folder were run on two workers, with short checks of lowest priority beside them now and then, by
+The sweeps of the table in this folder were run on two workers, with short checks of lowest priority beside them now and
+then, by
 
     vitfront run digits --trials 120 --name table-auto --set search.patience=0      # Optuna's GPSampler then
     vitfront run digits --trials 150 --name table-random --set search.sampler=random --set search.patience=0

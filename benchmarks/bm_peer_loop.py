@@ -7,7 +7,8 @@ takes the channels with the smallest Taylor importance (gradients on vitfront's 
 processes share the study. The dense model comes first, then nine of Torch-Pruning's own global rankings, from light to
 heavy. It does what Torch-Pruning's ViT example does with `--bottleneck`; tokens and depth are beyond it.
 
-vitfront: a whole sweep with Ray, ledger and MLflow, as `vitfront run` starts it, with two trials at a time.
+vitfront: a sweep with Ray, ledger and MLflow, as `vitfront run` starts it, with two trials at a time, until its time is
+up; then it is ended, before its front is measured once more.
 
 Both measure accuracy on val and speed-up against the dense model with the same calls, batch, rounds and precision, and
 the search's own measurements count; hypervolume is above half the dense accuracy and speed-up 1.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import shutil
 import sys
@@ -30,6 +32,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +50,7 @@ from torch import Tensor, nn
 from pruning.accuracy import predict, top1
 from pruning.anatomy import blocks_of
 from pruning.data import Images
+from pruning.errors import VitfrontError
 from pruning.precision import Precision, fastest_precision
 from pruning.stopwatch import device_name, race
 from search import ledger
@@ -111,11 +115,18 @@ class Found(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------ vitfront
 
 
-class Clock:
-    """Watches a sweep for the start of its trials."""
+class TimeIsUp(VitfrontError):
+    """The first trial that ended too late."""
 
-    searching = 0.0
-    """On the monotonic clock."""
+
+class Clock:
+    """Watches a sweep for the start of its trials, and ends it when its time is up."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        """On the monotonic clock."""
+        self.searching = 0.0
+        """Likewise: when trials could start."""
 
     def stage(self, text: str) -> None:
         print(f"  {text}", file=sys.stderr, flush=True)
@@ -127,21 +138,25 @@ class Clock:
 
     def epoch(self, trial_id: str, progress: Mapping[str, float]) -> None: ...
 
-    def finished(self, outcome: Outcome, hypervolume: float) -> None: ...
+    def finished(self, outcome: Outcome, hypervolume: float) -> None:
+        if time.monotonic() > self.deadline:
+            raise TimeIsUp
 
     def interrupted(self) -> None: ...
 
 
-def vitfront(config: Config) -> Found:
-    """A whole sweep; its time budget starts after its preparation, so that it has trials that come too late."""
+def vitfront(config: Config, seconds: float) -> Found:
+    """A sweep, until the first trial that ends too late."""
     from search.sweep import run_sweep  # not at the top: the peer's processes need not import Ray and MLflow
 
-    folder, clock = Folder(RUNS, config.name), Clock()
+    folder = Folder(RUNS, config.name)
     shutil.rmtree(folder.path, ignore_errors=True)
     for profile in (RUNS / ".cache").glob("profile-*"):
         profile.unlink()  # of the seed before: it is part of the preparation
     start = time.monotonic()
-    run_sweep(config, RUNS, clock)
+    clock = Clock(start + seconds)
+    with suppress(TimeIsUp):
+        run_sweep(config, RUNS, clock)
     prepared_s = clock.searching - start
     measured = [(each.ended_s, each.measurement) for each in ledger.read(folder.ledger)]
     points = [Point(prepared_s + ended_s, found.top1, found.speedup) for ended_s, found in measured if found]
@@ -152,7 +167,7 @@ def train_dense() -> None:
     """A sweep of one trial of digits, once: their dense model is trained then, and MLflow has its database."""
     from search.sweep import run_sweep
 
-    run_sweep(load_config("digits", name="peer-loop-dense", trials=1), RUNS, Clock())
+    run_sweep(load_config("digits", name="peer-loop-dense", trials=1), RUNS, Clock(math.inf))
 
 
 # ------------------------------------------------------------------------------------------------------------ the peer
@@ -353,7 +368,7 @@ def measure(name: str, seed: int, seconds: float) -> dict[str, Any]:
     inputs = load_inputs(config, RUNS)
     logits = predict(inputs.model, inputs.splits.val, batch_size=config.cascade.batch_size)
     dense_top1 = top1(logits, inputs.splits.val.labels)
-    found = {"peer": peer_loop(config, seconds, seed, task.heaviest), "vitfront": vitfront(config)}
+    found = {"peer": peer_loop(config, seconds, seed, task.heaviest), "vitfront": vitfront(config, seconds)}
     volumes = {side: volume(found[side].points, dense_top1, seconds) for side in SIDES}
     row: dict[str, Any] = {"task": name, "seed": seed, "seconds": seconds, **volumes}
     row["ratio"] = volumes["vitfront"] / volumes["peer"] if volumes["peer"] else None

@@ -265,6 +265,18 @@ class Confirmation:
     """What the figures hold for: device, precision, threads, batch size, torch."""
 
 
+def time_shapes(bench: Bench, plans: Sequence[Plan]) -> list[Timing]:
+    """The speed of what each plan leaves, without its repair: equal shapes run equally fast, and are timed once."""
+    by_shape = {plan.shape_hash: plan for plan in plans}
+    models = [
+        apply_plan(truncate(bench.model, plan.exit_block, bench.heads[plan.exit_block]), plan)
+        for plan in by_shape.values()
+    ]
+    _, timings = _race(bench, models, bench.config.measure.num_rounds)
+    found = dict(zip(by_shape, timings, strict=True))
+    return [found[plan.shape_hash] for plan in plans]
+
+
 CONFIRMING = 3
 """The front is timed for so many times the rounds of a trial."""
 
@@ -331,16 +343,18 @@ def _measurement(bench: Bench, model: nn.Module, plan: Plan, timing: Timing | Me
         top1=accuracy,
         top1_low=low,
         top1_high=high,
-        throughput_img_s=timing.throughput_img_s,
-        speedup=timing.speedup,
-        speedup_low=timing.speedup_low,
-        speedup_high=timing.speedup_high,
-        latency_ms_p50=timing.latency_ms_p50,
+        **speed_of(timing),
         macs=count_macs(examine(bench.model), plan),
         params=count_params(model),
         sparsity=sparsity_of(model),
         **_retrieval(bench, model),
     )
+
+
+def speed_of(timing: Timing | Measurement) -> dict[str, Any]:
+    """What a measurement says of how fast a model is."""
+    names = ("throughput_img_s", "speedup", "speedup_low", "speedup_high", "latency_ms_p50")
+    return {name: getattr(timing, name) for name in names}
 
 
 def accuracy(bench: Bench, model: nn.Module) -> float:

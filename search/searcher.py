@@ -138,7 +138,7 @@ class StudySearcher(Searcher):
                 return trial, candidate
             self._tell(trial, self._answers[candidate])
         for _ in range(0 if self._sampler == "grid" else MOST_REPEATS):  # the sampler is stuck
-            candidate = self._surrogate.anywhere()
+            candidate = self._sampling.submit(self._surrogate.anywhere).result()  # that thread draws from it too
             if candidate not in self._answers:
                 return candidate, candidate
         return None

@@ -24,8 +24,9 @@ from pruning.anatomy import examine
 from pruning.artifact import Description, save, save_weights
 from pruning.models import read_weights
 from pruning.plan import Plan
+from pruning.stopwatch import Timing
 from search import ledger
-from search.bench import Bench, Confirmation, Weights, known_from, profile_images, profiled
+from search.bench import Bench, Confirmation, Weights, known_from, profile_images, profiled, speed_of
 from search.cluster import (
     check_resources,
     fetch,
@@ -52,7 +53,7 @@ from search.searcher import StudySearcher
 from search.space import Space
 from search.tracking import Tracker, default_uri
 from search.trial import start_trial
-from search.worker import StartTrial, confirm_remotely, prepare_remotely
+from search.worker import StartTrial, confirm_remotely, prepare_remotely, time_remotely
 
 
 def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | None = None) -> dict[str, Any]:
@@ -131,6 +132,8 @@ def _run(
     accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
     observer.stage("measuring the front once more, quietly, and on test")
     candidates = contenders(acceptable(outcomes, limits, dense), accuracy)
+    timings = fetch(submit(time_remotely, share, bench_ref, [outcome.plan for outcome in candidates]))
+    candidates = contenders(list(map(_timed, candidates, timings)), accuracy)  # beside trials timings are less certain
     plans = [outcome.plan for outcome in candidates if outcome.plan is not None]
     weights = [_read_weights(folder, outcome) for outcome in candidates]
     found: Confirmation = fetch(submit(confirm_remotely, share, bench_ref, plans, weights))
@@ -226,6 +229,12 @@ def _read_earlier(config: Config, runs: Path, space: Space) -> list[Outcome]:
             raise SweepError(f"sweep {name!r} teaches nothing here: its settings differ ({', '.join(different)})")
         found += [each for each in ledger.read(folder.ledger) if each.id == each.trial]
     return [outcome for outcome in found if space.holds(outcome.candidate)]
+
+
+def _timed(outcome: Outcome, timing: Timing) -> Outcome:
+    """The same with another timing."""
+    assert outcome.measurement is not None
+    return replace(outcome, measurement=replace(outcome.measurement, **speed_of(timing)))
 
 
 def _read_weights(folder: Folder, outcome: Outcome) -> Weights | None:

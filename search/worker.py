@@ -16,7 +16,8 @@ from torch import nn
 
 from pruning.allocation import Profile
 from pruning.plan import Plan, TokenReduction
-from search.bench import Bench, Confirmation, Weights, confirm, lease_on, prepare
+from pruning.stopwatch import Timing
+from search.bench import Bench, Confirmation, Weights, confirm, lease_on, prepare, time_shapes
 from search.config import Config
 from search.inputs import Inputs
 from search.outcome import Candidate, Measurement, Outcome, State
@@ -138,6 +139,11 @@ def prepare_remotely(
     )
     proposed = propose(bench, inputs.space)
     return bench.to("cpu"), dense, proposed
+
+
+def time_remotely(bench: Bench, plans: list[Plan]) -> list[Timing]:
+    """`time_shapes` on a worker's device."""
+    return time_shapes(bench.to(_device()), plans)
 
 
 def confirm_remotely(bench: Bench, plans: list[Plan], weights: list[Weights | None]) -> Confirmation:

@@ -21,7 +21,7 @@ from pruning.exits import truncate
 from pruning.pace import Pace
 from pruning.sensitivity import measure_sensitivity
 from pruning.surgery import keep_all_block, keep_all_plan
-from search.bench import Bench, build, confirm, keys_of, known_from, measure, prepare
+from search.bench import Bench, build, confirm, keys_of, known_from, measure, prepare, time_shapes
 from search.config import Accuracy
 from search.outcome import Candidate, Measurement, Method, Outcome, State
 from search.trial import Memory, run_to_end
@@ -392,6 +392,26 @@ def test_front_is_confirmed_in_its_order_and_on_test(bench: Bench) -> None:
         assert measured.top1 == pytest.approx(accuracy(model, bench.splits.val))
         assert measured.top1_test == pytest.approx(accuracy(model, test))
         assert measured.throughput_img_s == pytest.approx(found.dense.throughput_img_s * measured.speedup)
+
+
+def test_plans_of_equal_shape_are_timed_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = keep_all_plan(examine(bench.model))
+    first, *others = whole.blocks
+    one, other = (
+        replace(whole, blocks=(replace(first, keep_hidden=kept), *others))
+        for kept in (first.keep_hidden[:-1], first.keep_hidden[1:])
+    )
+    shorter = replace(whole, blocks=whole.blocks[:2])
+    raced: list[nn.Module] = []
+
+    def fake(dense: nn.Module, models: list[nn.Module], *_: Any, **__: Any) -> tuple[None, list[int]]:
+        raced.extend(models)
+        return None, [count_params(model) for model in models]
+
+    monkeypatch.setattr("search.bench.race", fake)
+    found = time_shapes(bench, [one, shorter, other])
+    assert found == [count_params(build(bench, plan)) for plan in (one, shorter, other)]
+    assert len(raced) == 2
 
 
 def test_conditions_of_the_final_figures_are_told(bench: Bench) -> None:

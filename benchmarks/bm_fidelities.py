@@ -1,138 +1,138 @@
 """Rungs against none: how long a search of trained models takes to the same hypervolume.
 
-    python benchmarks/bm_fidelities.py [--quick] [--json] [--out benchmarks/results]
+    python benchmarks/bm_fidelities.py [--quick] [--json] [--out benchmarks/results] [--table FOLDER]
 
-Real sweeps of digits, in which every model is distilled after it was pruned; once all trials run to their end, once the
-best third of those at a rung goes on. Both begin with the same candidates and have the same sampler. Seconds are those
-of searching, from the start of the trials; hypervolume is on val, of the trials that ran to their end.
-
-Seed 0 is not reported: who goes on from a rung was chosen on it.
+The table (`tests/data/digits_rungs`) is of sweeps of digits in which every pruned model was distilled to the end, and
+measured at each of its rungs on the way (tests/data/record_rungs.py). It is searched once to the end of every trial,
+without the time that the rungs' measurements took, and once with rungs, from which the best third goes on. Both begin
+with the same candidates, have the same sampler and two simulated workers, busy for the recorded seconds. Hypervolume is
+on val, of the trials that ran to their end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-import tempfile
-from collections import Counter
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from pictures import band, drawn
 
-from pruning.stopwatch import device_name
-from search import ledger
-from search.compare import Course, dense_of, read_course
 from search.config import load_config
-from search.folder import Folder
+from search.front import hypervolume_of, running_hypervolume
 from search.outcome import State
-from search.progress import ProgressLine
-from search.sweep import run_sweep
+from search.replay import Recorded, replay
+from search.scheduler import NonDominatedHalving
+from search.searcher import StudySearcher
 
-RUNS = Path("runs")
+TABLE = Path(__file__).parents[1] / "tests" / "data" / "digits_rungs"
+SETS = ("space.recovery=distill", "distill.epochs=48")
+"""Of the recorded sweeps, as far as they matter to a replay."""
+
 REDUCTION_FACTOR = 3
+MILESTONES = (10, 20, 40)
+"""Trials to their end, whose hypervolume is then looked for with rungs."""
+
 NUM_TIMES = 200
 """In the picture."""
-SETS = (
-    "space.recovery=distill",
-    "distill.epochs=18",
-    "search.patience=0",
-    "measure.num_rounds=11",
-)
 
 
-def run(runs: Path, factor: int, seed: int, seconds: float) -> tuple[Course, dict[str, int]]:
-    """The course of a sweep, and how many trials ended in which state."""
-    from rich.console import Console
+class Course:
+    """A search, by the simulated clock."""
 
-    name = f"factor-{factor}-seed-{seed}"
-    sets = [*SETS, f"search.reduction_factor={factor}", f"search.seed={seed}"]
-    config = load_config("digits", name=name, trials=500, time_budget=f"{seconds:g}", sets=sets)
-    with ProgressLine(Console(stderr=True)) as line:
-        run_sweep(config, runs, line)
-    dense = dense_of(Folder(runs, f"factor-1-seed-{seed}").read_front())
-    states = Counter(outcome.state.value for outcome in ledger.read(Folder(runs, name).ledger))
-    return read_course(runs, name, dense), dict(states)
+    def __init__(self, recorded: Recorded, seed: int, num_trials: int, factor: float | None) -> None:
+        searcher = StudySearcher(
+            recorded.space, known=(), sampler="auto", seed=seed, num_trials=num_trials, has_rungs=factor is not None,
+            dense=recorded.dense, settle=recorded.nearest,
+        )  # fmt: skip
+        scheduler = None if factor is None else NonDominatedHalving(factor)
+        outcomes = [each for some in replay(recorded, searcher, num_trials, 2, scheduler) for each in some]
+        searcher.finish()
+        self.num_stopped = sum(each.state is State.STOPPED for each in outcomes)
+        self.ends = np.array([each.ended_s for each in outcomes])
+        self.hypervolumes = np.array(running_hypervolume(outcomes, recorded.dense))
+
+    def at(self, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The hypervolume by then."""
+        return np.append(0.0, self.hypervolumes)[np.searchsorted(self.ends, seconds, side="right")]
+
+    def first(self, hypervolume: float) -> float:
+        """When there was so much; infinite if there never was."""
+        (reached,) = np.nonzero(self.hypervolumes >= hypervolume)
+        return float(self.ends[reached[0]]) if len(reached) else float("inf")
 
 
-def seconds_to(course: Course, hypervolume: float) -> float | None:
-    """When the search had found so much; None if it never did."""
-    pairs = zip(course.hypervolumes, course.seconds, strict=True)
-    return min((end for volume, end in pairs if volume >= hypervolume), default=None)
-
-
-def measure(seeds: range, seconds: float) -> list[dict[str, Any]]:
+def measure(
+    recorded: Recorded, num_seeds: int, milestones: tuple[int, ...]
+) -> tuple[list[dict[str, Any]], list[tuple[Course, Course]]]:
+    """A row for each milestone, and the courses of each seed, without rungs and with."""
+    courses = [
+        (Course(recorded, seed, milestones[-1], None), Course(recorded, seed, len(recorded.outcomes), REDUCTION_FACTOR))
+        for seed in range(num_seeds)
+    ]
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        runs = Path(folder)
-        if (RUNS / ".cache").is_dir():  # of the trained dense model
-            shutil.copytree(RUNS / ".cache", runs / ".cache")
-        for seed in seeds:
-            whole, states = run(runs, 1, seed, seconds)
-            halved, halved_states = run(runs, REDUCTION_FACTOR, seed, seconds)
-            reached = whole.after(seconds)  # what ends later does not count
-            first = seconds_to(whole, reached)
-            then = seconds_to(halved, reached)
-            rows.append({
-                "seed": seed, "hypervolume": reached, "seconds": first, "seconds_with_rungs": then,
-                "share": None if then is None or not first else then / first,
-                "hypervolume_with_rungs": halved.after(seconds), "budget_s": seconds,
-                "trials": sum(states.values()), "trials_with_rungs": sum(halved_states.values()),
-                "stopped": halved_states.get(State.STOPPED.value, 0),
-                "courses": [[each.after(at) for at in np.linspace(0, seconds, NUM_TIMES)] for each in (whole, halved)],
-            })  # fmt: skip
-            print({name: value for name, value in rows[-1].items() if name != "courses"}, file=sys.stderr, flush=True)
-    return rows
+    for count in milestones:
+        found = [float(whole.hypervolumes[count - 1]) for whole, _ in courses]
+        pairs = list(zip(found, courses, strict=True))
+        without = [whole.first(volume) for volume, (whole, _) in pairs]
+        with_rungs = [halved.first(volume) for volume, (_, halved) in pairs]
+        shares = sorted(then / first for first, then in zip(without, with_rungs, strict=True))
+        rows.append({
+            "trials": count, "hypervolume": float(np.mean(found)), "seeds": num_seeds, "seconds": median(without),
+            "seconds_with_rungs": median(with_rungs), "share": median(shares), "least_share": shares[0],
+            "most_share": shares[-1],
+        })  # fmt: skip
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows, courses
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(courses: list[tuple[Course, Course]], path: Path) -> None:
     with drawn(path) as (axes,):
-        times = np.linspace(0, rows[0]["budget_s"], NUM_TIMES)
+        times = np.linspace(0, min(whole.ends[-1] for whole, _ in courses), NUM_TIMES)
         for index, label in enumerate(("all run to their end", f"with rungs, one of {REDUCTION_FACTOR} goes on")):
-            band(axes, times, [row["courses"][index] for row in rows], label)
-        title = "digits, each model distilled: mean and range of the seeds"
-        axes.set(xlabel="seconds of searching", ylabel="hypervolume on val", title=title)
+            band(axes, times, [pair[index].at(times) for pair in courses], label)
+        title = "digits recorded, each model distilled: mean and range of the seeds"
+        axes.set(xlabel="simulated seconds of searching", ylabel="hypervolume on val", title=title)
 
 
-def text_of(rows: list[dict[str, Any]], command: str) -> str:
-    shares = [row["share"] for row in rows if row["share"] is not None]
-    mean = f"{np.exp(np.mean(np.log(shares))):.2f}" if shares else "-"
+def text_of(rows: list[dict[str, Any]], command: str, recorded: Recorded, courses: list[tuple[Course, Course]]) -> str:
+    stopped = np.mean([halved.num_stopped for _, halved in courses])
     lines = [
         "# Rungs", "", f"    {command}", "",
-        f"{device_name(torch.device('cpu'))}, 2 workers, torch {torch.__version__}.", f"digits, {', '.join(SETS)}.",
-        f"With rungs one of {REDUCTION_FACTOR} goes on. Seconds: when the search without them had found what it had in",
-        "its budget, and when the one with rungs had found as much.",
-        f"Geometric mean of their shares: {mean}, over the {len(shares)} of {len(rows)} seeds that came there.",
+        f"{len(recorded.outcomes)} recorded trials of digits, {', '.join(SETS)}, whose own hypervolume is "
+        f"{hypervolume_of(recorded.outcomes, recorded.dense):.4f}.",
+        f"With rungs one of {REDUCTION_FACTOR} goes on; over all of the table {stopped:.0f} trials were stopped.",
+        "Hypervolume after so many trials to their end, mean of the seeds; simulated seconds until then, and until the",
+        "search with rungs had as much of the same seed: medians. Share: median, least and most of the seeds.",
         "", "![hypervolume over seconds](fidelities.png)", "",
-        "| seed | hypervolume | seconds | seconds with rungs | share | trials | with rungs | stopped | in the end |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| trials | hypervolume | seeds | seconds | seconds with rungs | share | least | most |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for row in rows:
-        then = "-" if row["seconds_with_rungs"] is None else f"{row['seconds_with_rungs']:.0f}"
-        share = "-" if row["share"] is None else f"{row['share']:.2f}"
-        lines.append(
-            f"| {row['seed']} | {row['hypervolume']:.4f} | {row['seconds']:.0f} | {then} | {share} | {row['trials']} "
-            f"| {row['trials_with_rungs']} | {row['stopped']} | {row['hypervolume_with_rungs']:.4f} |"
-        )
+    lines += [
+        f"| {row['trials']} | {row['hypervolume']:.4f} | {row['seeds']} | {row['seconds']:.0f} "
+        f"| {row['seconds_with_rungs']:.0f} | {row['share']:.2f} | {row['least_share']:.2f} | {row['most_share']:.2f} |"
+        for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, a minute each")
+    parser.add_argument("--quick", action="store_true", help="three seeds, fewer trials")
     parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
     parser.add_argument("--out", type=Path, help="folder for fidelities.{md,json,png}")
-    parser.add_argument("--seconds", type=float, default=240, help="of each search")
+    parser.add_argument("--table", type=Path, default=TABLE, help="folder of a sweep that passed rungs")
     args = parser.parse_args()
-    rows = measure(range(1), 60) if args.quick else measure(range(1, 4), args.seconds)
-    text = text_of(rows, " ".join(["python", *sys.argv]))
+    recorded = Recorded.read(args.table, load_config("digits", sets=SETS))
+    rows, courses = measure(recorded, 3, MILESTONES[:1]) if args.quick else measure(recorded, 10, MILESTONES)
+    text = text_of(rows, " ".join(["python", *sys.argv]), recorded, courses)
     if args.out is not None:
         (args.out / "fidelities.md").write_text(text)
-        draw(rows, args.out / "fidelities.png")
+        draw(courses, args.out / "fidelities.png")
         (args.out / "fidelities.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     print(json.dumps({"rows": rows}) if args.json else text, end="")
 

@@ -162,6 +162,8 @@ class Outcome:
     """How long its worker had waited for it, since the trial before."""
     rungs: tuple[tuple[float, float], ...] = ()
     """Accuracy and speed-up at each rung that it passed, or where it was stopped."""
+    rung_spans: tuple[tuple[float, float], ...] = ()
+    """When it began to be measured at each of them, and when it had been; in seconds since the trial began."""
     history: tuple[dict[str, float], ...] = ()
     """What was reported after each epoch of a trial that trains."""
     has_weights: bool = False
@@ -185,8 +187,9 @@ class Outcome:
         }
         cost = {"block_drops": self.block_drops, "forward_passes": self.forward_passes}
         cost |= {"seconds": self.seconds, "ended_s": self.ended_s, "waited_s": self.waited_s}
-        course = {"notes": self.notes, "rungs": self.rungs, "history": self.history, "has_weights": self.has_weights}
-        return plain | measured | cost | course
+        course = {"rungs": self.rungs, "rung_spans": self.rung_spans, "history": self.history}
+        kept = {"notes": self.notes, "has_weights": self.has_weights}
+        return plain | measured | cost | course | kept
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Outcome:
@@ -200,6 +203,7 @@ class Outcome:
                 "block_drops": tuple(record["block_drops"]),
                 "notes": tuple(record.get("notes", ())),
                 "rungs": tuple(map(tuple, record.get("rungs", ()))),
+                "rung_spans": tuple(map(tuple, record.get("rung_spans", ()))),
                 "history": tuple(record.get("history", ())),
             }
         )

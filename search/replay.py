@@ -2,7 +2,8 @@
 
 The recorded candidates alone can be tried: what a sampler suggests is moved to the nearest of them. Workers are
 simulated: each is busy for as long as the recorded trial took, so trials end in the order in which they would, and
-hypervolume can be told against trials and against time.
+hypervolume can be told against trials and against time. Where every trial passed rungs and went on, a search that stops
+some of them can be replayed, and one that has no rungs as well: it saves the time of measuring there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from search.folder import Folder
 from search.front import front_record
 from search.ledger import Ledger
 from search.limits import acceptable, parse_limit
-from search.outcome import Candidate, Measurement, Outcome, num_trials
+from search.outcome import Candidate, Measurement, Outcome, State, num_trials
+from search.scheduler import NonDominatedHalving
 from search.searcher import StudySearcher
 from search.space import Choice, Numbers, Space
 
@@ -106,9 +108,20 @@ class Recorded:
         return np.array(row)
 
 
-def replay(recorded: Recorded, searcher: StudySearcher, num_trials: int, num_workers: int) -> Iterator[list[Outcome]]:
-    """What the trials of a search give, in the order in which they end; `ended_s` is by the simulated clock."""
-    running: list[tuple[float, int, list[Outcome]]] = []
+def replay(
+    recorded: Recorded, searcher: StudySearcher, num_trials: int, num_workers: int,
+    scheduler: NonDominatedHalving | None = None,
+) -> Iterator[list[Outcome]]:  # fmt: skip
+    """What the trials of a search give, in the order in which they end; `ended_s` is by the simulated clock.
+
+    Args:
+        scheduler: says at every recorded rung who goes on; without one there are no rungs. What the recorded sweep
+            stopped ends there anyway.
+    """
+    running: list[tuple[float, int, int]] = []
+    """When something comes of a trial, its number, and at which rung; there is one more at the end."""
+    trials: dict[int, tuple[float, list[Outcome]]] = {}
+    """By number, when it started and what comes of it."""
     now, num_started = 0.0, 0
     while True:
         while num_started < num_trials and len(running) < num_workers:
@@ -116,35 +129,69 @@ def replay(recorded: Recorded, searcher: StudySearcher, num_trials: int, num_wor
             if not isinstance(asked, dict):  # nothing new is left to try
                 num_trials = num_started
                 break
-            outcomes = recorded.answer(Candidate.from_json(asked["candidate"]), asked["id"])
-            heapq.heappush(running, (now + outcomes[0].seconds, num_started, outcomes))
+            first, *earlier = recorded.answer(Candidate.from_json(asked["candidate"]), asked["id"])
+            if scheduler is None:
+                first = _without_rungs(first)
+            trials[num_started] = now, [first, *earlier]
+            heapq.heappush(running, (now + _times(first)[0], num_started, 0))
             num_started += 1
         if not running:
             return
-        now, number, outcomes = heapq.heappop(running)
+        now, number, rung = heapq.heappop(running)
+        start, outcomes = trials[number]
+        first, times = outcomes[0], _times(outcomes[0])
+        if rung + 1 < len(times):
+            assert scheduler is not None
+            if scheduler.promotes(rung, first.rungs[rung]):
+                heapq.heappush(running, (start + times[rung + 1], number, rung + 1))
+                continue
+            outcomes = [_stopped_at(first, rung)]
         searcher.on_trial_complete(str(number), {"outcomes": json.dumps([each.to_json() for each in outcomes])})
         yield [replace(each, ended_s=now, waited_s=0.0) for each in outcomes]
+
+
+def _times(outcome: Outcome) -> list[float]:
+    """When it was at each of its rungs and at its end, in seconds since it began."""
+    at_rungs = [end for _, end in outcome.rung_spans]
+    return at_rungs if outcome.state is State.STOPPED and at_rungs else [*at_rungs, outcome.seconds]
+
+
+def _without_rungs(outcome: Outcome) -> Outcome:
+    measuring = sum(end - began for began, end in outcome.rung_spans)
+    return replace(outcome, rungs=(), rung_spans=(), seconds=outcome.seconds - measuring)
+
+
+def _stopped_at(outcome: Outcome, rung: int) -> Outcome:
+    return replace(
+        outcome, state=State.STOPPED, reason=f"others were better at rung {rung + 1}", plan=None, measurement=None,
+        rungs=outcome.rungs[: rung + 1], rung_spans=outcome.rung_spans[: rung + 1], history=(), has_weights=False,
+        seconds=outcome.rung_spans[rung][1],
+    )  # fmt: skip
 
 
 def replay_sweep(config: Config, runs: Path, recorded: Recorded, num_workers: int = 2) -> dict[str, Any]:
     """Searches a recorded sweep, and leaves what a sweep leaves, but for models and MLflow: ledger and front.
 
     Raises:
-        SweepError: the folder is there already.
+        SweepError: the folder is there already, or the recipe wants rungs and none were recorded.
     """
     folder = Folder(runs, config.name)
     if folder.path.exists():
         raise SweepError(f"{folder.path} exists; take another --name")
+    factor = config.search.reduction_factor
+    if factor > 1 and not any(outcome.rung_spans for outcome in recorded.outcomes):
+        raise SweepError("search.reduction_factor: the recorded trials passed no rungs, so none can be stopped there")
     accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
     searcher = StudySearcher(
         recorded.space, known=(), sampler=config.search.sampler, seed=config.search.seed,
-        num_trials=config.search.trials, accuracy=accuracy, limits=limits, dense=recorded.dense,
+        num_trials=config.search.trials, has_rungs=factor > 1, accuracy=accuracy, limits=limits, dense=recorded.dense,
         settle=recorded.nearest,
     )  # fmt: skip
     with Ledger(folder.ledger) as book:
         write_atomically(folder.config, config.to_yaml())
         found: list[Outcome] = []
-        for outcomes in replay(recorded, searcher, config.search.trials, num_workers):
+        scheduler = NonDominatedHalving(factor) if factor > 1 else None
+        for outcomes in replay(recorded, searcher, config.search.trials, num_workers, scheduler):
             book.append(*outcomes)
             found += outcomes
     searcher.finish()

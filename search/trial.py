@@ -51,8 +51,8 @@ class Rung:
 
     values: tuple[tuple[float, float], ...]
     """Accuracy and speed-up at every rung up to this one: the first on a part of the images, others on all."""
-    seconds: float
-    """Since the trial began."""
+    spans: tuple[tuple[float, float], ...]
+    """When each was begun to be measured, and when it had been; in seconds since the trial began."""
 
 
 Event = Epoch | Rung
@@ -123,6 +123,7 @@ def start_trial(
                     forward_passes=pruned.forward_passes * candidate.exit_block / len(blocks_of(bench.model)),
                     seconds=course.seconds if is_own else 0.0,
                     rungs=tuple(course.rungs) if is_own else (),
+                    rung_spans=tuple(course.spans) if is_own else (),
                     history=tuple(course.history) if is_own else (),
                     has_weights=pruned.has_weights,
                 )
@@ -137,6 +138,7 @@ def start_trial(
                 reason=_reason(error),
                 seconds=course.seconds,
                 rungs=tuple(course.rungs),
+                rung_spans=tuple(course.spans),
                 history=tuple(course.history),
             )
         ]
@@ -172,16 +174,19 @@ class _Course:
         self._start = time.monotonic() - state.get("seconds", 0.0)
         self.history: list[dict[str, float]] = list(state.get("history", ()))
         self.rungs: list[tuple[float, float]] = list(map(tuple, state.get("rungs", ())))
+        self.spans: list[tuple[float, float]] = list(map(tuple, state.get("rung_spans", ())))
 
     @property
     def seconds(self) -> float:
         """Wall-clock time, without what lay between the processes."""
         return time.monotonic() - self._start
 
-    def rung(self, accuracy: float, speedup: float) -> Rung:
-        """The next."""
-        self.rungs.append((accuracy, speedup))
-        return Rung(values=tuple(self.rungs), seconds=self.seconds)
+    def rung(self, measure: Callable[[], tuple[float, float]]) -> Rung:
+        """The next, which is measured now: accuracy and speed-up."""
+        began = self.seconds
+        self.rungs.append(measure())
+        self.spans.append((began, self.seconds))
+        return Rung(values=tuple(self.rungs), spans=tuple(self.spans))
 
     def before(self, stage: str) -> Mapping[str, Any] | None:
         """What an earlier process knew before its training of this stage, if that is where it stopped."""
@@ -201,6 +206,7 @@ class _Course:
                     "training": _on_cpu(training.state()),
                     "history": list(self.history),
                     "rungs": list(self.rungs),
+                    "rung_spans": list(self.spans),
                     "seconds": self.seconds,
                 },
             )
@@ -238,9 +244,7 @@ def _prune(
     before = course.before("distill")
     has_rungs = bench.config.search.reduction_factor > 1 and candidate.method not in TOKENLESS
     if has_rungs and before is None:
-        glance = bench.glance()
-        glimpsed = _prune_without_training(glance, candidate, shorter)
-        yield course.rung(*_values(glance, measure(glance, glimpsed.model, glimpsed.plan)))
+        yield course.rung(lambda: _glimpse(bench.glance(), candidate, shorter))
     if before is not None:  # only the shapes: the training brings the weights
         plan = Plan.from_json(before["plan"])
         pruned = _Pruned(
@@ -255,9 +259,16 @@ def _prune(
         pruned = _prune_without_training(bench, candidate, shorter, memory.walks)
     if candidate.recovery == "distill":
         if has_rungs and before is None:
-            yield course.rung(*_values(bench, measure(bench, pruned.model, pruned.plan, memory.known)))
+            found = pruned
+            yield course.rung(lambda: _values(bench, measure(bench, found.model, found.plan, memory.known)))
         pruned = yield from _distill(bench, candidate, pruned, course)
     return [pruned]
+
+
+def _glimpse(glance: Bench, candidate: Candidate, shorter: nn.Module) -> tuple[float, float]:
+    """What a part of the images tells."""
+    pruned = _prune_without_training(glance, candidate, shorter)
+    return _values(glance, measure(glance, pruned.model, pruned.plan))
 
 
 def _values(bench: Bench, measurement: Measurement) -> tuple[float, float]:
@@ -327,7 +338,7 @@ def _distill(bench: Bench, candidate: Candidate, pruned: _Pruned, course: _Cours
     for epoch in course.train("distill", training, pruned.to_state()):
         yield epoch
         if epoch.progress["epoch"] == last_rung:  # as fast as before
-            yield course.rung(accuracy(bench, training.trained), course.rungs[-1][1])
+            yield course.rung(lambda: (accuracy(bench, training.trained), course.rungs[-1][1]))
     return replace(pruned, model=training.finish(), has_weights=True)
 
 

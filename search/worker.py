@@ -124,7 +124,8 @@ class TrialActor(tune.Trainable):
             candidate=self.candidate,
             reason=f"others were better at rung {len(rung.values)}: {accuracy:.3f}, {speedup:.2f} x as fast as dense",
             rungs=rung.values,
-            seconds=rung.seconds,
+            rung_spans=rung.spans,
+            seconds=rung.spans[-1][1],
         )
 
 

@@ -15,9 +15,10 @@ from search.config import Config, SpaceConfig, load_config
 from search.errors import SweepError
 from search.folder import Folder
 from search.front import front_record, hypervolume_of, running_hypervolume
-from search.outcome import Candidate, Outcome
+from search.outcome import Candidate, Outcome, State
 from search.replay import Recorded, replay, replay_sweep
 from search.samplers import Sampler
+from search.scheduler import NonDominatedHalving
 from search.searcher import StudySearcher
 from search.space import Space
 from tests.search_tests import made, tiny
@@ -166,6 +167,101 @@ def test_limits_hold_in_a_replay(folder: Path) -> None:
 def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match="no sweep 'nothing'"):
         Recorded.read(tmp_path / "nothing", config("x"))
+
+
+# Rungs
+
+
+SPANS = ((0.0, 1.0), (2.5, 3.0))
+WITH_RUNGS = [
+    replace(each, rungs=((each.measurement.top1, each.measurement.speedup),) * 2, rung_spans=SPANS, seconds=10.0)
+    for each in OUTCOMES
+    if each.measurement is not None
+]
+
+
+class Until(NonDominatedHalving):
+    """All go on from the rungs before one."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__(3)
+        self.last = last
+
+    def promotes(self, rung: int, values: tuple[float, float]) -> bool:
+        return rung < self.last
+
+
+def replayed(table: list[Outcome], scheduler: NonDominatedHalving | None, **other: Any) -> list[Outcome]:
+    recorded, count = Recorded(table, DENSE, SPACE), 12
+    source = searcher(recorded, **other)
+    outcomes = [each for some in replay(recorded, source, count, 1, scheduler) for each in some]
+    source.finish()
+    return outcomes
+
+
+@pytest.mark.parametrize(("last", "seconds"), [(0, 1.0), (1, 3.0), (2, 10.0)])
+def test_trials_end_at_the_rung_where_they_are_stopped(last: int, seconds: float) -> None:
+    ended = replayed(WITH_RUNGS, Until(last))
+    assert [each.ended_s for each in ended] == pytest.approx([seconds * count for count in range(1, 13)])
+    recorded = {each.candidate: each for each in WITH_RUNGS}
+    for each in ended:
+        whole = recorded[each.candidate]
+        assert (each.rungs, each.rung_spans) == (whole.rungs[: last + 1], SPANS[: last + 1])
+        assert each.measurement == (whole.measurement if last == 2 else None)
+        assert each.state is (State.MEASURED if last == 2 else State.STOPPED)
+
+
+def test_a_search_without_rungs_does_not_spend_their_time() -> None:
+    ended = replayed(WITH_RUNGS, None)
+    assert [each.ended_s for each in ended] == pytest.approx([8.5 * count for count in range(1, 13)])
+    assert all(each.state is State.MEASURED and each.rungs == () for each in ended)
+
+
+def test_what_the_recorded_sweep_stopped_ends_there() -> None:
+    stopped = [
+        replace(each, state=State.STOPPED, reason="worse", measurement=None, plan=None, seconds=3.0)
+        for each in WITH_RUNGS
+    ]
+    for scheduler in (Until(2), None):
+        ended = replayed(stopped, scheduler)
+        assert len(ended) == 12
+        assert all(each.state is State.STOPPED for each in ended)
+    assert replayed(stopped, Until(2))[-1].ended_s == pytest.approx(36.0)
+
+
+def test_trials_of_several_workers_come_to_their_rungs_in_the_order_of_the_clock() -> None:
+    seen: list[tuple[int, float]] = []
+
+    class Watching(Until):
+        def promotes(self, rung: int, values: tuple[float, float]) -> bool:
+            seen.append((rung, values[0]))
+            return True
+
+    slow, quick = WITH_RUNGS[0], replace(WITH_RUNGS[1], rung_spans=((0.0, 0.5), (0.5, 0.8)), seconds=9.0)
+    recorded = Recorded([slow, quick], DENSE, SPACE)
+    source = searcher(recorded, first=[slow.candidate, quick.candidate])
+    ended = [each.candidate for some in replay(recorded, source, 2, 2, Watching(2)) for each in some]
+    source.finish()
+    assert [values for _, values in seen] == [quick.rungs[0][0]] * 2 + [slow.rungs[0][0]] * 2
+    assert [rung for rung, _ in seen] == [0, 1, 0, 1]
+    assert ended == [quick.candidate, slow.candidate]
+
+
+def test_a_replayed_sweep_stops_trials_if_the_recipe_says_so(tmp_path: Path) -> None:
+    asked = config("halved", reduction_factor=3, sampler="random")
+    record = replay_sweep(asked, tmp_path, Recorded(WITH_RUNGS, DENSE, SPACE))
+    outcomes = ledger.read(Folder(tmp_path, "halved").ledger)
+    states = {each.id: each.state for each in outcomes}
+    assert {State.STOPPED, State.MEASURED} == set(states.values())
+    assert all(states[point["id"]] is State.MEASURED for point in record["points"])
+    assert outcomes[-1].ended_s < 30 * 8.5 / 2  # what all of them would take on two workers without rungs
+
+
+def test_rungs_that_were_not_recorded_cannot_be_replayed(tmp_path: Path) -> None:
+    asked = config("halved", reduction_factor=3)
+    with pytest.raises(SweepError, match="passed no rungs"):
+        replay_sweep(asked, tmp_path, Recorded(OUTCOMES, DENSE, SPACE))
+    assert not list(tmp_path.iterdir())
 
 
 # The table of digits

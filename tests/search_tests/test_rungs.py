@@ -64,12 +64,12 @@ def test_trial_without_training_shows_a_first_look_and_ends_as_it_would_without(
     assert accuracy * 6 == pytest.approx(round(accuracy * 6))  # of 6 images
     assert speedup > 0
     (outcome,) = ended.outcomes
-    assert outcome.rungs == rung.values
+    assert (outcome.rungs, outcome.rung_spans) == (rung.values, rung.spans)
     (alone,) = run_to_end(replace(bench, config=config(1)), candidate(method=method), "t000").outcomes
     assert alone.rungs == ()
     assert alone.measurement is not None and outcome.measurement is not None
     assert (alone.plan, alone.measurement.top1) == (outcome.plan, outcome.measurement.top1)
-    assert 0 < rung.seconds <= outcome.seconds
+    assert 0 <= rung.spans[0][0] < rung.spans[0][1] <= outcome.seconds
 
 
 def test_trial_that_trains_shows_the_model_before_and_after_a_part_of_its_epochs(bench: Bench) -> None:

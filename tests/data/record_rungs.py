@@ -1,0 +1,22 @@
+"""`vitfront run`, in which every trial is measured at its rungs and goes on: what a replay with rungs needs.
+
+The sweeps of `digits_rungs` were run on two workers by
+
+    python tests/data/record_rungs.py digits --trials 60 --name rungs-random --set search.sampler=random SETS
+    python tests/data/record_rungs.py digits --trials 60 --name rungs-gp --set search.sampler=gp SETS
+
+with `--set space.recovery=distill --set distill.epochs=48 --set search.reduction_factor=3 --set search.patience=0` for
+SETS, and made one table by record_table.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from unittest.mock import patch
+
+from search.cli import app
+from search.scheduler import NonDominatedHalving
+
+if __name__ == "__main__":
+    with patch.object(NonDominatedHalving, "promotes", lambda *_: True):
+        app(["run", *sys.argv[1:]])

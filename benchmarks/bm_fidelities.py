@@ -2,11 +2,11 @@
 
     python benchmarks/bm_fidelities.py [--quick] [--json] [--out benchmarks/results] [--table FOLDER]
 
-The table (`tests/data/digits_rungs`) is of sweeps of digits in which every pruned model was distilled to the end, and
-measured at each of its rungs on the way (tests/data/record_rungs.py). It is searched once to the end of every trial,
-without the time that the rungs' measurements took, and once with rungs, from which the best third goes on. Both begin
-with the same candidates, have the same sampler and two simulated workers, busy for the recorded seconds. Hypervolume is
-on val, of the trials that ran to their end.
+The table (`tests/data/digits_rungs`, not recorded yet: give another by --table) is of sweeps of digits in which every
+pruned model was distilled to the end, and measured at each of its rungs on the way (tests/data/record_rungs.py). It is
+searched once to the end of every trial, without the time that the rungs' measurements took, and once with rungs, from
+which the best third goes on. Both begin with the same candidates, have the same sampler and two simulated workers, busy
+for the recorded seconds. Hypervolume is on val, of the trials that ran to their end.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """`vitfront run`, in which every trial is measured at its rungs and goes on: what a replay with rungs needs.
 
-The sweeps of `digits_rungs` were run on two workers by
+Not recorded yet: `digits_rungs`, the table that benchmarks/bm_fidelities.py searches. Its sweeps are to be run alone on
+two workers, by
 
     python tests/data/record_rungs.py digits --trials 60 --name rungs-random --set search.sampler=random SETS
     python tests/data/record_rungs.py digits --trials 60 --name rungs-gp --set search.sampler=gp SETS
 
 with `--set space.recovery=distill --set distill.epochs=48 --set search.reduction_factor=3 --set search.patience=0` for
-SETS, and made one table by record_table.py.
+SETS; record_table.py makes one table of both.
 """
 
 from __future__ import annotations

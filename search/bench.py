@@ -26,7 +26,7 @@ from pruning.precision import Precision, fastest_precision, synchronize
 from pruning.retrieval import features, mean_average_precision, recall_at_1
 from pruning.sensitivity import BlockSensitivity, measure_sensitivity
 from pruning.sparsity import sparsity_of
-from pruning.stopwatch import MIN_ROUNDS, Timing, device_id, device_name, race
+from pruning.stopwatch import MIN_ROUNDS, Timing, device_id, device_name, keep_freed_memory, race
 from pruning.surgery import apply_plan, keep_all_plan
 from pruning.training import train
 from search.config import Config
@@ -136,6 +136,7 @@ def prepare(
     Raises:
         VitfrontError: the training diverged, or the dense model's logits are not finite.
     """
+    keep_freed_memory()
     device = next(model.parameters()).device
     batch = splits.val.normalized(slice(0, config.measure.batch_size), device)
     if config.model.training is not None and not trained:

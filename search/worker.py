@@ -16,7 +16,7 @@ from torch import nn
 
 from pruning.allocation import Profile
 from pruning.plan import Plan, TokenReduction
-from pruning.stopwatch import Timing
+from pruning.stopwatch import Timing, keep_freed_memory
 from search.bench import Bench, Confirmation, Weights, confirm, lease_on, prepare, time_shapes
 from search.config import Config
 from search.inputs import Inputs
@@ -56,6 +56,7 @@ class TrialActor(tune.Trainable):
         num_workers: int = 1, num_trials: int = 1, start: StartTrial = start_trial,
     ) -> None:  # fmt: skip
         torch.set_num_threads(cpus)
+        keep_freed_memory()
         # Behind a list, Tune hands the reference on instead of storing the bench a second time.
         self.bench: Bench = ray.get(bench[0]).to(_device())
         self.mailbox, self.start_trial = mailbox, start

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
+from resource import RUSAGE_SELF, getrusage
 
 import pytest
 import torch
@@ -53,6 +55,16 @@ def test_the_dense_model_has_a_speedup_of_exactly_one() -> None:
     dense, (again,) = race(model, [model], BATCH, num_rounds=6, min_lap_s=0.0)
     assert (dense.speedup, dense.speedup_low, dense.speedup_high) == (1.0, 1.0, 1.0)
     assert again.speedup > 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
+def test_after_a_race_freed_memory_is_used_again() -> None:
+    race(Work(1), [], BATCH, num_rounds=6, min_lap_s=0.0)
+    faults = [getrusage(RUSAGE_SELF).ru_minflt]
+    for _ in range(40):
+        torch.ones(16, 1024, 1024)  # of new pages it would be 16384 faults
+        faults.append(getrusage(RUSAGE_SELF).ru_minflt)
+    assert statistics.median(after - before for before, after in pairwise(faults)) < 100
 
 
 def test_the_dense_model_can_run_alone() -> None:

@@ -18,16 +18,17 @@ from search.outcome import Outcome
 
 
 class NonDominatedHalving(FIFOScheduler):
-    """Of all that came to a rung, the best `1 / reduction_factor` go on: by non-dominated rank, then by crowding; and
-    so does whoever is on their front, of whom none of the others is better.
+    """Of all that came to a rung, the best `1 / reduction_factor` go on, and at least the best: by non-dominated rank,
+    then by crowding. Who is no faster than the dense model does not, and does not count.
 
-    The first at a rung go on until there are enough to compare.
+    After the first rung, whose part of the images tells little, whoever is on a rung's front goes on as well: each
+    third of a third would leave little of a front, whose models are all as good as can be.
     """
 
     def __init__(self, reduction_factor: float, known: Sequence[Outcome] = ()) -> None:
         """
         Args:
-            reduction_factor: at least 1, which lets everybody go on.
+            reduction_factor: at least 1, which lets everybody go on that is faster.
             known: outcomes of an earlier run of the sweep, with what they had at their rungs.
         """
         super().__init__()  # type: ignore[no-untyped-call]
@@ -35,7 +36,7 @@ class NonDominatedHalving(FIFOScheduler):
         self._rungs: dict[int, list[tuple[float, float]]] = {}
         for outcome in known:
             for rung, values in enumerate(outcome.rungs):
-                self._rungs.setdefault(rung, []).append(values)
+                self.promotes(rung, values)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if "rungs" not in result:
@@ -44,11 +45,13 @@ class NonDominatedHalving(FIFOScheduler):
         return TrialScheduler.CONTINUE if self.promotes(len(earlier), tuple(values)) else TrialScheduler.STOP
 
     def promotes(self, rung: int, values: tuple[float, float]) -> bool:
-        """Whether a trial with these values goes on from a rung, where they are remembered; both are maximised."""
+        """Whether a trial with this accuracy and speed-up goes on from a rung, where others will be held against it."""
+        if values[1] <= 1.0:
+            return False
         there = self._rungs.setdefault(rung, [])
         there.append(values)
         last, points = len(there) - 1, np.array(there)
-        if len(there) < self._reduction_factor or last in non_dominated(points):
+        if rung > 0 and last in non_dominated(points):
             return True
         [place] = np.flatnonzero(selection_order(points) == last)
-        return bool(place < len(there) / self._reduction_factor)
+        return bool(place < max(1, len(there) / self._reduction_factor))

@@ -302,6 +302,17 @@ def test_a_search_of_the_table_finds_more_in_less_trials_than_chance(table: Reco
     assert learned > 0.95 * best
 
 
+def test_the_table_with_rungs_tells_when_each_trial_was_measured_at_them() -> None:
+    config = load_config("digits", sets=["space.recovery=distill", "distill.epochs=48"])
+    recorded = Recorded.read(TABLE.with_name("digits_rungs"), config)
+    assert len({outcome.candidate for outcome in recorded.outcomes}) >= 90
+    for outcome in recorded.outcomes:
+        assert outcome.state is State.MEASURED
+        assert len(outcome.rungs) == len(outcome.rung_spans) == 3
+        times = [0.0, *(time for span in outcome.rung_spans for time in span), outcome.seconds]
+        assert times == sorted(times)
+
+
 def test_a_table_is_exhausted_once_each_of_its_candidates_was_tried() -> None:
     recorded = Recorded(OUTCOMES[:9], DENSE, SPACE)
     for sampler in ("random", "gp"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,37 +59,51 @@ def test_equal_points_and_nan_come_later_and_nothing_gives_nothing() -> None:
     assert selection_order(np.array([[1.0, 2.0]])).tolist() == [0]
 
 
-def test_the_first_at_a_rung_go_on_then_the_best_share_of_all_that_came() -> None:
+def test_the_first_at_a_rung_goes_on_then_the_best_share_of_all_that_came() -> None:
     scheduler = NonDominatedHalving(3)
-    assert scheduler.promotes(0, (0.5, 0.5))
-    assert scheduler.promotes(0, (0.4, 0.4))  # nothing to compare with yet
-    assert not scheduler.promotes(0, (0.3, 0.3))  # 1 of 3 may
-    assert scheduler.promotes(0, (0.6, 0.6))
-    assert scheduler.promotes(0, (0.7, 0.55))  # 5 / 3: two may
-    assert not scheduler.promotes(0, (0.55, 0.55))
-    assert scheduler.promotes(1, (0.1, 0.1))  # another rung
+    assert scheduler.promotes(0, (0.5, 1.5))
+    assert not scheduler.promotes(0, (0.4, 1.4))
+    assert not scheduler.promotes(0, (0.3, 1.3))
+    assert scheduler.promotes(0, (0.6, 1.6))
+    assert scheduler.promotes(0, (0.55, 1.55))  # 5 / 3: two may
+    assert not scheduler.promotes(0, (0.52, 1.52))
+    assert scheduler.promotes(0, (0.7, 1.7))
+    assert scheduler.promotes(1, (0.1, 1.1))  # another rung
 
 
-def test_who_is_on_the_front_of_a_rung_goes_on() -> None:
+def test_who_is_on_the_front_goes_on_but_not_at_the_first_rung() -> None:
+    front = [(0.98, 1.1), (0.95, 3.0), (0.97, 1.6), (0.96, 2.3), (0.965, 2.0), (0.975, 1.3)]
+    assert all(map(partial(NonDominatedHalving(3).promotes, 1), front))
+    first = NonDominatedHalving(3)
+    assert [first.promotes(0, each) for each in front].count(True) < len(front)
+    later = NonDominatedHalving(3)
+    assert all(later.promotes(1, each) for each in front)
+    assert not later.promotes(1, (0.964, 1.9))
+
+
+@pytest.mark.parametrize("rung", [0, 1, 2])
+def test_who_is_no_faster_than_dense_does_not_go_on(rung: int) -> None:
     scheduler = NonDominatedHalving(3)
-    assert all(scheduler.promotes(0, each) for each in [(0.98, 1.0), (0.97, 2.0), (0.96, 3.0), (0.965, 2.5)])
-    assert not scheduler.promotes(0, (0.964, 2.4))
+    assert not scheduler.promotes(rung, (0.99, 1.0))
+    assert not scheduler.promotes(rung, (0.999, 0.9))
+    assert scheduler.promotes(rung, (0.98, 1.01))  # the others do not count
 
 
 def test_a_factor_of_one_stops_none() -> None:
     scheduler = NonDominatedHalving(1)
-    assert all(scheduler.promotes(0, (1 / n, 1 / n)) for n in range(1, 20))
+    assert all(scheduler.promotes(0, (1 / n, 1 + 1 / n)) for n in range(1, 20))
 
 
-def test_about_the_share_goes_on() -> None:
-    points = np.random.default_rng(0).random((300, 2))
+@pytest.mark.parametrize("rung", [0, 1])
+def test_about_the_share_goes_on(rung: int) -> None:
+    points = 1 + np.random.default_rng(0).random((300, 2))
     scheduler = NonDominatedHalving(3)
-    promoted = [scheduler.promotes(0, (a, b)) for a, b in points]
+    promoted = [scheduler.promotes(rung, (a, b)) for a, b in points]
     assert 0.25 < np.mean(promoted) < 0.45  # at random, the later are held against more that is good
 
 
 def test_what_was_not_good_stays_out_whatever_the_order() -> None:
-    good, bad = [(0.9, 0.9 + n / 100) for n in range(10)], [(0.1, 0.1 + n / 100) for n in range(20)]
+    good, bad = [(0.9, 1.9 + n / 100) for n in range(10)], [(0.1, 1.1 + n / 100) for n in range(20)]
     scheduler = NonDominatedHalving(3)
     points = [*good, *bad]
     promoted = {point: scheduler.promotes(0, point) for point in points}
@@ -96,9 +111,9 @@ def test_what_was_not_good_stays_out_whatever_the_order() -> None:
 
 
 def test_a_resumed_search_remembers_the_rungs() -> None:
-    known = [replace(made.outcome(f"t{n:03d}", 0.9, 1.5), rungs=((0.9, 0.9),)) for n in range(5)]
-    assert not NonDominatedHalving(2, known).promotes(0, (0.5, 0.5))
-    assert NonDominatedHalving(2).promotes(0, (0.5, 0.5))
+    known = [replace(made.outcome(f"t{n:03d}", 0.9, 1.5), rungs=((0.9, 1.9),)) for n in range(5)]
+    assert not NonDominatedHalving(2, known).promotes(0, (0.5, 1.5))
+    assert NonDominatedHalving(2).promotes(0, (0.5, 1.5))
 
 
 def test_ray_is_told_to_go_on_or_to_stop() -> None:
@@ -106,10 +121,10 @@ def test_ray_is_told_to_go_on_or_to_stop() -> None:
     told = [
         scheduler.on_trial_result(None, None, result)
         for result in (
-            {"rungs": [(0.5, 0.5)]},
+            {"rungs": [(0.5, 1.5)]},
             {"progress": {}},
-            {"rungs": [(0.4, 0.4)]},
-            {"rungs": [(0.5, 0.5), (0.1, 0.1)]},
+            {"rungs": [(0.4, 1.4)]},
+            {"rungs": [(0.5, 1.5), (0.1, 1.1)]},
         )
     ]
     go_on, stop = TrialScheduler.CONTINUE, TrialScheduler.STOP

@@ -163,7 +163,7 @@ def _without_rungs(outcome: Outcome) -> Outcome:
 
 def _stopped_at(outcome: Outcome, rung: int) -> Outcome:
     return replace(
-        outcome, state=State.STOPPED, reason=f"others were better at rung {rung + 1}", plan=None, measurement=None,
+        outcome, state=State.STOPPED, reason=f"not good enough at rung {rung + 1}", plan=None, measurement=None,
         rungs=outcome.rungs[: rung + 1], rung_spans=outcome.rung_spans[: rung + 1], history=(), has_weights=False,
         seconds=outcome.rung_spans[rung][1],
     )  # fmt: skip

@@ -123,7 +123,7 @@ class TrialActor(tune.Trainable):
             id=self.id,
             state=State.STOPPED,
             candidate=self.candidate,
-            reason=f"others were better at rung {len(rung.values)}: {accuracy:.3f}, {speedup:.2f} x as fast as dense",
+            reason=f"not good enough at rung {len(rung.values)}: {accuracy:.3f}, {speedup:.2f} x as fast as dense",
             rungs=rung.values,
             rung_spans=rung.spans,
             seconds=rung.spans[-1][1],

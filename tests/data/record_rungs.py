@@ -1,13 +1,13 @@
 """`vitfront run`, in which every trial is measured at its rungs and goes on: what a replay with rungs needs.
 
-Not recorded yet: `digits_rungs`, the table that benchmarks/bm_fidelities.py searches. Its sweeps are to be run alone on
-two workers, by
+The sweeps of `digits_rungs`, the table that benchmarks/bm_fidelities.py searches, were run on two workers, by
 
     python tests/data/record_rungs.py digits --trials 60 --name rungs-random --set search.sampler=random SETS
     python tests/data/record_rungs.py digits --trials 60 --name rungs-gp --set search.sampler=gp SETS
 
 with `--set space.recovery=distill --set distill.epochs=48 --set search.reduction_factor=3 --set search.patience=0` for
-SETS; record_table.py makes one table of both.
+SETS; record_table.py made one table of both. Short searches of lowest priority ran beside them now and then; the first
+was stopped and went on twice. Freed memory was not kept then (pruning/stopwatch.py), so speed-ups are noisier than now.
 """
 
 from __future__ import annotations

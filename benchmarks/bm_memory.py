@@ -1,0 +1,127 @@
+"""How much a speed-up changes from process to process, with freed memory kept and without.
+
+    python benchmarks/bm_memory.py [--quick] [--json] [--out benchmarks/results]
+
+Fresh processes, of both kinds in turn, time the same pruned model of digits against the dense one. Before, each
+allocates and frees tensors of random sizes (by its number), as a trial's other work would. On one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from pictures import drawn
+
+from pruning.allocation import scheduled
+from pruning.anatomy import examine
+from pruning.cost import count_macs
+from pruning.stopwatch import device_name, race
+from pruning.surgery import apply_plan, keep_all_plan
+from search.config import load_config
+from search.inputs import load_inputs
+
+KINDS = ("freed memory kept", "as glibc does")
+NUM_ROUNDS = 21
+TARGET = 0.3
+MOST_MIB = 24
+"""Of a tensor that lies about."""
+
+
+def time_once(is_kept: bool, seed: int, found: Connection) -> None:
+    """In a fresh process: sends speed-up, milliseconds of a dense batch, and page faults a forward pass."""
+    torch.set_num_threads(1)
+    inputs = load_inputs(load_config("digits"), Path("runs"))
+    model = inputs.model.eval().requires_grad_(False)  # speed does not depend on the weights
+    anatomy = examine(model)
+    target = int(TARGET * count_macs(anatomy, keep_all_plan(anatomy)))
+    pruned = apply_plan(model, scheduled(anatomy, target, "constant", "lfe", 0.85))
+    batch = inputs.splits.val.normalized(slice(0, 256), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for size in torch.randint(1, MOST_MIB << 20, (40,), generator=generator).tolist():
+        tensor = torch.zeros(size, dtype=torch.uint8)
+        if size % 4 == 0:
+            kept.append(tensor)
+    del kept[::2]
+    with nullcontext() if is_kept else patch("pruning.stopwatch.keep_freed_memory", lambda: None):
+        before = getrusage(RUSAGE_SELF).ru_minflt
+        dense, (timing,) = race(model, [pruned], batch, num_rounds=NUM_ROUNDS)
+        faults = getrusage(RUSAGE_SELF).ru_minflt - before
+    found.send((timing.speedup, dense.latency_ms_p50, faults / (2 * NUM_ROUNDS)))
+
+
+def measure(num_processes: int) -> list[dict[str, Any]]:
+    """A row for each kind."""
+    context = multiprocessing.get_context("spawn")
+    found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in KINDS}
+    for seed in range(num_processes):
+        for kind in KINDS:
+            here, there = context.Pipe()
+            process = context.Process(target=time_once, args=(kind == KINDS[0], seed, there))
+            process.start()
+            found[kind].append(here.recv())
+            process.join()
+            print(kind, found[kind][-1], file=sys.stderr, flush=True)
+    rows = []
+    for kind, results in found.items():
+        speedups, dense_ms, faults = zip(*results, strict=True)
+        rows.append({
+            "memory": kind, "processes": num_processes, "speedup": median(speedups), "least": min(speedups),
+            "most": max(speedups), "dense_ms": median(dense_ms), "faults": median(faults), "most_faults": max(faults),
+            "speedups": speedups,
+        })  # fmt: skip
+    return rows
+
+
+def text_of(rows: list[dict[str, Any]], command: str) -> str:
+    lines = [
+        "# Memory of forward passes", "", f"    {command}", "",
+        f"{device_name(torch.device('cpu'))}, torch {torch.__version__}. A batch of 256 digits on one thread, a model of",
+        f"{TARGET:g} of the multiply-adds against the dense one, in {rows[0]['processes']} fresh processes of each kind.",
+        "Medians over the processes; faults: page faults a forward pass.", "", "![speed-ups](memory.png)", "",
+        "| memory | speed-up | least | most | dense ms | faults | most faults |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {row['memory']} | {row['speedup']:.2f} | {row['least']:.2f} | {row['most']:.2f} | {row['dense_ms']:.1f} "
+        f"| {row['faults']:,.0f} | {row['most_faults']:,.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    with drawn(path) as (axes,):
+        for row in rows:
+            axes.plot(sorted(row["speedups"]), "o-", label=row["memory"])
+        title = "One pruned model in fresh processes"
+        axes.set(xlabel="process, by its speed-up", ylabel="speed-up", title=title)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three processes of each kind")
+    parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
+    parser.add_argument("--out", type=Path, help="folder for memory.{md,json,png}")
+    args = parser.parse_args()
+    rows = measure(3 if args.quick else 12)
+    text = text_of(rows, " ".join(["python", *sys.argv]))
+    if args.out is not None:
+        (args.out / "memory.md").write_text(text)
+        draw(rows, args.out / "memory.png")
+        (args.out / "memory.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    print(json.dumps({"rows": rows}) if args.json else text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,9 @@
 
     python benchmarks/bm_memory.py [--quick] [--json] [--out benchmarks/results]
 
-Fresh processes, of both kinds in turn, time the same pruned model of digits against the dense one. Before, each
-allocates and frees tensors of random sizes (by its number), as a trial's other work would. On one thread.
+Fresh processes, of both kinds in turn, time the same pruned model of digits against the dense one, on one thread.
+Before, each allocates and frees pieces of random sizes, as a trial's other work would: up to another size in each, since
+the largest piece that was ever freed tells glibc from which size on it gives memory back.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from search.inputs import load_inputs
 KINDS = ("freed memory kept", "as glibc does")
 NUM_ROUNDS = 21
 TARGET = 0.3
-MOST_MIB = 24
-"""Of a tensor that lies about."""
+MOST_MIB = (0, 1, 2, 4, 8, 16)
+"""Of a piece that a process frees before."""
 
 
 def time_once(is_kept: bool, seed: int, found: Connection) -> None:
@@ -48,12 +49,8 @@ def time_once(is_kept: bool, seed: int, found: Connection) -> None:
     pruned = apply_plan(model, scheduled(anatomy, target, "constant", "lfe", 0.85))
     batch = inputs.splits.val.normalized(slice(0, 256), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
-    kept = []
-    for size in torch.randint(1, MOST_MIB << 20, (40,), generator=generator).tolist():
-        tensor = torch.zeros(size, dtype=torch.uint8)
-        if size % 4 == 0:
-            kept.append(tensor)
-    del kept[::2]
+    for size in torch.randint(1, (MOST_MIB[seed % len(MOST_MIB)] << 20) + 2, (40,), generator=generator).tolist():
+        torch.zeros(size, dtype=torch.uint8)
     with nullcontext() if is_kept else patch("pruning.stopwatch.keep_freed_memory", lambda: None):
         before = getrusage(RUSAGE_SELF).ru_minflt
         dense, (timing,) = race(model, [pruned], batch, num_rounds=NUM_ROUNDS)
@@ -114,7 +111,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
     parser.add_argument("--out", type=Path, help="folder for memory.{md,json,png}")
     args = parser.parse_args()
-    rows = measure(3 if args.quick else 12)
+    rows = measure(3 if args.quick else 2 * len(MOST_MIB))
     text = text_of(rows, " ".join(["python", *sys.argv]))
     if args.out is not None:
         (args.out / "memory.md").write_text(text)

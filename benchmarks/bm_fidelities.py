@@ -122,8 +122,8 @@ def text_of(rows: list[dict[str, Any]], command: str, recorded: Recorded, num_st
         f"With rungs one of {REDUCTION_FACTOR} goes on; over all of the table {num_stopped:.0f} trials were stopped.",
         "Hypervolume after so many trials to their end, mean of the seeds; simulated seconds until then, and until the",
         "search with rungs had as much of the same seed: medians. Share: median (least to most of the seeds). The same",
-        f"for {NEARLY:.0%} of that hypervolume (half a speed-up's 95 % interval is {noise:.1%} of it, in the middle). A table",
-        "has each model once: what is stopped does not come again, so all of its hypervolume may never be there.",
+        f"for {NEARLY:.0%} of that hypervolume (half a speed-up's 95 % interval is {noise:.1%} of it, in the middle).",
+        "A table has each model once: what is stopped does not come again, so that may never be reached.",
         "", "![hypervolume over seconds](fidelities.png)", "",
         "| sampler | trials | hypervolume | seeds | seconds | with rungs | share | never "
         f"| {NEARLY:.0%}: seconds | with rungs | share | never |",

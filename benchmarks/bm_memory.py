@@ -3,8 +3,8 @@
     python benchmarks/bm_memory.py [--quick] [--json] [--out benchmarks/results]
 
 Fresh processes, of both kinds in turn, time the same pruned model of digits against the dense one, on one thread.
-Before, each allocates and frees pieces of random sizes, as a trial's other work would: up to another size in each, since
-the largest piece that was ever freed tells glibc from which size on it gives memory back.
+Before, each allocates and frees pieces of random sizes, as a trial's other work would: up to another size in each,
+since the largest piece that was ever freed tells glibc from which size on it gives memory back.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def measure(num_processes: int) -> list[dict[str, Any]]:
 def text_of(rows: list[dict[str, Any]], command: str) -> str:
     lines = [
         "# Memory of forward passes", "", f"    {command}", "",
-        f"{device_name(torch.device('cpu'))}, torch {torch.__version__}. A batch of 256 digits on one thread, a model of",
-        f"{TARGET:g} of the multiply-adds against the dense one, in {rows[0]['processes']} fresh processes of each kind.",
+        f"{device_name(torch.device('cpu'))}, torch {torch.__version__}. A batch of 256 digits on one thread, a model",
+        f"of {TARGET:g} of the multiply-adds against the dense one, in {rows[0]['processes']} fresh processes of each.",
         "Medians over the processes; faults: page faults a forward pass.", "", "![speed-ups](memory.png)", "",
         "| memory | speed-up | least | most | dense ms | faults | most faults |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip

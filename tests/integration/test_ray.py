@@ -98,7 +98,8 @@ def cluster() -> Iterator[Cluster]:
 def test_ctrl_c_ends_a_sweep_without_a_traceback_and_keeps_what_it_has(stopped: Stopped) -> None:
     assert stopped.exit_code == 130
     assert stopped.stdout == ""
-    told = [line.split(" ")[0] for line in stopped.stderr.splitlines()]
+    # The progress ("1/50 done, ...") is no line of a trial; on a busy machine it was seen once.
+    told = [line.split(" ")[0] for line in stopped.stderr.splitlines() if " done, " not in line]
     assert told[:3] == ["training", "50", "1/50"]
     assert "no" in told  # further trial starts
     assert set(told[3:]) <= {"no", "2/50", "3/50"}

@@ -86,6 +86,7 @@ def measure(
         volumes = [float(whole.hypervolumes[count - 1]) for whole, _ in courses]
         row: dict[str, Any] = {
             "sampler": sampler, "trials": count, "hypervolume": float(np.mean(volumes)), "seeds": num_seeds,
+            "stopped": float(np.mean([halved.num_stopped for _, halved in courses])),
         }  # fmt: skip
         for name, part in (("", 1.0), ("_nearly", NEARLY)):
             wanted = [(part * volume, *pair) for volume, pair in zip(volumes, courses, strict=True)]
@@ -112,14 +113,16 @@ def draw(courses: dict[Sampler, list[tuple[Course, Course]]], path: Path) -> Non
             axes.set(xlabel="simulated seconds of searching", ylabel="hypervolume on val", title=title)
 
 
-def text_of(rows: list[dict[str, Any]], command: str, recorded: Recorded, num_stopped: float) -> str:
+def text_of(rows: list[dict[str, Any]], command: str, recorded: Recorded) -> str:
     found = [each.measurement for each in recorded.outcomes if each.measurement is not None]
     noise = median((each.speedup_high - each.speedup_low) / 2 / each.speedup for each in found)
+    num_stopped = {row["sampler"]: row["stopped"] for row in rows}
     lines = [
         "# Rungs", "", f"    {command}", "",
         f"{len(recorded.outcomes)} recorded trials of digits, {', '.join(SETS)}, whose own hypervolume is "
         f"{hypervolume_of(recorded.outcomes, recorded.dense):.4f}.",
-        f"With rungs one of {REDUCTION_FACTOR} goes on; over all of the table {num_stopped:.0f} trials were stopped.",
+        f"With rungs one of {REDUCTION_FACTOR} goes on, until nothing new was found. Stopped, mean of the seeds: "
+        + ", ".join(f"{stopped:.0f} ({sampler})" for sampler, stopped in num_stopped.items()) + ".",
         "Hypervolume after so many trials to their end, mean of the seeds; simulated seconds until then, and until the",
         "search with rungs had as much of the same seed: medians. Share: median (least to most of the seeds). The same",
         f"for {NEARLY:.0%} of that hypervolume (half a speed-up's 95 % interval is {noise:.1%} of it, in the middle).",
@@ -155,8 +158,7 @@ def main() -> None:
     for sampler in SAMPLERS:
         some, courses[sampler] = measure(recorded, sampler, num_seeds, milestones)
         rows += some
-    stopped = float(np.mean([halved.num_stopped for pairs in courses.values() for _, halved in pairs]))
-    text = text_of(rows, " ".join(["python", *sys.argv]), recorded, stopped)
+    text = text_of(rows, " ".join(["python", *sys.argv]), recorded)
     if args.out is not None:
         (args.out / "fidelities.md").write_text(text)
         draw(courses, args.out / "fidelities.png")

@@ -21,8 +21,8 @@ class NonDominatedHalving(FIFOScheduler):
     """Of all that came to a rung, the best `1 / reduction_factor` go on, and at least the best: by non-dominated rank,
     then by crowding. Who is no faster than the dense model does not, and does not count.
 
-    After the first rung, whose part of the images tells little, whoever is on a rung's front goes on as well: each
-    third of a third would leave little of a front, whose models are all as good as can be.
+    After the first rung, whose part of the images tells little, whoever is on a rung's front goes on as well: all of
+    them are as good as can be, and a share of a share would leave few.
     """
 
     def __init__(self, reduction_factor: float, known: Sequence[Outcome] = ()) -> None:
@@ -36,7 +36,7 @@ class NonDominatedHalving(FIFOScheduler):
         self._rungs: dict[int, list[tuple[float, float]]] = {}
         for outcome in known:
             for rung, values in enumerate(outcome.rungs):
-                self.promotes(rung, values)
+                self._remember(rung, values)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if "rungs" not in result:
@@ -46,12 +46,18 @@ class NonDominatedHalving(FIFOScheduler):
 
     def promotes(self, rung: int, values: tuple[float, float]) -> bool:
         """Whether a trial with this accuracy and speed-up goes on from a rung, where others will be held against it."""
-        if values[1] <= 1.0:
+        if not self._remember(rung, values):
             return False
-        there = self._rungs.setdefault(rung, [])
-        there.append(values)
-        last, points = len(there) - 1, np.array(there)
+        points = np.array(self._rungs[rung])
+        last = len(points) - 1
         if rung > 0 and last in non_dominated(points):
             return True
         [place] = np.flatnonzero(selection_order(points) == last)
-        return bool(place < max(1, len(there) / self._reduction_factor))
+        return bool(place < max(1, len(points) / self._reduction_factor))
+
+    def _remember(self, rung: int, values: tuple[float, float]) -> bool:
+        """Whether they count."""
+        is_faster = values[1] > 1.0
+        if is_faster:
+            self._rungs.setdefault(rung, []).append(values)
+        return is_faster

@@ -114,6 +114,8 @@ def test_a_resumed_search_remembers_the_rungs() -> None:
     known = [replace(made.outcome(f"t{n:03d}", 0.9, 1.5), rungs=((0.9, 1.9),)) for n in range(5)]
     assert not NonDominatedHalving(2, known).promotes(0, (0.5, 1.5))
     assert NonDominatedHalving(2).promotes(0, (0.5, 1.5))
+    slow = [replace(each, rungs=((0.9, 1.0), (0.9, float("nan")))) for each in known]
+    assert all(NonDominatedHalving(2, slow).promotes(rung, (0.5, 1.5)) for rung in (0, 1))
 
 
 def test_ray_is_told_to_go_on_or_to_stop() -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ from search.lease import Lease, lease_of
 from search.outcome import TOKENLESS, Measurement, Outcome
 from search.space import Space
 
+Found = TypeVar("Found")
+
 Weights = Mapping[str, Tensor]
 """Of a model, by their names in it."""
 
@@ -42,12 +44,12 @@ GLANCE = 4
 """A first look at a candidate takes one image in so many."""
 
 
-class Known(Protocol):
-    """Measurements by `keys_of` the plans of what was measured: a dict, or what several workers share."""
+class Known(Protocol[Found]):
+    """What was found before, by `keys_of` the plans that it was found for: a dict, or what several workers share."""
 
-    def get(self, key: str, /) -> Measurement | None: ...
+    def get(self, key: str, /) -> Found | None: ...
 
-    def __setitem__(self, key: str, measurement: Measurement, /) -> None: ...
+    def __setitem__(self, key: str, found: Found, /) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +204,7 @@ def measure(
     bench: Bench,
     model: nn.Module,
     plan: Plan,
-    known: Known | None = None,
+    known: Known[Measurement] | None = None,
     *,
     has_weights: bool = False,
 ) -> Measurement:
@@ -239,6 +241,27 @@ def known_from(anatomy: Anatomy, dense: Measurement, outcomes: Sequence[Outcome]
             if not outcome.has_weights:
                 known.setdefault(whole, outcome.measurement)
     return known
+
+
+def trained_from(anatomy: Anatomy, outcomes: Sequence[Outcome]) -> dict[str, Outcome]:
+    """The outcomes that a fine-tune of the same pruned model need not be run again for, by `trained_key`.
+
+    Args:
+        anatomy: of the whole dense model.
+        outcomes: of an earlier run.
+    """
+    return {
+        trained_key(anatomy, outcome.plan): outcome
+        for outcome in outcomes
+        if outcome.plan is not None and outcome.candidate.recovery == "distill"
+        and outcome.candidate.method not in TOKENLESS and outcome.same_as is None
+    }  # fmt: skip
+
+
+def trained_key(anatomy: Anatomy, plan: Plan) -> str:
+    """Of what a fine-tune makes of the model that follows from a plan."""
+    _, whole = keys_of(anatomy, plan)
+    return f"trained {whole}"
 
 
 def keys_of(anatomy: Anatomy, plan: Plan) -> tuple[str, str]:

@@ -84,7 +84,7 @@ class _Bookkeeper(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         outcomes = [Outcome.from_json(each) for each in json.loads(trial.last_result["outcomes"])]
-        has_weights = any(outcome.has_weights for outcome in outcomes)
+        has_weights = any(outcome.has_weights and outcome.same_as is None for outcome in outcomes)
         weights = ray.get(self._mailbox.take.remote(trial.config["id"])) if has_weights else {}
         self._tell(self._recorder.ended, outcomes, weights)
 
@@ -110,7 +110,7 @@ def run_trials(
     share: Share,
     recorder: Recorder,
     states: Mapping[str, Mapping[str, Any]],
-    known: Mapping[str, Measurement],
+    known: Mapping[str, Measurement | Outcome],
     scheduler: NonDominatedHalving,
     *,
     start: StartTrial = start_trial,
@@ -121,7 +121,7 @@ def run_trials(
         bench_ref: reference to the bench.
         recorder: called in the driver; if it raises, no further trial starts.
         states: of the trials that an earlier run did not end, by id.
-        known: what need not be measured again; see `search.bench.known_from`.
+        known: what need not be measured or trained again; see `search.bench.known_from` and `trained_from`.
         scheduler: says at every rung who goes on.
         start: what a worker does with a candidate.
 

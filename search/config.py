@@ -477,6 +477,8 @@ def _one_line(error: ValidationError) -> str:
     for item in sorted(error.errors(), key=lambda item: -len(item["loc"])):
         key = ".".join(str(part) for part in item["loc"] if not _is_branch(part))
         message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        if item["type"] == "missing" and isinstance(item["loc"][-1], int):
+            message = "needs two values, [low, high]"
         given = "" if item["type"] in ("extra_forbidden", "missing", "value_error") else f" (given: {item['input']!r})"
         lines.setdefault(key, message[0].lower() + message[1:] + given)
     return "; ".join(f"{key}: {message}" for key, message in lines.items())

@@ -168,6 +168,8 @@ class Outcome:
     """What was reported after each epoch of a trial that trains."""
     has_weights: bool = False
     """Its weights were trained, and are kept; else they follow from the plan and the dense model."""
+    same_as: str | None = None
+    """Id of the earlier outcome that trained the same plan: its weights and its measurement are this one's too."""
 
     def __post_init__(self) -> None:
         measured = self.state is State.MEASURED
@@ -179,6 +181,11 @@ class Outcome:
         """Id of the trial that it came of."""
         return self.id.split(".")[0]
 
+    @property
+    def weights_id(self) -> str:
+        """Under which its weights are kept, if it has any of its own."""
+        return self.same_as or self.id
+
     def to_json(self) -> dict[str, Any]:
         plain = {"id": self.id, "state": self.state.value, "candidate": asdict(self.candidate), "reason": self.reason}
         measured = {
@@ -188,7 +195,7 @@ class Outcome:
         cost = {"block_drops": self.block_drops, "forward_passes": self.forward_passes}
         cost |= {"seconds": self.seconds, "ended_s": self.ended_s, "waited_s": self.waited_s}
         course = {"rungs": self.rungs, "rung_spans": self.rung_spans, "history": self.history}
-        kept = {"notes": self.notes, "has_weights": self.has_weights}
+        kept = {"notes": self.notes, "has_weights": self.has_weights, "same_as": self.same_as}
         return plain | measured | cost | course | kept
 
     @classmethod

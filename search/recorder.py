@@ -104,7 +104,7 @@ class Recorder:
         """Who is beaten beyond the noise stays so: nobody will ask for its weights."""
         kept = [*self._contenders, *acceptable(new, self._limits, self._dense)]
         self._contenders = contenders(kept, self._search.accuracy)
-        asked_for = {outcome.id for outcome in self._contenders}
+        asked_for = {outcome.weights_id for outcome in self._contenders}
         for path in self._folder.weights.glob("*.safetensors"):
             if path.stem not in asked_for:
                 path.unlink()

@@ -26,7 +26,7 @@ from pruning.models import read_weights
 from pruning.plan import Plan
 from pruning.stopwatch import Timing
 from search import ledger
-from search.bench import Bench, Confirmation, Weights, known_from, profile_images, profiled, speed_of
+from search.bench import Bench, Confirmation, Weights, known_from, profile_images, profiled, speed_of, trained_from
 from search.cluster import (
     check_resources,
     fetch,
@@ -125,9 +125,11 @@ def _run(
             cache = ProfileCache(inputs.cache.parent, config, bench.model.state_dict(), shown)
         cache.write(bench.profiles)
 
+    anatomy = examine(inputs.model)
+    done = known_from(anatomy, dense, book.found) | trained_from(anatomy, book.found)
     outcomes, ended_by = run_search(
         config, folder, inputs.space, bench_ref, dense, book, tracker, observer, proposed=fetch(proposed_ref),
-        learned=learned, known=known_from(examine(inputs.model), dense, book.found),
+        learned=learned, known=done,
     )  # fmt: skip
     accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
     observer.stage("measuring the front once more, quietly, and on test")
@@ -155,7 +157,7 @@ def _run(
 def run_search(
     config: Config, folder: Folder, space: Space, bench_ref: Any, dense: Measurement, book: Ledger, tracker: Tracker,
     observer: Observer, *, proposed: Sequence[Candidate] = (), learned: Sequence[Outcome] = (),
-    known: Mapping[str, Measurement] | None = None, start: StartTrial = start_trial,
+    known: Mapping[str, Measurement | Outcome] | None = None, start: StartTrial = start_trial,
 ) -> tuple[list[Outcome], str]:  # fmt: skip
     """Runs the trials that a sweep lacks.
 
@@ -163,7 +165,7 @@ def run_search(
         bench_ref: Ray's reference to the bench.
         proposed: candidates to begin with.
         learned: outcomes of other sweeps; the search begins with their front.
-        known: what need not be measured again.
+        known: what need not be measured or trained again.
         start: what a worker does with a candidate.
 
     Returns:
@@ -238,7 +240,7 @@ def _timed(outcome: Outcome, timing: Timing) -> Outcome:
 
 
 def _read_weights(folder: Folder, outcome: Outcome) -> Weights | None:
-    return read_weights(folder.weights_of(outcome.id)) if outcome.has_weights else None
+    return read_weights(folder.weights_of(outcome.weights_id)) if outcome.has_weights else None
 
 
 @contextmanager

@@ -231,6 +231,8 @@ class Tracker:
             tags["vitfront.reason"] = outcome.reason[:MAX_REASON_CHARS]
         if outcome.notes:
             tags["vitfront.notes"] = "; ".join(outcome.notes)[:MAX_REASON_CHARS]
+        if outcome.same_as:
+            tags["vitfront.same_as"] = outcome.same_as
         started = _now_ms() - round(1000 * outcome.seconds)
         return self._client.create_run(self._experiment, started, tags, outcome.id)
 

@@ -31,7 +31,7 @@ from pruning.sparsity import GradualMagnitude, MaskSchedule, Pattern, apply_mask
 from pruning.surgery import apply_plan, keep_all_plan
 from pruning.walks import Walks
 from pruning.width import WidthSettings, WidthTraining
-from search.bench import Bench, Known, Weights, accuracy, measure, repaired
+from search.bench import Bench, Known, Weights, accuracy, measure, repaired, trained_key
 from search.outcome import TOKENLESS, Candidate, Measurement, Outcome, State
 
 
@@ -66,12 +66,12 @@ class Ended:
     outcomes: list[Outcome]
     """The trial's own; of a learned width then one for each earlier exit, the latest first."""
     models: dict[str, nn.Module]
-    """Of the outcomes that were measured, by their ids."""
+    """Of the outcomes that were measured here, by their ids."""
 
     @property
     def weights(self) -> dict[str, Weights]:
         """Of the models that do not follow from their plans, by the outcomes' ids; on the CPU."""
-        kept = [outcome.id for outcome in self.outcomes if outcome.has_weights]
+        kept = [each.id for each in self.outcomes if each.has_weights and each.same_as is None]
         return {name: _on_cpu(self.models[name].state_dict()) for name in kept}
 
 
@@ -85,8 +85,9 @@ class Memory:
     """What a worker remembers of earlier trials with the same bench, so that nothing is done twice."""
 
     walks: Walks[Walk] = field(default_factory=lambda: Walks(WALK_BYTES))
-    known: Known = field(default_factory=dict[str, Measurement])
-    """Workers may share it."""
+    known: Known[Measurement] = field(default_factory=dict[str, Measurement])
+    trained: Known[Outcome] = field(default_factory=dict[str, Outcome])
+    """By `trained_key`. Workers may share both."""
 
 
 def start_trial(
@@ -110,14 +111,19 @@ def start_trial(
         for pruned in (yield from _prune(bench, candidate, course, memory)):
             is_own = not outcomes
             name = trial_id if is_own else f"{trial_id}.{pruned.plan.exit_block}"
-            models[name] = pruned.model
+            if pruned.same is None:
+                models[name] = pruned.model
+                found = measure(bench, pruned.model, pruned.plan, memory.known, has_weights=pruned.has_weights)
+            else:
+                assert pruned.same.measurement is not None
+                found = pruned.same.measurement
             outcomes.append(
                 Outcome(
                     id=name,
                     state=State.MEASURED,
                     candidate=candidate,
                     plan=pruned.plan,
-                    measurement=measure(bench, pruned.model, pruned.plan, memory.known, has_weights=pruned.has_weights),
+                    measurement=found,
                     block_drops=pruned.block_drops,
                     notes=pruned.notes,
                     forward_passes=pruned.forward_passes * candidate.exit_block / len(blocks_of(bench.model)),
@@ -126,8 +132,11 @@ def start_trial(
                     rung_spans=tuple(course.spans) if is_own else (),
                     history=tuple(course.history) if is_own else (),
                     has_weights=pruned.has_weights,
+                    same_as=None if pruned.same is None else pruned.same.id,
                 )
             )
+            if pruned.key is not None and pruned.same is None:
+                memory.trained[pruned.key] = outcomes[-1]
     except Exception as error:
         is_infeasible = isinstance(error, TargetError)
         outcomes = [
@@ -223,6 +232,10 @@ class _Pruned:
     block_drops: tuple[float, ...] = ()
     forward_passes: float = 0.0
     notes: tuple[str, ...] = ()
+    key: str | None = None
+    """`trained_key`, if the model was fine-tuned and followed from its plan before."""
+    same: Outcome | None = None
+    """What an earlier trial found with this key; the model is not trained then."""
 
     def to_state(self) -> dict[str, Any]:
         """All but the model."""
@@ -257,12 +270,16 @@ def _prune(
         pruned = _sparse(candidate, shorter)
     else:
         pruned = _prune_without_training(bench, candidate, shorter, memory.walks)
-    if candidate.recovery == "distill":
-        if has_rungs and before is None:
-            found = pruned
-            yield course.rung(lambda: _values(bench, measure(bench, found.model, found.plan, memory.known)))
-        pruned = yield from _distill(bench, candidate, pruned, course)
-    return [pruned]
+    if candidate.recovery == "none":
+        return [pruned]
+    key = None if candidate.method in TOKENLESS else trained_key(bench.anatomy, pruned.plan)
+    same = None if key is None else memory.trained.get(key)
+    if same is not None:
+        return [replace(pruned, has_weights=True, key=key, same=same)]
+    if has_rungs and before is None:
+        yield course.rung(lambda: _values(bench, measure(bench, pruned.model, pruned.plan, memory.known)))
+    trained = yield from _distill(bench, candidate, pruned, course)
+    return [replace(trained, key=key)]
 
 
 def _glimpse(glance: Bench, candidate: Candidate, shorter: nn.Module) -> tuple[float, float]:

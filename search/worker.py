@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Generic
 
 import ray
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from pruning.allocation import Profile
 from pruning.plan import Plan, TokenReduction
 from pruning.stopwatch import Timing, keep_freed_memory
-from search.bench import Bench, Confirmation, Weights, confirm, lease_on, prepare, time_shapes
+from search.bench import Bench, Confirmation, Found, Weights, confirm, lease_on, prepare, time_shapes
 from search.config import Config
 from search.inputs import Inputs
 from search.outcome import Candidate, Measurement, Outcome, State
@@ -34,18 +34,18 @@ StartTrial = Callable[[Bench, Candidate, str, Mapping[str, Any] | None, Memory],
 """`search.trial.start_trial`, or what stands in for it."""
 
 
-class SharedMeasurements:
+class Shared(Generic[Found]):
     """`search.bench.Known` of all workers of a sweep, in its mailbox."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
 
-    def get(self, key: str, /) -> Measurement | None:
-        found: Measurement | None = ray.get(self._mailbox.see.remote(key))
+    def get(self, key: str, /) -> Found | None:
+        found: Found | None = ray.get(self._mailbox.see.remote(key))
         return found
 
-    def __setitem__(self, key: str, measurement: Measurement, /) -> None:
-        ray.get(self._mailbox.put.remote(key, measurement))
+    def __setitem__(self, key: str, found: Found, /) -> None:
+        ray.get(self._mailbox.put.remote(key, found))
 
 
 class TrialActor(tune.Trainable):
@@ -60,7 +60,7 @@ class TrialActor(tune.Trainable):
         # Behind a list, Tune hands the reference on instead of storing the bench a second time.
         self.bench: Bench = ray.get(bench[0]).to(_device())
         self.mailbox, self.start_trial = mailbox, start
-        self.memory = Memory(known=SharedMeasurements(mailbox))
+        self.memory = Memory(known=Shared(mailbox), trained=Shared(mailbox))
         self.free_since = time.monotonic()
         self.num_workers, self.num_trials, self.is_first = num_workers, num_trials, True
         mailbox.arrive.remote()

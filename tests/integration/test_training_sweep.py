@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -44,7 +45,16 @@ class Swept:
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
+def one_worker() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def swept(one_worker: None, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     runs = tmp_path_factory.mktemp("runs")
     config = sweeps.config(
         None,
@@ -56,18 +66,14 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
         if epoch == 2:
             raise KeyboardInterrupt
 
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        stopped = Watcher(on_epoch=stop)
-        with pytest.raises(KeyboardInterrupt):
-            run_sweep(config, runs, stopped)
-        folder = Folder(runs, config.name)
-        left_behind = sorted(path.name for path in folder.checkpoints.iterdir())
-        ended = Watcher()
-        run_sweep(config, runs, ended)
-        yield Swept(runs, config, stopped, left_behind, ended, ledger.read(folder.ledger))
-    finally:
-        ray.shutdown()
+    stopped = Watcher(on_epoch=stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(config, runs, stopped)
+    folder = Folder(runs, config.name)
+    left_behind = sorted(path.name for path in folder.checkpoints.iterdir())
+    ended = Watcher()
+    run_sweep(config, runs, ended)
+    return Swept(runs, config, stopped, left_behind, ended, ledger.read(folder.ledger))
 
 
 def test_stopped_training_goes_on_at_its_next_epoch(swept: Swept) -> None:
@@ -124,3 +130,22 @@ def test_epochs_are_curves_in_mlflow(swept: Swept) -> None:
     curve = client.get_metric_history(runs["t000"].info.run_id, "train_loss")
     assert [point.step for point in curve] == [1, 2, 3, 4]
     assert [point.value for point in curve] == [epoch["loss"] for epoch in swept.outcomes[0].history]
+
+
+def test_trials_of_one_plan_are_trained_once_also_by_a_resumed_sweep(one_worker: None, tmp_path: Path) -> None:
+    """Nothing may go, so all have the dense shape, cut at the first block: who trains it first trains it for all."""
+    space = {"exit_block": 1, "target_ratio": 1.0, "recovery": "distill"}
+
+    def run(num_trials: int) -> tuple[dict[str, Any], Watcher]:
+        watcher = Watcher()
+        config = sweeps.config(None, space=space, distill=TRAINING, search={"trials": num_trials})
+        return run_sweep(config, tmp_path, watcher), watcher
+
+    for num_trials, trained in ((2, {"t000"}), (4, set())):
+        record, watcher = run(num_trials)
+        assert {trial_id for trial_id, _ in watcher.epochs} == trained
+        outcomes = ledger.read(Folder(tmp_path, "tiny").ledger)
+        assert [outcome.same_as for outcome in outcomes] == [None, *["t000"] * (num_trials - 1)]
+        assert [path.stem for path in Folder(tmp_path, "tiny").weights.iterdir()] == ["t000"]
+        (point,) = record["points"]
+        assert point["top1"] == outcomes[0].measurement.top1  # type: ignore[union-attr]

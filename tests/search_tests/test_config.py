@@ -62,7 +62,7 @@ def test_unknown_section_is_named() -> None:
 
 
 def test_all_that_is_wrong_is_told_in_one_line() -> None:
-    record = tiny.record(search__trails=3, data__val_images=2)
+    record = tiny.record(search__trails=3, data__val_images=2, space__exit_block=[2])
     del record["model"]["name"]
     with pytest.raises(ConfigError) as raised:
         Config.from_dict(record)
@@ -71,6 +71,7 @@ def test_all_that_is_wrong_is_told_in_one_line() -> None:
         "data.val_images: input should be greater than or equal to 8 (given: 2)",
         "model.name: field required",
         "search.trails: unknown key",
+        "space.exit_block: needs two values, [low, high]",
     ]
 
 

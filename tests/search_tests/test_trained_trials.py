@@ -12,10 +12,10 @@ import torch
 from pruning.accuracy import predict
 from pruning.cost import count_macs, count_params
 from pruning.sparsity import sparsity_of
-from search.bench import Bench, build, confirm, prepare
+from search.bench import Bench, build, confirm, prepare, trained_from
 from search.config import Config
 from search.outcome import Candidate, Outcome, State
-from search.trial import Ended, Epoch, run_to_end, start_trial
+from search.trial import Ended, Epoch, Memory, run_to_end, start_trial
 from tests.search_tests import tiny
 
 EXITS = [2, 3]
@@ -130,6 +130,57 @@ def test_distillation_follows_the_cascade_and_keeps_its_plan(bench: Bench) -> No
     logits = predict(ended.models["t001"], bench.splits.val)
     assert not torch.equal(logits, predict(build(bench, tuned.plan), bench.splits.val))
     assert [list(epoch) for epoch in tuned.history] == [["loss"]] * 3
+
+
+def distilled(**changes: Any) -> Candidate:
+    return candidate("cascade", drop_budget=(100.0,) * 3, recovery="distill", **changes)
+
+
+def test_a_pruned_model_is_fine_tuned_once(bench: Bench) -> None:
+    memory = Memory()
+    first, other = distilled(target_ratio=0.5), distilled(target_ratio=0.5, token_share=0.25)  # takes no tokens anyway
+    *epochs, before = start_trial(bench, first, "t000", memory=memory)
+    *repeated, after = start_trial(bench, other, "t001", memory=memory)
+    assert isinstance(before, Ended) and isinstance(after, Ended)
+    (own,), (same,) = before.outcomes, after.outcomes
+    assert (len(epochs), repeated) == (3, [])
+    assert same == replace(own, id="t001", candidate=other, same_as="t000", history=(), seconds=same.seconds)
+    assert (own.weights_id, same.weights_id) == ("t000", "t000")
+    assert (set(before.weights), set(after.weights)) == ({"t000"}, set())
+    *third, _ = start_trial(bench, first, "t002", memory=memory)
+    (again,) = run_to_end(bench, first, "t003", memory).outcomes
+    assert third == [] and again.same_as == "t000"
+    *smaller, _ = start_trial(bench, distilled(target_ratio=0.4), "t004", memory=memory)
+    assert len(smaller) == 3
+
+
+@pytest.mark.parametrize("method", ["soft-mask", "unstructured"])
+def test_what_has_weights_of_its_own_is_fine_tuned_each_time(bench: Bench, method: str) -> None:
+    memory = Memory()
+    outcomes = [run_to_end(bench, candidate(method, recovery="distill"), name, memory).outcomes[0] for name in "ab"]
+    assert [outcome.same_as for outcome in outcomes] == [None, None]
+    assert len({len(outcome.history) for outcome in outcomes}) == 1 and outcomes[0].history
+    assert memory.trained == {}
+
+
+def test_what_an_earlier_run_fine_tuned_need_not_be_again(bench: Bench) -> None:
+    memory = Memory()
+    own, same = [run_to_end(bench, distilled(), name, memory).outcomes[0] for name in ("t000", "t001")]
+    plain = run_to_end(bench, replace(distilled(), recovery="none"), "t002").outcomes[0]
+    sparse = run_to_end(bench, candidate("unstructured", recovery="distill"), "t003").outcomes[0]
+    found = trained_from(bench.anatomy, [Outcome.from_json(o.to_json()) for o in (own, same, plain, sparse)])
+    assert list(found.values()) == [own]
+    (outcome,) = run_to_end(bench, distilled(), "t004", Memory(trained=found)).outcomes
+    assert outcome.same_as == "t000" and outcome.measurement == own.measurement
+
+
+def test_a_resumed_training_ends_where_another_trial_was_sooner(bench: Bench) -> None:
+    memory = Memory()
+    epoch, *_ = start_trial(bench, distilled(), "t000")
+    assert isinstance(epoch, Epoch)
+    run_to_end(bench, distilled(), "t001", memory)
+    (ended,) = start_trial(bench, distilled(), "t000", saved(epoch.state()), memory)
+    assert isinstance(ended, Ended) and ended.outcomes[0].same_as == "t001"
 
 
 def count_macs_of(bench: Bench, outcome: Outcome) -> int:

@@ -101,6 +101,11 @@ class Bench:
         timing = self.config.measure.model_copy(update={"num_rounds": MIN_ROUNDS})
         return replace(self, splits=splits, config=self.config.model_copy(update={"measure": timing}))
 
+    def without_rungs(self) -> Bench:
+        """The same, for trials that nobody stops."""
+        search = self.config.search.model_copy(update={"reduction_factor": 1.0})
+        return replace(self, config=self.config.model_copy(update={"search": search}))
+
     def timing_batch(self) -> Tensor:
         """The images that models are timed on: (batch size, ...); the val images over and over if there are few."""
         size = self.config.measure.batch_size

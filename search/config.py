@@ -257,7 +257,7 @@ class SearchConfig(_Section):
     """As a share of the hypervolume."""
     reduction_factor: Annotated[float, Field(ge=1)] = 1.0
     """Of the trials that come to a rung, one in so many goes on; 1 stops none. Rungs: the model of a quarter of the
-    images; for trials that train then the model before the training, and after a part of its epochs."""
+    images; for trials that train then the model before the training, and after a third of its epochs."""
     limits: tuple[LimitText, ...] = ()
     """What a model must keep: `top1 >= dense - 0.01`, `macs <= 60%` (of the dense model's), `latency_ms_p50 <= 5`."""
     accuracy: Accuracy = "top1"

@@ -52,7 +52,8 @@ class Recorded:
         by_trial: dict[str, list[Outcome]] = {}
         for outcome in self.outcomes:
             by_trial.setdefault(outcome.trial, []).append(outcome)
-        self._trials = {trial[0].candidate: trial for trial in reversed(by_trial.values())}
+        trials = sorted(by_trial.values(), key=lambda trial: trial[0].state is State.STOPPED)  # and then tried again
+        self._trials = {trial[0].candidate: trial for trial in reversed(trials)}
         self._candidates = list(reversed(self._trials))
         self._is_choice = np.array([isinstance(each, Choice) for each in space.parameters().values()])
         self._rows = np.array([self._row(each) for each in self._candidates])
@@ -130,7 +131,7 @@ def replay(
                 num_trials = num_started
                 break
             first, *earlier = recorded.answer(Candidate.from_json(asked["candidate"]), asked["id"])
-            if scheduler is None:
+            if scheduler is None or not asked["has_rungs"]:
                 first = _without_rungs(first)
             trials[num_started] = now, [first, *earlier]
             heapq.heappush(running, (now + _times(first)[0], num_started, 0))

@@ -13,16 +13,13 @@ from typing import Any
 import numpy as np
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from search.front import non_dominated, selection_order
+from search.front import selection_order
 from search.outcome import Outcome
 
 
 class NonDominatedHalving(FIFOScheduler):
     """Of all that came to a rung, the best `1 / reduction_factor` go on, and at least the best: by non-dominated rank,
     then by crowding. Who is no faster than the dense model does not, and does not count.
-
-    After the first rung, whose part of the images tells little, whoever is on a rung's front goes on as well: all of
-    them are as good as can be, and a share of a share would leave few.
     """
 
     def __init__(self, reduction_factor: float, known: Sequence[Outcome] = ()) -> None:
@@ -50,8 +47,6 @@ class NonDominatedHalving(FIFOScheduler):
             return False
         points = np.array(self._rungs[rung])
         last = len(points) - 1
-        if rung > 0 and last in non_dominated(points):
-            return True
         [place] = np.flatnonzero(selection_order(points) == last)
         return bool(place < max(1, len(points) / self._reduction_factor))
 

@@ -96,8 +96,11 @@ class StudySearcher(Searcher):
             self._given += space.grid(num_trials, seed)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Ray's FINISHED is a str
-        """Ray's config of the next trial: its id, its candidate, and whether it goes on where an earlier run stopped;
-        `FINISHED` once the time is up, or nothing new is found."""
+        """Ray's config of the next trial: its id, its candidate, whether it goes on where an earlier run stopped, and
+        whether it passes rungs; `FINISHED` once the time is up, or nothing new is found.
+
+        What was stopped at a rung before passes none: it runs to its end.
+        """
         is_resumed = bool(self._unfinished)
         found: tuple[Trial | Candidate, Candidate] | None
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -112,10 +115,11 @@ class StudySearcher(Searcher):
             finished: str = Searcher.FINISHED
             return finished
         self._asked[trial_id], candidate = found
+        has_rungs = self._has_rungs and not self._was_stopped(candidate)
         self._answers[candidate] = None
         if self._on_suggest is not None:
             self._on_suggest(name, candidate)
-        return {"id": name, "candidate": asdict(candidate), "is_resumed": is_resumed}
+        return {"id": name, "candidate": asdict(candidate), "is_resumed": is_resumed, "has_rungs": has_rungs}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial = self._asked.pop(trial_id)
@@ -126,7 +130,7 @@ class StudySearcher(Searcher):
             self._answers[outcome.candidate] = outcome
 
     def _next(self) -> tuple[Trial | Candidate, Candidate] | None:
-        """What to try next, that was not tried before: for the study, and as a candidate."""
+        """What to try next, that was not tried before or was stopped: for the study, and as a candidate."""
         while self._given:
             candidate = self._settle(self._given.pop(0))
             if candidate not in self._answers:
@@ -134,7 +138,8 @@ class StudySearcher(Searcher):
         for _ in range(0 if self._sampler == "grid" else MOST_REPEATS):
             trial = self._sampled()
             candidate = self._candidate_of(trial.params)
-            if candidate not in self._answers:
+            # Others than gp do not know of how much use it is to try again what was stopped.
+            if candidate not in self._answers or (self._sampler == "gp" and self._was_stopped(candidate)):
                 return trial, candidate
             self._tell(trial, self._answers[candidate])
         for _ in range(0 if self._sampler == "grid" else MOST_REPEATS):  # the sampler is stuck
@@ -142,6 +147,11 @@ class StudySearcher(Searcher):
             if candidate not in self._answers:
                 return candidate, candidate
         return None
+
+    def _was_stopped(self, candidate: Candidate) -> bool:
+        """At a rung, when it was tried last."""
+        before = self._answers.get(candidate)
+        return before is not None and before.state is State.STOPPED
 
     def _candidate_of(self, values: Mapping[str, Any]) -> Candidate:
         """What is tried when these values are suggested."""

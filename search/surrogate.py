@@ -133,12 +133,18 @@ class Tried:
     rungs: tuple[tuple[float, float], ...] = ()
     """Values on the way, at the first rung and at later ones."""
 
+    @property
+    def is_stopped(self) -> bool:
+        """At a rung."""
+        return self.values is None and len(self.rungs) > 0
+
 
 class Surrogate:
     """Suggests candidates, by a process of each objective, of each limit, and of whether a trial succeeds at all.
 
     Where trials pass rungs, how far one has come is an axis more of the objectives: what was seen early is not taken
-    for final, but tells of it as much as it does for those that went on (after Kandasamy et al. 2017, "BOCA").
+    for final, but tells of it as much as it does for those that went on (after Kandasamy et al. 2017, "BOCA"). So what
+    was stopped by bad luck is found out, and suggested once more.
     """
 
     def __init__(
@@ -165,13 +171,13 @@ class Surrogate:
         return self._candidate_of({name: self._drawn(each) for name, each in self._parameters.items()})
 
     def suggest(self, tried: Sequence[Tried], running: Sequence[Candidate]) -> Candidate | None:
-        """The candidate with the largest expected gain, of those that were not tried and do not run; None if all that
-        were looked at are. At least one must have been measured.
+        """The candidate with the largest expected gain, of those that were not tried, or stopped, and do not run; None
+        if all that were looked at are. At least one must have been measured.
 
         Running ones count as if they gave what is expected of them (Ginsbourger et al. 2010, "kriging believer").
         """
         measured = [each for each in tried if each.values is not None]
-        known = {each.candidate for each in tried} | set(running)
+        known = {each.candidate for each in tried if not each.is_stopped} | set(running)
         expect = self._expectations(tried, measured, list(running))
         gains: dict[Candidate, float] = {}
 
@@ -181,6 +187,7 @@ class Surrogate:
                 gains.update(zip(new, expect(self._rows(new)).tolist(), strict=True))
 
         best = [measured[row].candidate for row in non_dominated(np.array([each.values for each in measured]))]
+        look_at(each.candidate for each in tried if each.is_stopped)
         look_at(self.anywhere() for _ in range(NUM_ANYWHERE))
         look_at(self._moved(best[index % len(best)]) for index in range(NUM_NEAR))
         for _ in range(NUM_ROUNDS):
@@ -214,7 +221,7 @@ class Surrogate:
         limits = [
             self._process(name, points, np.array([each.excesses[name] for each in measured]), waiting) for name in names
         ]
-        ended = [each for each in tried if each.values is not None or not each.rungs]  # not those that were stopped
+        ended = [each for each in tried if not each.is_stopped]
         if len(measured) < len(ended):
             failed = np.array([1.0 if each.values is None else -1.0 for each in ended])
             limits.append(self._process("failed", self._rows([each.candidate for each in ended]), failed, waiting))

@@ -75,6 +75,9 @@ class Ended:
         return {name: _on_cpu(self.models[name].state_dict()) for name in kept}
 
 
+LAST_RUNG = 1 / 3
+"""Of a training's epochs."""
+
 WALK_BYTES = 512 * 2**20
 """Of the activations of earlier cascades that a worker keeps: of digits some forty states, of a ViT-Tiny at 224 pixels
 with 256 probe images a handful."""
@@ -351,7 +354,7 @@ def _distill(bench: Bench, candidate: Candidate, pruned: _Pruned, course: _Cours
         FinetuneSettings(seed=bench.config.data.seed, **bench.config.distill.common()),
         masks=_masks(candidate) if candidate.method == "unstructured" else None, precision=bench.precision,
     )  # fmt: skip
-    last_rung = round(bench.config.distill.epochs / bench.config.search.reduction_factor) if course.rungs else None
+    last_rung = round(bench.config.distill.epochs * LAST_RUNG) if course.rungs else None
     for epoch in course.train("distill", training, pruned.to_state()):
         yield epoch
         if epoch.progress["epoch"] == last_rung:  # as fast as before

@@ -73,7 +73,8 @@ class TrialActor(tune.Trainable):
     def _start(self, config: dict[str, Any]) -> None:
         self.id, self.candidate = config["id"], Candidate.from_json(config["candidate"])
         state = ray.get(self.mailbox.take.remote(self.id)) if config["is_resumed"] else None
-        self.events = self.start_trial(self.bench, self.candidate, self.id, state, self.memory)
+        bench = self.bench if config["has_rungs"] else self.bench.without_rungs()
+        self.events = self.start_trial(bench, self.candidate, self.id, state, self.memory)
         self.waited_s: float | None = None
         self.started = time.monotonic()
 

@@ -193,7 +193,7 @@ class Until(NonDominatedHalving):
 
 def replayed(table: list[Outcome], scheduler: NonDominatedHalving | None, **other: Any) -> list[Outcome]:
     recorded, count = Recorded(table, DENSE, SPACE), 12
-    source = searcher(recorded, **other)
+    source = searcher(recorded, has_rungs=scheduler is not None, **other)
     outcomes = [each for some in replay(recorded, source, count, 1, scheduler) for each in some]
     source.finish()
     return outcomes
@@ -239,12 +239,28 @@ def test_trials_of_several_workers_come_to_their_rungs_in_the_order_of_the_clock
 
     slow, quick = WITH_RUNGS[0], replace(WITH_RUNGS[1], rung_spans=((0.0, 0.5), (0.5, 0.8)), seconds=9.0)
     recorded = Recorded([slow, quick], DENSE, SPACE)
-    source = searcher(recorded, first=[slow.candidate, quick.candidate])
+    source = searcher(recorded, first=[slow.candidate, quick.candidate], has_rungs=True)
     ended = [each.candidate for some in replay(recorded, source, 2, 2, Watching(2)) for each in some]
     source.finish()
     assert [values for _, values in seen] == [quick.rungs[0][0]] * 2 + [slow.rungs[0][0]] * 2
     assert [rung for rung, _ in seen] == [0, 1, 0, 1]
     assert ended == [quick.candidate, slow.candidate]
+
+
+def test_who_is_tried_again_runs_to_its_end_and_answers_then() -> None:
+    class FewAtFirst(Until):
+        def promotes(self, rung: int, values: tuple[float, float]) -> bool:
+            return values[0] < 0.8
+
+    ended = replayed(WITH_RUNGS[:8], FewAtFirst(0), sampler="gp", num_trials=12)
+    again = [each for number, each in enumerate(ended) if each.candidate in {e.candidate for e in ended[:number]}]
+    stopped = {each.candidate for each in ended if each.state is State.STOPPED}
+    assert again and {each.candidate for each in again} == stopped
+    assert all(each.state is State.MEASURED and (each.rungs, each.seconds) == ((), 8.5) for each in again)
+    assert len(ended) == 8 + len(again)
+
+    both = Recorded(ended, DENSE, SPACE)
+    assert all(both.answer(each.candidate, "t900")[0].state is State.MEASURED for each in ended)
 
 
 def test_a_replayed_sweep_stops_trials_if_the_recipe_says_so(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -16,10 +16,11 @@ from pruning.surgery import apply_plan
 from search.bench import Bench, prepare
 from search.config import Config
 from search.outcome import Candidate, State
-from search.trial import Ended, Epoch, Rung, run_to_end, start_trial
+from search.trial import Ended, Epoch, Memory, Rung, run_to_end, start_trial
+from search.worker import TrialActor
 from tests.search_tests import tiny
 
-EPOCHS = 4
+EPOCHS = 6
 
 
 def config(factor: float) -> Config:
@@ -78,14 +79,14 @@ def test_trial_that_trains_shows_the_model_before_and_after_a_part_of_its_epochs
     for event in start_trial(bench, asked, "t000"):
         events.append(event)
         states += [copy.deepcopy(event.state())] if isinstance(event, Epoch) else []
-    assert kinds(events) == "Rung Rung Epoch Epoch Rung Epoch Epoch Ended"
-    _, before, _, _, after_two, *_, ended = events
+    assert kinds(events) == "Rung Rung Epoch Epoch Rung Epoch Epoch Epoch Epoch Ended"
+    _, before, _, _, after_a_third, *_, ended = events
     (pruned,) = run_to_end(replace(bench, config=config(1)), candidate(), "t000").outcomes
     assert pruned.plan is not None and pruned.measurement is not None
     assert before.values[1][0] == pruned.measurement.top1  # on all of val
     model, val = apply_plan(truncate(bench.model, tiny.DEPTH), pruned.plan), bench.splits.val
     model.load_state_dict(states[1]["training"]["weights"])
-    assert after_two.values[-1][0] == top1(predict(model, val), val.labels)
+    assert after_a_third.values[-1][0] == top1(predict(model, val), val.labels)
     assert len({speedup for _, speedup in ended.outcomes[0].rungs[1:]}) == 1  # the same shape all along
     assert len(ended.outcomes[0].rungs) == 3
 
@@ -98,9 +99,30 @@ def test_trial_goes_on_from_a_state_behind_the_rungs_it_has_passed(bench: Bench)
     torch.save(after_two.state(), file)
     state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     rest: list[Any] = list(start_trial(bench, asked, "t000", state))
-    assert kinds(rest) == "Epoch Epoch Ended"
+    assert kinds(rest) == "Epoch Epoch Epoch Epoch Ended"
     whole, resumed = events[-1].outcomes[0], rest[-1].outcomes[0]
     assert [accuracy for accuracy, _ in resumed.rungs] == [accuracy for accuracy, _ in whole.rungs[:2]]
+
+
+def test_what_nobody_stops_shows_nothing(bench: Bench) -> None:
+    events = list(start_trial(bench.without_rungs(), candidate(recovery="distill"), "t000"))
+    assert kinds(events) == " ".join(["Epoch"] * EPOCHS) + " Ended"
+    assert bench.config == config(2)
+
+
+def test_what_was_fine_tuned_before_ends_at_its_first_rung(bench: Bench) -> None:
+    memory = Memory()
+    run_to_end(bench, candidate(recovery="distill"), "t000", memory)
+    events: list[Any] = list(start_trial(bench, candidate(recovery="distill"), "t001", memory=memory))
+    assert kinds(events) == "Rung Ended" and events[-1].outcomes[0].same_as == "t000"
+
+
+@pytest.mark.parametrize("has_rungs", [True, False])
+def test_worker_lets_a_trial_pass_rungs_only_if_it_is_told(bench: Bench, has_rungs: bool) -> None:
+    actor: Any = TrialActor.__new__(TrialActor)  # without the setup, which takes Ray
+    actor.bench, actor.mailbox, actor.memory, actor.start_trial = bench, None, Memory(), start_trial
+    actor._start({"id": "t000", "candidate": asdict(candidate()), "is_resumed": False, "has_rungs": has_rungs})
+    assert kinds(list(actor.events)) == ("Rung Ended" if has_rungs else "Ended")
 
 
 @pytest.mark.parametrize("method", ["learned", "soft-mask", "unstructured"])

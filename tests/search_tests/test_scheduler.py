@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,16 +68,6 @@ def test_the_first_at_a_rung_goes_on_then_the_best_share_of_all_that_came() -> N
     assert not scheduler.promotes(0, (0.52, 1.52))
     assert scheduler.promotes(0, (0.7, 1.7))
     assert scheduler.promotes(1, (0.1, 1.1))  # another rung
-
-
-def test_who_is_on_the_front_goes_on_but_not_at_the_first_rung() -> None:
-    front = [(0.98, 1.1), (0.95, 3.0), (0.97, 1.6), (0.96, 2.3), (0.965, 2.0), (0.975, 1.3)]
-    assert all(map(partial(NonDominatedHalving(3).promotes, 1), front))
-    first = NonDominatedHalving(3)
-    assert [first.promotes(0, each) for each in front].count(True) < len(front)
-    later = NonDominatedHalving(3)
-    assert all(later.promotes(1, each) for each in front)
-    assert not later.promotes(1, (0.964, 1.9))
 
 
 @pytest.mark.parametrize("rung", [0, 1, 2])

@@ -470,6 +470,27 @@ def test_what_was_stopped_is_no_final_value(sampler: str) -> None:
             assert second.state is TrialState.FAIL
 
 
+@pytest.mark.parametrize("sampler", ["gp", "random"])
+def test_gp_may_try_again_what_was_stopped_then_without_rungs(sampler: str) -> None:
+    few = SpaceConfig(
+        cutoff_channel=0.1, cutoff_token=0.8, drop_budget=1.0, token_share=0.5, target_ratio=0.5, exit_block=3,
+        criterion=("lfs", "taylor", "obs"), token_reduction=("lfe", "merge"), round_to=(1, 8),
+    )  # fmt: skip
+    source = searcher(Space(few, depth=3), sampler=sampler, has_rungs=True, first=[])
+    asked, again = list[tuple[str, Candidate]](), list[Candidate]()
+    while isinstance(config := source.suggest(f"ray-{len(asked)}"), dict):
+        candidate = Candidate.from_json(config["candidate"])
+        tried_before = candidate in [each for _, each in asked]
+        assert config["has_rungs"] is not tried_before
+        again += [candidate] if tried_before else []
+        stopped = replace(failed(config["id"], candidate, State.STOPPED), rungs=((0.9, 2.0),))
+        is_good = candidate.round_to == 1 or tried_before
+        tell(source, len(asked), measured(config["id"], candidate) if is_good else stopped)
+        asked.append((config["id"], candidate))
+    assert [each.round_to for each in again] == ([8] * 6 if sampler == "gp" else [])
+    assert len(asked) == 12 + len(again)
+
+
 def test_tpe_leaves_where_trials_are_stopped() -> None:
     """They are stopped because others had more at the same rung; at that rung all have more than in the end."""
     source = searcher(Space(SpaceConfig(exit_block=3), depth=3), has_rungs=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -157,6 +159,28 @@ def test_what_fails_and_what_is_beyond_a_limit_is_avoided() -> None:
     assert found["free"] <= 0.5
     assert found["fails"] >= 0.8
     assert found["limited"] >= 0.8
+
+
+def test_what_was_stopped_by_bad_luck_is_suggested_again_until_it_has_ended() -> None:
+    """Where no neighbours can be tried in its place."""
+    drawing = surrogate(seed=3)
+    some = list(dict.fromkeys(drawing.anywhere() for _ in range(40)))
+    lucky = replace(some[0], token_share=0.2, target_ratio=0.3, method="cascade")
+    found = made_up(lucky)
+    table, known = [*some, lucky], [tried(each, made_up(each), rungs=(made_up(each),)) for each in some[:20]]
+
+    def nearest(values: Mapping[str, Any]) -> Candidate:
+        share, ratio = values["token_share"], values["target_ratio"]
+        return min(table, key=lambda each: abs(each.token_share - share) + abs(each.target_ratio - ratio))
+
+    def suggested(*others: Tried, running: Sequence[Candidate] = ()) -> Candidate | None:
+        return Surrogate(SPACE, nearest, reference=(0.5, 1.0), seed=0).suggest([*known, *others], running)
+
+    stopped = tried(lucky, rungs=(found,))
+    assert suggested(stopped) == lucky
+    assert suggested(stopped, running=[lucky]) != lucky
+    assert suggested(stopped, tried(lucky, found)) != lucky
+    assert suggested(stopped, tried(lucky)) != lucky  # it failed then
 
 
 def test_what_was_seen_at_rungs_tells_of_the_end_but_is_not_taken_for_it() -> None:

@@ -28,7 +28,7 @@ from search.config import load_config
 from search.front import GrowingFront, hypervolume_of, running_hypervolume
 from search.outcome import Measurement, Outcome, State
 from search.replay import Recorded, replay
-from search.samplers import Sampler
+from search.samplers import MOST_GP_TRIALS, Sampler
 from search.scheduler import NonDominatedHalving
 from search.searcher import StudySearcher
 
@@ -97,7 +97,7 @@ def measure(
     courses = []
     for seed in range(num_seeds):
         whole = replayed(recorded, sampler, seed, milestones[-1])
-        courses.append((whole, replayed(recorded, sampler, seed, 2 * len(recorded.outcomes), whole)))
+        courses.append((whole, replayed(recorded, sampler, seed, MOST_GP_TRIALS, whole)))
         print(f"{sampler}, seed {seed}", file=sys.stderr, flush=True)
     rows = []
     for count in milestones:
@@ -139,8 +139,8 @@ def text_of(rows: list[dict[str, Any]], command: str, recorded: Recorded) -> str
         "# Rungs", "", f"    {command}", "",
         f"{len(recorded.outcomes)} recorded trials of digits, {', '.join(SETS)}, whose own hypervolume is "
         f"{hypervolume_of(recorded.outcomes, recorded.dense):.4f}.",
-        f"With rungs one of {REDUCTION_FACTOR} goes on. Trials of these searches, mean of the seeds: "
-        + "; ".join(f"{sampler}: {', '.join(each)}" for sampler, each in counts.items()) + ".",
+        f"With rungs one of {REDUCTION_FACTOR} goes on. Trials of these searches, mean of the seeds:",
+        "; ".join(f"{sampler}: {', '.join(each)}" for sampler, each in counts.items()) + ".",
         "Hypervolume after so many trials to their end, mean of the seeds; simulated seconds until then, and until the",
         "search with rungs had as much of the same seed: medians. Share: median (least to most of the seeds); never:",
         f"in so many seeds not within {MOST_TIMES} times the seconds of the last milestone. The same",

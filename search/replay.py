@@ -52,7 +52,7 @@ class Recorded:
         by_trial: dict[str, list[Outcome]] = {}
         for outcome in self.outcomes:
             by_trial.setdefault(outcome.trial, []).append(outcome)
-        trials = sorted(by_trial.values(), key=lambda trial: trial[0].state is State.STOPPED)  # and then tried again
+        trials = sorted(by_trial.values(), key=lambda trial: trial[0].state is State.STOPPED)  # a later try counts
         self._trials = {trial[0].candidate: trial for trial in reversed(trials)}
         self._candidates = list(reversed(self._trials))
         self._is_choice = np.array([isinstance(each, Choice) for each in space.parameters().values()])

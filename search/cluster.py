@@ -87,6 +87,8 @@ class _Bookkeeper(tune.Callback):
         has_weights = any(outcome.has_weights and outcome.same_as is None for outcome in outcomes)
         weights = ray.get(self._mailbox.take.remote(trial.config["id"])) if has_weights else {}
         self._tell(self._recorder.ended, outcomes, weights)
+        for key in trial.last_result.get("trained", ()):  # only now: its worker may die before the weights are kept
+            ray.get(self._mailbox.put.remote(key, outcomes[0]))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         failed = Outcome(

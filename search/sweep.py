@@ -133,7 +133,8 @@ def _run(
     )  # fmt: skip
     accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
     observer.stage("measuring the front once more, quietly, and on test")
-    candidates = contenders(acceptable(outcomes, limits, dense), accuracy)
+    different = [outcome for outcome in outcomes if outcome.same_as is None]
+    candidates = contenders(acceptable(different, limits, dense), accuracy)
     timings = fetch(submit(time_remotely, share, bench_ref, [outcome.plan for outcome in candidates]))
     candidates = contenders(list(map(_timed, candidates, timings)), accuracy)  # beside trials timings are less certain
     plans = [outcome.plan for outcome in candidates if outcome.plan is not None]

@@ -67,6 +67,8 @@ class Ended:
     """The trial's own; of a learned width then one for each earlier exit, the latest first."""
     models: dict[str, nn.Module]
     """Of the outcomes that were measured here, by their ids."""
+    trained: dict[str, Outcome] = field(default_factory=dict)
+    """By `trained_key`, what other trials need not train again once its weights are kept."""
 
     @property
     def weights(self) -> dict[str, Weights]:
@@ -109,6 +111,7 @@ def start_trial(
     memory = memory or Memory(walks=Walks(0))
     course = _Course(state or {})
     models: dict[str, nn.Module] = {}
+    trained: dict[str, Outcome] = {}
     try:
         outcomes: list[Outcome] = []
         for pruned in (yield from _prune(bench, candidate, course, memory)):
@@ -139,7 +142,7 @@ def start_trial(
                 )
             )
             if pruned.key is not None and pruned.same is None:
-                memory.trained[pruned.key] = outcomes[-1]
+                trained[pruned.key] = outcomes[-1]
     except Exception as error:
         is_infeasible = isinstance(error, TargetError)
         outcomes = [
@@ -154,7 +157,7 @@ def start_trial(
                 history=tuple(course.history),
             )
         ]
-    yield Ended(outcomes=outcomes, models=models)
+    yield Ended(outcomes=outcomes, models=models, trained=trained)
 
 
 def run_to_end(bench: Bench, candidate: Candidate, trial_id: str, memory: Memory | None = None) -> Ended:
@@ -162,6 +165,9 @@ def run_to_end(bench: Bench, candidate: Candidate, trial_id: str, memory: Memory
     with bench.lease.shared():
         *_, ended = start_trial(bench, candidate, trial_id, memory=memory)
     assert isinstance(ended, Ended)
+    if memory is not None:
+        for key, outcome in ended.trained.items():
+            memory.trained[key] = outcome
     return ended
 
 

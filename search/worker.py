@@ -111,7 +111,7 @@ class TrialActor(tune.Trainable):
             return {"rungs": event.values, "outcomes": self._told([self._stopped(event)]), "done": False}
         if event.weights:
             ray.get(self.mailbox.put.remote(self.id, event.weights))
-        return {"outcomes": self._told(event.outcomes), "done": True}
+        return {"outcomes": self._told(event.outcomes), "trained": list(event.trained), "done": True}
 
     def _told(self, outcomes: Sequence[Outcome]) -> str:
         """As JSON, the trial's own with how long it was waited for."""

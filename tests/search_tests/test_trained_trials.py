@@ -139,11 +139,11 @@ def distilled(**changes: Any) -> Candidate:
 def test_a_pruned_model_is_fine_tuned_once(bench: Bench) -> None:
     memory = Memory()
     first, other = distilled(target_ratio=0.5), distilled(target_ratio=0.5, token_share=0.25)  # takes no tokens anyway
-    *epochs, before = start_trial(bench, first, "t000", memory=memory)
+    before = run_to_end(bench, first, "t000", memory)
     *repeated, after = start_trial(bench, other, "t001", memory=memory)
-    assert isinstance(before, Ended) and isinstance(after, Ended)
+    assert isinstance(after, Ended)
     (own,), (same,) = before.outcomes, after.outcomes
-    assert (len(epochs), repeated) == (3, [])
+    assert (len(own.history), repeated) == (3, [])
     assert same == replace(own, id="t001", candidate=other, same_as="t000", history=(), seconds=same.seconds)
     assert (own.weights_id, same.weights_id) == ("t000", "t000")
     assert (set(before.weights), set(after.weights)) == ({"t000"}, set())
@@ -152,6 +152,14 @@ def test_a_pruned_model_is_fine_tuned_once(bench: Bench) -> None:
     assert third == [] and again.same_as == "t000"
     *smaller, _ = start_trial(bench, distilled(target_ratio=0.4), "t004", memory=memory)
     assert len(smaller) == 3
+
+
+def test_who_keeps_the_weights_says_when_others_may_have_them(bench: Bench) -> None:
+    memory = Memory()
+    for name in ("t000", "t001"):
+        *epochs, ended = start_trial(bench, distilled(), name, memory=memory)
+        assert isinstance(ended, Ended) and len(epochs) == 3
+        assert list(ended.trained.values()) == ended.outcomes and memory.trained == {}
 
 
 @pytest.mark.parametrize("method", ["soft-mask", "unstructured"])

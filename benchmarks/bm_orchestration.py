@@ -70,6 +70,9 @@ class MadeUpBench:
     def to(self, device: torch.device) -> MadeUpBench:
         return self
 
+    def without_rungs(self) -> MadeUpBench:
+        return self
+
 
 def made_up_trial(bench: Any, candidate: Candidate, trial_id: str, *_: Any) -> Iterator[Ended]:
     """Accuracy falls the faster, the more is pruned and the farther the other parameters are from the best."""

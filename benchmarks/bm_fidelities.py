@@ -24,13 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pictures import band, drawn
 
+from search.cluster.scheduler import NonDominatedHalving
+from search.cluster.searcher import StudySearcher
+from search.commands.replay import Recorded, replay
 from search.config import load_config
 from search.front import GrowingFront, hypervolume_of, running_hypervolume
 from search.outcome import Measurement, Outcome, State
-from search.replay import Recorded, replay
-from search.samplers import MOST_GP_TRIALS, Sampler
-from search.scheduler import NonDominatedHalving
-from search.searcher import StudySearcher
+from search.suggest.samplers import MOST_GP_TRIALS, Sampler
 
 TABLE = Path(__file__).parents[1] / "tests" / "data" / "digits_rungs"
 SETS = ("space.recovery=distill", "distill.epochs=48")

@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 
-from pruning.accuracy import predict, top1
-from pruning.anatomy import examine
-from pruning.cost import count_macs
 from pruning.data import Images, InputSpec, load_split
-from pruning.exits import fit_exits
-from pruning.models import create_model
-from pruning.stopwatch import device_name, race
-from pruning.surgery import keep_all_plan
+from pruning.measure.accuracy import predict, top1
+from pruning.measure.cost import count_macs
+from pruning.measure.stopwatch import device_name, race
+from pruning.methods.width import RatioGradient, WidthSettings, WidthTraining
+from pruning.model.anatomy import examine
+from pruning.model.exits import fit_exits
+from pruning.model.loading import create_model
+from pruning.model.surgery import keep_all_plan
 from pruning.training import Jitter, TrainSettings, train
-from pruning.width import RatioGradient, WidthSettings, WidthTraining
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "cifar10-mini"
 TARGETS = (0.4, 0.6, 0.8)

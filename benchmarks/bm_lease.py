@@ -27,16 +27,16 @@ import numpy as np
 import torch
 from pictures import drawn
 
-from pruning.allocation import scheduled
-from pruning.anatomy import examine
-from pruning.cascade import CascadeSettings, cascade
-from pruning.cost import count_macs
-from pruning.stopwatch import Timing, device_name, median_interval, race
-from pruning.surgery import apply_plan, keep_all_plan
-from pruning.turns import give_way
-from search.bench import lease_on
+from pruning.device_sharing import give_way
+from pruning.measure.cost import count_macs
+from pruning.measure.stopwatch import Timing, device_name, median_interval, race
+from pruning.methods.allocation import scheduled
+from pruning.methods.cascade import CascadeSettings, cascade
+from pruning.model.anatomy import examine
+from pruning.model.surgery import apply_plan, keep_all_plan
 from search.config import load_config
-from search.inputs import Inputs, load_inputs
+from search.trial.context import lease_on
+from search.trial.inputs import Inputs, load_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONDITIONS = ("alone", "shared with lease", "shared without lease")

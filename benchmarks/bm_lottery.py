@@ -18,15 +18,15 @@ from typing import Any
 
 import timm
 
+from search.commands.lottery import hold_lottery
 from search.config import load_config
-from search.lottery import hold_lottery
 
 SPARSITY, ROUNDS, SEEDS, EPOCHS, DEPTH = 0.8, 2, 3, 20, 3
 COLOURS = {"dense": "#222222", "ticket": "#1f5fa8", "random": "#d1495b", "sparse-aware": "#2a9d6f"}
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """The record of `search.lottery.hold_lottery`, and the seconds it took."""
+    """The record of `search.commands.lottery.hold_lottery`, and the seconds it took."""
     epochs = 4 if quick else EPOCHS
     sets = (f"model.training.epochs={epochs}", f"model.args.depth={DEPTH}", f"space.exit_block={DEPTH}")
     start = time.monotonic()

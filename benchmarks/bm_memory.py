@@ -24,13 +24,13 @@ from unittest.mock import patch
 import torch
 from pictures import drawn
 
-from pruning.allocation import scheduled
-from pruning.anatomy import examine
-from pruning.cost import count_macs
-from pruning.stopwatch import device_name, race
-from pruning.surgery import apply_plan, keep_all_plan
+from pruning.measure.cost import count_macs
+from pruning.measure.stopwatch import device_name, race
+from pruning.methods.allocation import scheduled
+from pruning.model.anatomy import examine
+from pruning.model.surgery import apply_plan, keep_all_plan
 from search.config import load_config
-from search.inputs import load_inputs
+from search.trial.inputs import load_inputs
 
 KINDS = ("freed memory kept", "as glibc does")
 NUM_ROUNDS = 21
@@ -51,7 +51,7 @@ def time_once(is_kept: bool, seed: int, found: Connection) -> None:
     generator = torch.Generator().manual_seed(seed)
     for size in torch.randint(1, (MOST_MIB[seed % len(MOST_MIB)] << 20) + 2, (40,), generator=generator).tolist():
         torch.zeros(size, dtype=torch.uint8)
-    with nullcontext() if is_kept else patch("pruning.stopwatch.keep_freed_memory", lambda: None):
+    with nullcontext() if is_kept else patch("pruning.measure.stopwatch.keep_freed_memory", lambda: None):
         before = getrusage(RUSAGE_SELF).ru_minflt
         dense, (timing,) = race(model, [pruned], batch, num_rounds=NUM_ROUNDS)
         faults = getrusage(RUSAGE_SELF).ru_minflt - before

@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning.accuracy import predict, top1
-from pruning.allocation import Profile, allocate, divergence, measure_profile
-from pruning.anatomy import blocks_of, examine
-from pruning.compensation import repaired_model
-from pruning.cost import count_macs
 from pruning.data import Images, InputSpec, load_split
-from pruning.models import create_model
-from pruning.pace import Pace, measure_paces
+from pruning.measure.accuracy import predict, top1
+from pruning.measure.cost import count_macs
+from pruning.measure.stopwatch import device_name, race
+from pruning.measure.widths import Pace, measure_paces
+from pruning.methods.allocation import Profile, allocate, divergence, measure_profile
+from pruning.model.anatomy import blocks_of, examine
+from pruning.model.loading import create_model
+from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
+from pruning.model.tokens import schedule
 from pruning.plan import Plan
 from pruning.precision import fastest_precision
-from pruning.sensitivity import measure_sensitivity
-from pruning.stopwatch import device_name, race
-from pruning.surgery import apply_plan, keep_all_block, keep_all_plan
-from pruning.tokens import schedule
+from pruning.repair.compensation import repaired_model
+from pruning.repair.sensitivity import measure_sensitivity
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "imagenet-mini"
 SPEC = InputSpec(size=(224, 224), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)

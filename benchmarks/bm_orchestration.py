@@ -27,20 +27,20 @@ import torch
 from pictures import drawn
 from rich.console import Console
 
+from pruning.measure.stopwatch import device_name
 from pruning.plan import BlockPlan, Plan
-from pruning.stopwatch import device_name
-from search.bench import lease_on
-from search.cluster import ray_running
+from search.cluster.tune import ray_running
+from search.commands.run import run_search
 from search.config import flat, load_config
-from search.folder import Folder
-from search.lease import Lease
-from search.ledger import Ledger
 from search.outcome import Candidate, Measurement, Outcome, State
-from search.progress import ProgressLine
+from search.records.folder import Folder
+from search.records.ledger import Ledger
+from search.records.tracking import Tracker, default_uri
 from search.space import Space
-from search.sweep import run_search
-from search.tracking import Tracker, default_uri
-from search.trial import Ended
+from search.trial.context import lease_on
+from search.trial.lease import Lease
+from search.trial.trial import Ended
+from search.views.progress_line import ProgressLine
 
 DEPTH = 6
 DENSE = Measurement(

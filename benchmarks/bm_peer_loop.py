@@ -47,18 +47,18 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from torch import Tensor, nn
 
-from pruning.accuracy import predict, top1
-from pruning.anatomy import blocks_of
 from pruning.data import Images
 from pruning.errors import VitfrontError
+from pruning.measure.accuracy import predict, top1
+from pruning.measure.stopwatch import device_name, race
+from pruning.model.anatomy import blocks_of
 from pruning.precision import Precision, fastest_precision
-from pruning.stopwatch import device_name, race
-from search import ledger
 from search.config import Config, load_config
-from search.folder import Folder
 from search.front import hypervolume, non_dominated
-from search.inputs import load_inputs
 from search.outcome import Candidate, Outcome
+from search.records import ledger
+from search.records.folder import Folder
+from search.trial.inputs import load_inputs
 
 RUNS = Path("runs")
 
@@ -147,7 +147,7 @@ class Clock:
 
 def vitfront(config: Config, seconds: float) -> Found:
     """A sweep, until the first trial that ends too late."""
-    from search.sweep import run_sweep  # not at the top: the peer's processes need not import Ray and MLflow
+    from search.commands.run import run_sweep  # not at the top: the peer's processes need not import Ray and MLflow
 
     folder = Folder(RUNS, config.name)
     shutil.rmtree(folder.path, ignore_errors=True)
@@ -165,7 +165,7 @@ def vitfront(config: Config, seconds: float) -> Found:
 
 def train_dense() -> None:
     """A sweep of one trial of digits, once: their dense model is trained then, and MLflow has its database."""
-    from search.sweep import run_sweep
+    from search.commands.run import run_sweep
 
     run_sweep(load_config("digits", name="peer-loop-dense", trials=1), RUNS, Clock(math.inf))
 
@@ -259,7 +259,7 @@ class Peer:
         return made.requires_grad_(False).eval()
 
     def objective(self, trial: optuna.Trial) -> tuple[float, float]:
-        """Accuracy on val and speed-up of what the trial chooses, measured as `search.bench.measure` does."""
+        """Accuracy on val and speed-up of what the trial chooses, measured as `search.trial.context.measure` does."""
         made = self.prune([
             tuple(trial.suggest_int(f"{kind}.{block}", 1, most) for kind, most in LEVELS.items())
             for block in range(len(blocks_of(self.model)))

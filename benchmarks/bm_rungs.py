@@ -22,12 +22,12 @@ import torch
 from bm_fidelities import SETS, Course, finite
 from pictures import band, drawn
 
-from pruning.stopwatch import device_name
-from search import ledger
+from pruning.measure.stopwatch import device_name
+from search.commands.run import run_sweep
 from search.config import load_config
-from search.folder import Folder
 from search.outcome import Candidate, Measurement, Outcome
-from search.sweep import run_sweep
+from search.records import ledger
+from search.records.folder import Folder
 
 REDUCTION_FACTOR = 2
 SECONDS = 840

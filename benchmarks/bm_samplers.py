@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from pictures import band, drawn
 from scipy.stats import t
 
+from search.cluster.searcher import StudySearcher
+from search.commands.replay import Recorded, replay
 from search.config import load_config
 from search.front import hypervolume_of, running_hypervolume
-from search.replay import Recorded, replay
-from search.samplers import Sampler
-from search.searcher import StudySearcher
+from search.suggest.samplers import Sampler
 
 TABLE = Path(__file__).parents[1] / "tests" / "data" / "digits_table"
 RUNS: dict[Sampler, tuple[int, ...]] = {

@@ -12,12 +12,12 @@ from typing import Any
 
 from bm_no_training import DATA, images
 
-from pruning.anatomy import examine
-from pruning.models import create_model
+from pruning.measure.stopwatch import race
+from pruning.model.anatomy import examine
+from pruning.model.loading import create_model
+from pruning.model.surgery import apply_plan
 from pruning.plan import BlockPlan, Plan
 from pruning.precision import fastest_precision
-from pruning.stopwatch import race
-from pruning.surgery import apply_plan
 
 RESULTS = Path(__file__).parent / "results" / "no_training.json"
 

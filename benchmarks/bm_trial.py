@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
-from pruning.exits import truncate
-from pruning.sensitivity import BlockSensitivity, measure_sensitivity
-from pruning.stopwatch import device_name
-from search.bench import Bench, keys_of, known_from, prepare
+from pruning.measure.stopwatch import device_name
+from pruning.model.exits import truncate
+from pruning.repair.sensitivity import BlockSensitivity, measure_sensitivity
 from search.config import load_config
-from search.inputs import load_inputs
 from search.outcome import Candidate, Method, Outcome
 from search.space import Space
-from search.trial import Memory, run_to_end
+from search.trial.context import Bench, keys_of, known_from, prepare
+from search.trial.inputs import load_inputs
+from search.trial.trial import Memory, run_to_end
 
 RECIPES = {"digits": "digits", "imagenet-mini": str(Path(__file__).with_name("imagenet_mini.yaml"))}
 METHODS: tuple[Method, ...] = ("cascade", "global")

@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from pruning.data import InputSpec
 from pruning.errors import ArtifactError, PlanError, VitfrontError
-from pruning.exits import truncate
-from pruning.models import create_model, load_weights
+from pruning.model.exits import truncate
+from pruning.model.loading import create_model, load_weights
+from pruning.model.surgery import apply_plan
 from pruning.plan import Plan
-from pruning.surgery import apply_plan
 
 FORMAT = 2
+
+Weights = Mapping[str, Tensor]
+"""A model's tensors by their names in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +130,7 @@ def skeleton(description: Description) -> nn.Module:
     return apply_plan(truncate(dense, description.plan.exit_block), description.plan)
 
 
-def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+def save_weights(weights: Weights, path: Path) -> None:
     """Writes a model's weights alone, whole or not at all.
 
     Raises:

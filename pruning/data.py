@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruning.device_sharing import in_turns
 from pruning.errors import DataError
-from pruning.turns import in_turns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from pruning.data import Images
+from pruning.device_sharing import in_turns
 from pruning.errors import VitfrontError
 from pruning.precision import Precision, autocast
-from pruning.turns import in_turns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,13 +49,13 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Search a front, or go on with a search that was stopped."""
+    from search.commands.run import run_sweep
     from search.config import load_config
-    from search.progress import ProgressLine
-    from search.sweep import run_sweep
+    from search.views.progress_line import ProgressLine
 
     config = load_config(recipe, name=name, trials=trials, time_budget=time_budget, earlier=earlier, sets=sets)
     if replay is not None:
-        from search.replay import Recorded, replay_sweep
+        from search.commands.replay import Recorded, replay_sweep
 
         record = replay_sweep(config, runs, Recorded.read(replay, config))
     else:
@@ -72,9 +72,9 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Hypervolume of several sweeps, after trials and after seconds."""
-    from search.compare import compare_sweeps
-    from search.files import write_atomically
-    from search.plots import comparison_html
+    from search.commands.compare import compare_sweeps
+    from search.records.files import write_atomically
+    from search.views.plots import comparison_html
 
     record = compare_sweeps(runs, names)
     if to is not None:
@@ -109,7 +109,7 @@ def front(
     as_json: AsJson = False,
 ) -> None:
     """Show the front of a sweep, or pick a point of it."""
-    from search.folder import Folder, select
+    from search.records.folder import Folder, select
 
     record = select(Folder(runs, name).read_front(), pick, _bounds(at_least), _bounds(at_most))
     _show_front(record, runs, as_json)
@@ -124,8 +124,8 @@ def export(
     runs: Runs = Path("runs"),
 ) -> None:
     """Copy a model of the front out of its sweep."""
-    from search import folder
     from search.errors import ConfigError
+    from search.records import folder
 
     unknown = [each for each in format if each != "safetensors"]
     if unknown:
@@ -167,8 +167,8 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Prune one model by one plan, without a search."""
+    from search.commands.prune import prune_once
     from search.config import load_config
-    from search.prune import prune_once
 
     config = load_config(recipe, sets=sets)
     with err.status("loading, pruning and measuring ..."):
@@ -197,8 +197,8 @@ def lottery(
     as_json: AsJson = False,
 ) -> None:
     """Train sparse models from their first weights and from new ones: is it the mask that counts?"""
+    from search.commands.lottery import hold_lottery, lottery_folder
     from search.config import load_config
-    from search.lottery import hold_lottery, lottery_folder
 
     config = load_config(recipe, name=name, sets=sets)
     with err.status("loading ...") as status:
@@ -221,8 +221,8 @@ def study(
     as_json: AsJson = False,
 ) -> None:
     """Ask one of the source papers' questions of a recipe: a table, a figure and a sentence."""
+    from search.commands.study import run_study
     from search.config import load_config
-    from search.study import run_study
 
     record = run_study(name, load_config(recipe, sets=sets), runs, _say)
     if as_json:
@@ -234,7 +234,7 @@ def study(
 @app.command()
 def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000, runs: Runs = Path("runs")) -> None:
     """MLflow's pages of all sweeps, on this machine alone."""
-    from search.tracking import default_uri, serve_ui
+    from search.records.tracking import default_uri, serve_ui
 
     raise typer.Exit(serve_ui(default_uri(runs), runs / "mlartifacts", port))
 
@@ -322,7 +322,7 @@ def _say(text: str) -> None:
 
 
 def _print_study(record: dict[str, Any], runs: Path) -> None:
-    from search.answer import TABLE_COLUMNS, table_cells
+    from search.commands.study_report import TABLE_COLUMNS, table_cells
 
     table = Table(title=record["question"], title_justify="left")
     for column in TABLE_COLUMNS:

@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pruning.cascade import Order
 from pruning.data import InputSpec
+from pruning.methods.cascade import Order
+from pruning.methods.width import RatioGradient
 from pruning.plan import TokenReduction
 from pruning.scores.criteria import CRITERIA
 from pruning.training import Jitter, TrainSettings
-from pruning.width import RatioGradient
 from search.errors import ConfigError
 from search.limits import RETRIEVAL, parse_limit
 from search.outcome import Method, Recovery
@@ -197,7 +197,7 @@ class DataConfig(_Section):
 
 
 class ExitConfig(_Section):
-    """The classifiers of the depth exits. See `pruning.exits.fit_exits`."""
+    """The classifiers of the depth exits. See `pruning.model.exits.fit_exits`."""
 
     epochs: Annotated[int, Field(ge=1)] = 60
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
@@ -233,7 +233,8 @@ class SpaceConfig(_Section):
     none for a Swin, whose windows need every token."""
     round_to: Annotated[Multiple | tuple[Multiple, ...], AfterValidator(_each_once)] = 1
     """Widths a head and hidden units are multiples of it; [1, 8] tries these two, not what lies between. auto: the
-    widths that this device is faster with than with all larger ones, measured once a sweep (`pruning.pace`)."""
+    widths that this device is faster with than with all larger ones, measured once a sweep
+    (`pruning.measure.widths`)."""
     pattern: Annotated[SparsityPattern | tuple[SparsityPattern, ...], AfterValidator(_each_once)] = "any"
     """Of method `unstructured`: `any`, as sparse as the target says, or N:M, e.g. `2:4`."""
     recovery: Annotated[Recovery | tuple[Recovery, ...], AfterValidator(_each_once)] = "none"
@@ -282,7 +283,7 @@ class SearchConfig(_Section):
 
 
 class CascadeConfig(_Section):
-    """The cascade's fixed settings. See `pruning.cascade.CascadeSettings`."""
+    """The cascade's fixed settings. See `pruning.methods.cascade.CascadeSettings`."""
 
     alpha: Share = 0.1
     num_levels: Annotated[int, Field(ge=1)] = 15
@@ -292,7 +293,7 @@ class CascadeConfig(_Section):
 
 
 class LearnedConfig(_Training):
-    """Of method `learned`. See `pruning.width.WidthSettings`."""
+    """Of method `learned`. See `pruning.methods.width.WidthSettings`."""
 
     count: Literal["macs", "params"] = "macs"
     """What the target is a share of."""
@@ -304,7 +305,7 @@ class LearnedConfig(_Training):
 
 
 class SoftMaskConfig(_Training):
-    """Of method `soft-mask`. See `pruning.softmask.SoftMaskSettings`."""
+    """Of method `soft-mask`. See `pruning.methods.softmask.SoftMaskSettings`."""
 
     epochs: Annotated[int, Field(ge=1)] = 5
     gate_rate: Annotated[float, Field(gt=0)] = 2e-2
@@ -313,7 +314,7 @@ class SoftMaskConfig(_Training):
 
 
 class DistillConfig(_Training):
-    """Of recovery `distill`. See `pruning.finetune.FinetuneSettings`."""
+    """Of recovery `distill`. See `pruning.methods.finetune.FinetuneSettings`."""
 
     optimizer: str = "adamw"
     """Any name that timm's `create_optimizer_v2` knows."""

@@ -28,7 +28,7 @@ dense model as well."""
 RoundTo = int | Literal["auto"]
 
 FILTERED: frozenset[TokenReduction] = frozenset({"lfe", "lfe-merge"})
-"""The token reductions with a filter. `pruning.tokens.REDUCERS` knows too, but takes torch, which a record does not."""
+"""The token reductions with a filter. `pruning.model.tokens.REDUCERS` knows too, but takes torch; a record does not."""
 
 
 class State(str, Enum):

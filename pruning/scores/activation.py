@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pruning.anatomy import parts_of
+from pruning.device_sharing import in_turns
+from pruning.model.anatomy import parts_of
 from pruning.precision import autocast
 from pruning.scores.channel import ChannelScores, Scene
-from pruning.turns import in_turns
 
 
 @torch.no_grad()

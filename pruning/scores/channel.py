@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from pruning.anatomy import BlockAnatomy
 from pruning.errors import VitfrontError
+from pruning.model.anatomy import BlockAnatomy
 from pruning.precision import Precision
 
 if TYPE_CHECKING:
-    from pruning.compensation import Flow
+    from pruning.repair.compensation import Flow
 
 
 @dataclass(frozen=True, kw_only=True)

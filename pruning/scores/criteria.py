@@ -1,7 +1,4 @@
-"""The channel criteria by name.
-
-Not in `__init__.py`: `pruning.layers` imports from this package, and a criterion may import what needs the layers.
-"""
+"""The channel criteria by name."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruning.anatomy import summary_token
+from pruning.model.anatomy import summary_token
 from pruning.scores.channel import ChannelScores, Scene
 from pruning.scores.taylor import taylor_scores
 

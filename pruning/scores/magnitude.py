@@ -5,7 +5,7 @@ H heads, D head width, C model width.
 
 from __future__ import annotations
 
-from pruning.anatomy import parts_of
+from pruning.model.anatomy import parts_of
 from pruning.scores.channel import ChannelScores, Scene
 
 

@@ -1,12 +1,12 @@
-"""Optimal Brain Surgeon: the loss that is left when a channel goes and all others are refitted (`pruning.curves`)."""
+"""Optimal Brain Surgeon: the loss that is left when a channel goes and all others are refitted."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pruning.curves import measure_curves
 from pruning.scores.channel import ChannelScores, Scene
+from pruning.scores.curves import measure_curves
 
 
 def score(scene: Scene) -> ChannelScores:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruning.anatomy import classify, parts_of
+from pruning.device_sharing import in_turns
+from pruning.model.anatomy import classify, parts_of
 from pruning.precision import autocast
 from pruning.scores.channel import ChannelScores, Scene
-from pruning.turns import in_turns
 
 Loss = Callable[[Tensor, Tensor, slice], Tensor]
 """The loss of a batch, summed over its images, from what leaves the block (B, N, C), the logits, and which images."""

@@ -7,7 +7,8 @@ The sweeps of `digits_rungs`, the table that benchmarks/bm_fidelities.py searche
 
 with `--set space.recovery=distill --set distill.epochs=48 --set search.reduction_factor=3 --set search.patience=0` for
 SETS; record_table.py made one table of both. Short searches of lowest priority ran beside them now and then; the first
-was stopped and went on twice. Freed memory was not kept then (pruning/stopwatch.py), so speed-ups are noisier than now.
+was stopped and went on twice. Freed memory was not kept then (pruning/measure/stopwatch.py), so speed-ups are
+noisier than now.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from unittest.mock import patch
 
 from search.cli import app
-from search.scheduler import NonDominatedHalving
+from search.cluster.scheduler import NonDominatedHalving
 
 if __name__ == "__main__":
     with patch.object(NonDominatedHalving, "promotes", lambda *_: True):

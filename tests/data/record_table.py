@@ -19,9 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from pruning.plan import BlockPlan, Plan
-from search import ledger
-from search.folder import Folder
 from search.outcome import Outcome
+from search.records import ledger
+from search.records.folder import Folder
 
 NO_BLOCK = BlockPlan(keep_heads=(0,), keep_qk=((0,),), keep_v=((0,),), keep_hidden=(0,), num_tokens=1)
 """In the place of all blocks' plans, which would be 3 MB; a replay shows how many there are."""

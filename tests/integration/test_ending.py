@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import yaml
 
-from search import ledger
+from search.commands.run import run_sweep
 from search.config import Config
 from search.errors import SweepError
-from search.folder import Folder
 from search.front import front_of
 from search.outcome import State
-from search.sweep import run_sweep
+from search.records import ledger
+from search.records.folder import Folder
 from tests.integration import sweeps
 from tests.integration.sweeps import Watcher
 

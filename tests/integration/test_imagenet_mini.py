@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from search import ledger
+from search.commands.run import run_sweep
 from search.config import load_config
-from search.folder import Folder
 from search.outcome import State
-from search.sweep import run_sweep
+from search.records import ledger
+from search.records.folder import Folder
 from tests.integration.sweeps import Watcher
 
 ROOT = Path(__file__).parents[2]

@@ -15,12 +15,12 @@ import ray
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
-from search import ledger
+from search.commands.run import run_sweep
 from search.config import Config
 from search.errors import SweepError
-from search.folder import Folder
-from search.sweep import run_sweep
-from search.tracking import default_uri
+from search.records import ledger
+from search.records.folder import Folder
+from search.records.tracking import default_uri
 from tests.integration import sweeps
 from tests.integration.sweeps import Watcher
 

@@ -17,21 +17,21 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pruning.anatomy import examine
 from pruning.artifact import load
-from pruning.cost import count_macs, count_params
 from pruning.data import Images
 from pruning.errors import VitfrontError
+from pruning.measure.cost import count_macs, count_params
+from pruning.model.anatomy import examine
 from pruning.plan import Plan
-from search import ledger
+from search.commands.run import run_sweep
 from search.config import Config
 from search.errors import ConfigError, SweepError
-from search.folder import Folder
 from search.front import contenders, non_dominated, running_hypervolume
-from search.inputs import load_inputs
 from search.outcome import Measurement, Outcome, State, idle_share
-from search.sweep import run_sweep
-from search.tracking import default_uri
+from search.records import ledger
+from search.records.folder import Folder
+from search.records.tracking import default_uri
+from search.trial.inputs import load_inputs
 from tests.integration import sweeps
 from tests.integration.sweeps import Watcher
 
@@ -223,7 +223,7 @@ def test_dense_weights_and_the_profile_are_kept_for_other_sweeps(first: Sweep) -
     assert inputs.trained
     profile, weights = sorted((first.runs / ".cache").iterdir(), key=lambda path: path.suffix)
     assert weights == inputs.cache
-    assert profile.match("profile-*-lfe.pt")
+    assert profile.match("profile2-*-lfe.pt")
     assert accuracy(inputs.model, inputs.splits.val) == pytest.approx(first.record["dense"]["top1"])
     anatomy = examine(inputs.model)
     whole = first.outcomes[0].plan

@@ -11,16 +11,16 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
-from pruning.accuracy import predict, top1
 from pruning.artifact import load
-from search import ledger
+from pruning.measure.accuracy import predict, top1
+from search.commands.run import run_sweep
 from search.config import Config
-from search.folder import Folder
 from search.front import contenders
-from search.inputs import load_inputs
 from search.outcome import Outcome, State
-from search.sweep import run_sweep
-from search.tracking import default_uri
+from search.records import ledger
+from search.records.folder import Folder
+from search.records.tracking import default_uri
+from search.trial.inputs import load_inputs
 from tests.integration import sweeps
 from tests.integration.sweeps import Watcher
 

@@ -13,35 +13,35 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pruning.anatomy import examine
 from pruning.artifact import Description, copy_to, load, read_description, save, save_weights
-from pruning.compensation import repaired_model
 from pruning.data import InputSpec
 from pruning.errors import ArtifactError
-from pruning.exits import fit_exits, truncate
+from pruning.model.anatomy import examine
+from pruning.model.exits import fit_exits, truncate
+from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
 from pruning.plan import TOKEN_REDUCTIONS, TokenReduction
-from pruning.surgery import apply_plan, keep_all_block, keep_all_plan
-from tests.pruning_tests import made
+from pruning.repair.compensation import repaired_model
+from tests.pruning_tests import builders
 
 INPUT = InputSpec(size=(32, 32), mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), interpolation="bilinear", crop_pct=0.9)
 
 
 def pruned(family: str = "vit") -> tuple[nn.Module, Description]:
     """An exit with a head of its own, tokens dropped, everything else pruned and repaired."""
-    dense, images = made.model(family), made.images(16)
+    dense, images = builders.model(family), builders.images(16)
     head = fit_exits(dense, images, [2], epochs=2)[2]
     shorter = truncate(dense, 2, head)
-    plan = replace(made.plan(examine(shorter), num_tokens=(12, 5)), cutoff_token=0.4)
+    plan = replace(builders.plan(examine(shorter), num_tokens=(12, 5)), cutoff_token=0.4)
     return repaired_model(shorter, plan, images).model, description(family, plan=plan)
 
 
 def description(family: str = "vit", **other: Any) -> Description:
-    name, more = made.FAMILIES[family]
+    name, more = builders.FAMILIES[family]
     given: dict[str, Any] = {
         "name": name,
-        "args": made.ARGS | more,
+        "args": builders.ARGS | more,
         "input": INPUT,
-        "plan": keep_all_plan(made.anatomy(family)),
+        "plan": keep_all_plan(builders.anatomy(family)),
     }
     return Description(**(given | other))
 
@@ -50,14 +50,14 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-@pytest.mark.parametrize("family", made.FAMILIES)
+@pytest.mark.parametrize("family", builders.FAMILIES)
 def test_a_saved_model_comes_back_with_bit_equal_logits(family: str, tmp_path: Path) -> None:
     model, told = pruned(family)
     save(model, told, tmp_path / "point")
     loaded, read = load(tmp_path / "point")
     assert read == told
-    assert torch.equal(loaded(made.batch()), model(made.batch()))
-    assert made.same_state(loaded, made.state(model))
+    assert torch.equal(loaded(builders.batch()), model(builders.batch()))
+    assert builders.same_state(loaded, builders.state(model))
     assert not any(module.training for module in loaded.modules())
 
 
@@ -67,8 +67,8 @@ def test_a_saved_model_comes_back_with_bit_equal_logits(family: str, tmp_path: P
 def test_a_model_of_every_token_reduction_comes_back(
     family: str, kind: TokenReduction, is_whole: bool, tmp_path: Path
 ) -> None:
-    model, anatomy = made.model(family), made.anatomy(family)
-    plan = made.plan(anatomy, num_tokens=(12, 5, 5))
+    model, anatomy = builders.model(family), builders.anatomy(family)
+    plan = builders.plan(anatomy, num_tokens=(12, 5, 5))
     if is_whole:
         plan = replace(plan, blocks=tuple(keep_all_block(anatomy.blocks[0], count) for count in (12, 5, 5)))
     plan = replace(plan, token_reduction=kind, cutoff_token=0.4)
@@ -76,13 +76,13 @@ def test_a_model_of_every_token_reduction_comes_back(
     save(reduced, description(family, plan=plan), tmp_path / "point")
     loaded, read = load(tmp_path / "point")
     assert read.plan == plan
-    assert torch.equal(loaded(made.batch()), reduced(made.batch()))
+    assert torch.equal(loaded(builders.batch()), reduced(builders.batch()))
 
 
 def test_a_dense_model_comes_back_too(tmp_path: Path) -> None:
-    model = made.model()
+    model = builders.model()
     save(model, description(), tmp_path / "dense")
-    assert torch.equal(load(str(tmp_path / "dense"))[0](made.batch()), model(made.batch()))
+    assert torch.equal(load(str(tmp_path / "dense"))[0](builders.batch()), model(builders.batch()))
 
 
 def test_the_folder_holds_the_plan_and_the_weights_and_no_pickle(tmp_path: Path) -> None:
@@ -104,29 +104,29 @@ def test_a_description_comes_back_from_json_text() -> None:
 
 def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
     folder = tmp_path / "point"
-    save(made.model(seed=1), description(), folder)
+    save(builders.model(seed=1), description(), folder)
     (folder / "stale").touch()
     model, told = pruned()
     save(model, told, folder)
     assert names(folder) == ["model.safetensors", "plan.json"] and names(tmp_path) == ["point"]
-    assert torch.equal(load(folder)[0](made.batch()), model(made.batch()))
+    assert torch.equal(load(folder)[0](builders.batch()), model(builders.batch()))
 
 
 def test_saving_that_fails_leaves_nothing_half_written_and_what_was_there(tmp_path: Path) -> None:
     folder = tmp_path / "point"
     with pytest.raises(ArtifactError, match=r"cannot write .*point"):
-        save(made.model(), description(args={"no": object()}), folder)
+        save(builders.model(), description(args={"no": object()}), folder)
     assert names(tmp_path) == []
     model, told = pruned()
     save(model, told, folder)
     with pytest.raises(ArtifactError, match=r"cannot write .*point"):
-        save(made.model(), description(args={"no": object()}), folder)
+        save(builders.model(), description(args={"no": object()}), folder)
     assert names(tmp_path) == ["point"]
-    assert torch.equal(load(folder)[0](made.batch()), model(made.batch()))
+    assert torch.equal(load(folder)[0](builders.batch()), model(builders.batch()))
 
 
 def test_weights_that_cannot_be_saved_leave_nothing(tmp_path: Path) -> None:
-    model: Any = made.model()
+    model: Any = builders.model()
     model.pos_embed = nn.Parameter(model.pos_embed.detach().to_sparse())  # safetensors refuses it, after the plan
     with pytest.raises(ArtifactError, match="cannot write"):
         save(model, description(), tmp_path / "point")
@@ -137,7 +137,7 @@ def test_weights_that_cannot_be_saved_leave_nothing(tmp_path: Path) -> None:
 
 def test_a_place_that_is_no_folder_is_an_artifact_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    model = made.model()
+    model = builders.model()
     for place in (tmp_path / "file" / "point", tmp_path / "file" / "deeper" / "point"):
         with pytest.raises(ArtifactError, match="cannot write"):
             save(model, description(), place)
@@ -206,8 +206,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_is_not_as_it_was_saved_is_an_artifact_error_that_names_it(case: str, tmp_path: Path) -> None:
-    model = made.model()
-    plan = made.plan(examine(model), num_tokens=(16, 9, 9))
+    model = builders.model()
+    plan = builders.plan(examine(model), num_tokens=(16, 9, 9))
     folder = tmp_path / "point"
     save(apply_plan(model, plan), description(plan=plan), folder)
     breaks, told = BROKEN[case]
@@ -226,29 +226,29 @@ def test_no_folder_is_an_artifact_error(tmp_path: Path) -> None:
 def test_weights_alone_are_saved_and_replaced(tmp_path: Path) -> None:
     path = tmp_path / "new" / "weights.safetensors"
     for seed in (1, 2):
-        model = made.model(seed=seed)
+        model = builders.model(seed=seed)
         save_weights(model.state_dict(), path)
         weights = load_file(path)
-        assert made.same_state(model, weights)
+        assert builders.same_state(model, weights)
     assert names(path.parent) == ["weights.safetensors"]
 
 
 def test_saving_leaves_the_model_as_it_was_even_where_memory_is_not_in_order(tmp_path: Path) -> None:
-    model: Any = made.model()
+    model: Any = builders.model()
     model.head.weight = nn.Parameter(model.head.weight.detach().T.contiguous().T)
-    before = made.state(model)
+    before = builders.state(model)
     save(model, description(), tmp_path / "point")
-    assert made.same_state(model, before)
+    assert builders.same_state(model, before)
     loaded, _ = load(tmp_path / "point")
-    assert made.same_state(loaded, before)  # some processors multiply in another order for another memory order
-    torch.testing.assert_close(loaded(made.batch()), model(made.batch()))
+    assert builders.same_state(loaded, before)  # some processors multiply in another order for another memory order
+    torch.testing.assert_close(loaded(builders.batch()), model(builders.batch()))
 
 
 def test_a_copy_loads_and_never_overwrites(tmp_path: Path) -> None:
-    model = made.model()
+    model = builders.model()
     save(model, description(), tmp_path / "point")
     copy_to(tmp_path / "point", tmp_path / "far" / "copy")
-    assert torch.equal(load(tmp_path / "far" / "copy")[0](made.batch()), model(made.batch()))
+    assert torch.equal(load(tmp_path / "far" / "copy")[0](builders.batch()), model(builders.batch()))
     assert names(tmp_path / "far") == ["copy"]
     with pytest.raises(ArtifactError, match="copy exists; give a folder that does not"):
         copy_to(tmp_path / "point", tmp_path / "far" / "copy")

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from pruning.data import Images, InputSpec, balanced_subset, folder_classes, load_split
 from pruning.errors import DataError
-from tests.pruning_tests import made
+from tests.pruning_tests import builders
 
 SPEC = InputSpec(size=(8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), crop_pct=1.0)
 GREY = InputSpec(size=(8, 8), mean=(0.5,), std=(0.25,), crop_pct=1.0)
@@ -241,7 +241,7 @@ def test_normalisation_is_by_its_formula() -> None:
 
 @pytest.mark.parametrize(("size", "lengths"), [(1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (9, [5])])
 def test_batches_give_every_image_once_and_in_order(size: int, lengths: list[int]) -> None:
-    images = made.images(5)
+    images = builders.images(5)
     batches = list(images.batches(size))
     assert [len(labels) for _, labels in batches] == lengths
     assert torch.equal(torch.cat([labels for _, labels in batches]), images.labels)
@@ -249,7 +249,7 @@ def test_batches_give_every_image_once_and_in_order(size: int, lengths: list[int
 
 
 def test_taking_some_images_keeps_pixels_and_labels_together() -> None:
-    images = made.images(5)
+    images = builders.images(5)
     some = images.take(torch.tensor([4, 0]))
     assert torch.equal(some.pixels, images.pixels[[4, 0]]) and torch.equal(some.labels, images.labels[[4, 0]])
     assert len(some) == 2 and some.mean == images.mean

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pruning.errors import PlanError
+from pruning.model.tokens import REDUCERS
 from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, BlockShape, Plan, TokenReduction
-from pruning.tokens import REDUCERS
-from tests.pruning_tests import made
+from tests.pruning_tests import builders
 
 BLOCK = BlockPlan(keep_heads=(0, 2), keep_qk=((0, 3), (1, 2)), keep_v=((4,), (5,)), keep_hidden=(1, 4, 9), num_tokens=5)
 
@@ -22,7 +22,7 @@ def test_the_shape_of_a_block_is_its_widths() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_plan_comes_back_from_json_text(seed: int) -> None:
-    plan = replace(made.plan(made.anatomy(), seed=seed, num_tokens=(16, 9, 9)), cutoff_token=0.3)
+    plan = replace(builders.plan(builders.anatomy(), seed=seed, num_tokens=(16, 9, 9)), cutoff_token=0.3)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 

@@ -10,7 +10,7 @@ import torch
 
 from pruning.errors import SettingError
 from pruning.spectrum import low_pass, token_filter
-from tests.pruning_tests import made, slow
+from tests.pruning_tests import builders, reference
 
 
 @pytest.mark.parametrize("size", [(32, 32), (7, 12), (9, 5), (1, 1), (1, 6)])
@@ -40,7 +40,7 @@ def test_a_chessboard_all_but_vanishes() -> None:
 
 
 def test_images_are_filtered_as_by_numpy_on_every_channel() -> None:
-    images = made.batch(2, size=(12, 20))
+    images = builders.batch(2, size=(12, 20))
     rows, columns = np.fft.fftfreq(12, 1 / 12), np.fft.fftfreq(20, 1 / 20)
     gain = np.exp(-(rows[:, None] ** 2 + columns**2) / (2 * (0.3 * 12 / 2) ** 2))
     expected = np.fft.ifft2(np.fft.fft2(images.double().numpy()) * gain).real
@@ -48,7 +48,7 @@ def test_images_are_filtered_as_by_numpy_on_every_channel() -> None:
 
 
 def test_the_precision_of_the_images_stays() -> None:
-    images = made.batch(1)
+    images = builders.batch(1)
     half = low_pass(images.bfloat16(), 0.2)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), low_pass(images, 0.2), atol=0.02, rtol=0.02)
@@ -59,7 +59,7 @@ def test_the_precision_of_the_images_stays() -> None:
 def test_the_token_filter_is_the_fourier_filter_of_a_sequence(count: int, cutoff: float) -> None:
     sequence = torch.randn(count, 3, generator=torch.Generator().manual_seed(count))
     filtered = token_filter(count, cutoff) @ sequence
-    torch.testing.assert_close(filtered, torch.tensor(slow.filtered(sequence.tolist(), cutoff)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(filtered, torch.tensor(reference.filtered(sequence.tolist(), cutoff)), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 16])
@@ -72,7 +72,7 @@ def test_the_token_filter_is_symmetric_and_its_rows_sum_to_one(count: int, cutof
 
 def test_the_least_cutoff_leaves_the_mean() -> None:
     torch.testing.assert_close(token_filter(8, 1e-3), torch.full((8, 8), 1 / 8))
-    image = made.batch(1)
+    image = builders.batch(1)
     torch.testing.assert_close(
         low_pass(image, 1e-3), image.mean(dim=(2, 3), keepdim=True).expand_as(image), atol=1e-6, rtol=1e-5
     )
@@ -81,6 +81,6 @@ def test_the_least_cutoff_leaves_the_mean() -> None:
 @pytest.mark.parametrize("cutoff", [0.0, -0.1, 1.01, math.nan, math.inf])
 def test_a_cutoff_out_of_range_is_refused(cutoff: float) -> None:
     with pytest.raises(SettingError, match="out of range"):
-        low_pass(made.batch(1), cutoff)
+        low_pass(builders.batch(1), cutoff)
     with pytest.raises(SettingError, match="out of range"):
         token_filter(4, cutoff)

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruning.accuracy import predict, top1
 from pruning.errors import VitfrontError
+from pruning.measure.accuracy import predict, top1
 from pruning.training import Jitter, TrainSettings, jittered, train
-from tests.pruning_tests import made
+from tests.pruning_tests import builders
 
 QUICK = TrainSettings(epochs=6, batch_size=64, learning_rate=1e-2, warmup_epochs=1)
-IMAGES = made.toy_images(128, seed=1)
+IMAGES = builders.toy_images(128, seed=1)
 
 
 def trained(**other: Any) -> tuple[Any, list[float]]:
     """A model and its loss, epoch by epoch."""
-    model, losses = made.model(num_classes=4, depth=2), []
+    model, losses = builders.model(num_classes=4, depth=2), []
     settings = replace(QUICK, **other)
 
     def note(epoch: int, loss: float) -> None:
@@ -35,7 +35,7 @@ def trained(**other: Any) -> tuple[Any, list[float]]:
 def test_a_tiny_model_learns_a_toy_task() -> None:
     model, losses = trained(epochs=12)
     assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
-    others = made.toy_images(200, seed=2)
+    others = builders.toy_images(200, seed=2)
     assert top1(predict(model, others), others.labels) > 0.6  # 0.25 by chance
 
 
@@ -47,8 +47,8 @@ def test_training_ends_in_eval_mode_without_gradients() -> None:
 
 def test_the_same_seed_gives_the_same_model_and_another_another() -> None:
     (first, losses), (again, same), (other, _) = (trained(epochs=2, seed=seed) for seed in (3, 3, 4))
-    assert made.same_state(again, made.state(first)) and losses == same
-    assert not made.same_state(other, made.state(first))
+    assert builders.same_state(again, builders.state(first)) and losses == same
+    assert not builders.same_state(other, builders.state(first))
 
 
 @pytest.mark.parametrize("batch_size", [50, 128, 1000])
@@ -98,21 +98,21 @@ def slowly_jittered(pixels: Tensor, draws: Tensor, max_shift: float, max_turn: f
 @pytest.mark.parametrize("size", [(8, 8), (6, 11)])
 @pytest.mark.parametrize(("max_shift", "max_turn"), [(1.0, 0.0), (0.0, 0.15), (2.5, 0.3)])
 def test_jitter_equals_a_loop_over_pixels(size: tuple[int, int], max_shift: float, max_turn: float) -> None:
-    pixels = made.batch(3, size=size)
+    pixels = builders.batch(3, size=size)
     draws = torch.rand(4, 3, generator=torch.Generator().manual_seed(6)) * 2 - 1
     fast = jittered(pixels, max_shift, max_turn, torch.Generator().manual_seed(6))
     torch.testing.assert_close(fast, slowly_jittered(pixels, draws, max_shift, max_turn), atol=1e-4, rtol=1e-4)
 
 
 def test_no_jitter_gives_the_images_as_they_are_and_a_flat_image_stays_flat() -> None:
-    pixels, generator = made.batch(3), torch.Generator().manual_seed(0)
+    pixels, generator = builders.batch(3), torch.Generator().manual_seed(0)
     assert jittered(pixels, 0, 0, generator) is pixels
     flat = torch.full((2, 3, 8, 8), 0.7)
     torch.testing.assert_close(jittered(flat, 3.0, 0.5, generator), flat)
 
 
 def test_images_are_jittered_each_in_its_own_way_and_anew() -> None:
-    same = made.batch(1, size=(8, 8)).expand(4, 3, 8, 8)
+    same = builders.batch(1, size=(8, 8)).expand(4, 3, 8, 8)
     generator = torch.Generator().manual_seed(0)
     first, second = (jittered(same, 1.0, 0.1, generator) for _ in range(2))
     assert not torch.equal(first, second)

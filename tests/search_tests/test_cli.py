@@ -16,19 +16,19 @@ import yaml
 from safetensors.torch import save_file
 
 from pruning.artifact import load
-from pruning.cost import count_params
-from search import ledger
+from pruning.measure.cost import count_params
 from search.cli import main
 from search.config import SpaceConfig
-from search.folder import Folder
 from search.front import front_record
 from search.outcome import Outcome
+from search.records import ledger
+from search.records.folder import Folder
 from search.space import Space
-from search.trial import Ended, run_to_end
-from tests.search_tests import made, tiny
+from search.trial.trial import Ended, run_to_end
+from tests.search_tests import builders, tiny
 from tests.search_tests.test_space import Chooser
 
-OUTCOMES = [made.outcome("t000", 0.9, 1.0), made.outcome("t001", 0.88, 2.0), made.outcome("t002", 0.5, 2.5)]
+OUTCOMES = [builders.outcome("t000", 0.9, 1.0), builders.outcome("t001", 0.88, 2.0), builders.outcome("t002", 0.5, 2.5)]
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -51,7 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pruning.pace._least_times", tiny.steady_times)
+    monkeypatch.setattr("pruning.measure.widths._least_times", tiny.steady_times)
 
 
 def files(folder: Path) -> set[str]:
@@ -213,7 +213,7 @@ def sweep(folder: Path) -> Path:
 
 
 def record(outcomes: list[Outcome]) -> dict[str, object]:
-    return front_record("mine", outcomes, made.DENSE) | {"trials": len(outcomes)}
+    return front_record("mine", outcomes, builders.DENSE) | {"trials": len(outcomes)}
 
 
 def test_front_says_how_long_the_workers_waited_where_its_sweep_knows(
@@ -286,7 +286,7 @@ def table(sweep: Path) -> Path:
     ledger_file.unlink()
     with ledger.Ledger(ledger_file) as book:
         for number in range(40):
-            outcome = made.outcome(f"t{number:03d}", 0.9 - number / 100, 1 + number / 20)
+            outcome = builders.outcome(f"t{number:03d}", 0.9 - number / 100, 1 + number / 20)
             book.append(replace(outcome, candidate=space.choose(Chooser(seed=number))))
     return sweep
 
@@ -339,14 +339,14 @@ def test_front_of_a_retrieval_sweep_is_shown_bounded_and_picked_by_its_metric(
     capsys: pytest.CaptureFixture[str], sweep: Path, accuracy: str, called: str
 ) -> None:
     def retrieved(id: str, top1: float, value: float, speedup: float) -> Outcome:
-        return made.outcome(id, top1, speedup, **{accuracy: value})
+        return builders.outcome(id, top1, speedup, **{accuracy: value})
 
     outcomes = [
         retrieved("t000", 0.5, 0.9375, 1.0),
         retrieved("t001", 0.6, 0.92, 2.0),
         retrieved("t002", 0.9, 0.3, 9.9),
     ]
-    found = front_record("mine", outcomes, made.measurement(0.9, 1.0, **{accuracy: 0.95}), accuracy) | {"trials": 3}
+    found = front_record("mine", outcomes, builders.measurement(0.9, 1.0, **{accuracy: 0.95}), accuracy) | {"trials": 3}
     Folder(sweep / "runs", "mine").front.write_text(json.dumps(found))
     code, out, _ = call(capsys, "front", "mine", "--at-least", f"{accuracy}=0.9")
     head = next(line for line in out.splitlines() if line.startswith("┃"))
@@ -414,7 +414,7 @@ def test_layers_that_too_few_images_repair_are_told_one_a_line(
         told.append(replace(outcome, notes=("block 0 a: only the bias", "block 1 b: only the bias")))
         return replace(ended, outcomes=told[-1:])
 
-    monkeypatch.setattr("search.prune.run_to_end", noted)
+    monkeypatch.setattr("search.commands.prune.run_to_end", noted)
     code, out, _ = call(capsys, "prune", "tiny.yaml")
     assert code == 0
     assert [line for line in out.splitlines() if line.startswith("note")] == [

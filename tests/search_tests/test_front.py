@@ -30,7 +30,7 @@ from search.front import (
 )
 from search.limits import acceptable, parse_limit
 from search.outcome import Outcome, State
-from tests.search_tests import made
+from tests.search_tests import builders
 
 NAN = float("nan")
 
@@ -148,12 +148,12 @@ def test_knee_of_a_tie_is_the_more_accurate(front: list[list[float]], expected: 
 def sweep() -> list[Outcome]:
     """On the front: t003, t001, t004, from slow to fast."""
     return [
-        made.outcome("t000", 0.70, 1.5),
-        made.outcome("t001", 0.85, 2.0, top1_test=0.84),
-        made.failed("t002"),
-        made.outcome("t003", 0.90, 1.2),
-        made.outcome("t004", 0.60, 3.0),
-        made.outcome("t005", NAN, 9.0),
+        builders.outcome("t000", 0.70, 1.5),
+        builders.outcome("t001", 0.85, 2.0, top1_test=0.84),
+        builders.failed("t002"),
+        builders.outcome("t003", 0.90, 1.2),
+        builders.outcome("t004", 0.60, 3.0),
+        builders.outcome("t005", NAN, 9.0),
     ]
 
 
@@ -162,19 +162,19 @@ def test_front_of_a_sweep_runs_from_slow_to_fast(sweep: list[Outcome]) -> None:
 
 
 def test_front_of_a_sweep_where_all_failed_is_empty() -> None:
-    assert front_of([made.failed("t000"), made.failed("t001", State.INFEASIBLE)]) == ()
+    assert front_of([builders.failed("t000"), builders.failed("t001", State.INFEASIBLE)]) == ()
 
 
 def test_hypervolume_of_a_sweep_is_the_staircase_above_half_the_dense_accuracy(sweep: list[Outcome]) -> None:
-    assert reference_point(made.DENSE) == {"top1": 0.45, "speedup": 1.0}
+    assert reference_point(builders.DENSE) == {"top1": 0.45, "speedup": 1.0}
     stairs = 0.45 * 0.2 + 0.40 * 0.8 + 0.15 * 1.0
-    assert hypervolume_of(sweep, made.DENSE) == pytest.approx(stairs)
-    assert hypervolume_of([], made.DENSE) == 0.0
+    assert hypervolume_of(sweep, builders.DENSE) == pytest.approx(stairs)
+    assert hypervolume_of([], builders.DENSE) == 0.0
 
 
 def test_running_hypervolume_is_that_of_each_beginning(sweep: list[Outcome]) -> None:
-    running = running_hypervolume(sweep, made.DENSE)
-    assert running == tuple(hypervolume_of(sweep[: count + 1], made.DENSE) for count in range(len(sweep)))
+    running = running_hypervolume(sweep, builders.DENSE)
+    assert running == tuple(hypervolume_of(sweep[: count + 1], builders.DENSE) for count in range(len(sweep)))
     assert running[0] == pytest.approx(0.25 * 0.5)
     assert running[1] == running[2] < running[3] < running[4] == running[5]
 
@@ -186,19 +186,19 @@ def made_at_random(count: int) -> list[Outcome]:
     for number in range(count):
         top1, speedup = random.integers(4, 10) / 10, 1 + random.integers(0, 30) / 20
         other = {"speedup_high": NAN} if random.random() < 0.05 else {}
-        outcome = made.outcome(f"t{number:03d}", NAN if random.random() < 0.1 else top1, speedup, **other)
-        found.append(made.failed(outcome.id) if random.random() < 0.1 else outcome)
+        outcome = builders.outcome(f"t{number:03d}", NAN if random.random() < 0.1 else top1, speedup, **other)
+        found.append(builders.failed(outcome.id) if random.random() < 0.1 else outcome)
     return found
 
 
 def test_front_that_grows_has_the_hypervolume_of_the_whole() -> None:
     limits = [parse_limit("top1 >= 0.5"), parse_limit("speedup <= 2.3")]
     outcomes = made_at_random(60)
-    growing, reference = GrowingFront(made.DENSE, "top1", limits), np.array([0.45, 1.0])
+    growing, reference = GrowingFront(builders.DENSE, "top1", limits), np.array([0.45, 1.0])
     volumes = []
     for count, outcome in enumerate(outcomes, start=1):
         volumes.append(growing.add(outcome))
-        kept = acceptable(outcomes[:count], limits, made.DENSE)
+        kept = acceptable(outcomes[:count], limits, builders.DENSE)
         values = [[o.measurement.top1, o.measurement.speedup] for o in kept if o.measurement is not None]
         assert volumes[-1] == hypervolume(np.array(values).reshape(-1, 2), reference)
     assert volumes == sorted(volumes)
@@ -206,7 +206,7 @@ def test_front_that_grows_has_the_hypervolume_of_the_whole() -> None:
 
 
 def test_front_record_survives_json(sweep: list[Outcome]) -> None:
-    record = front_record("digits", sweep, made.DENSE)
+    record = front_record("digits", sweep, builders.DENSE)
     read = json.loads(json.dumps(record))
     assert read["name"] == "digits"
     assert read["objectives"] == [
@@ -215,13 +215,13 @@ def test_front_record_survives_json(sweep: list[Outcome]) -> None:
     ]
     assert read["dense"]["top1"] == 0.9
     assert read["reference_point"] == {"top1": 0.45, "speedup": 1.0}
-    assert read["hypervolume"] == hypervolume_of(sweep, made.DENSE)
+    assert read["hypervolume"] == hypervolume_of(sweep, builders.DENSE)
     assert read["knee"] == "t001"
     assert [point["id"] for point in read["points"]] == ["t003", "t001", "t004"]
 
 
 def test_point_of_a_record_has_measurement_candidate_and_plan(sweep: list[Outcome]) -> None:
-    point = json.loads(json.dumps(front_record("digits", sweep, made.DENSE)["points"][1]))
+    point = json.loads(json.dumps(front_record("digits", sweep, builders.DENSE)["points"][1]))
     assert point.keys() == {
         *("id", "top1", "top1_low", "top1_high", "top1_test", "throughput_img_s", "speedup", "speedup_low"),
         *("speedup_high", "latency_ms_p50", "macs", "params", "sparsity", "recall_at_1", "mean_average_precision"),
@@ -235,7 +235,7 @@ def test_point_of_a_record_has_measurement_candidate_and_plan(sweep: list[Outcom
 
 
 def test_record_of_an_empty_front_has_no_knee() -> None:
-    record = front_record("digits", [made.failed("t000")], made.DENSE)
+    record = front_record("digits", [builders.failed("t000")], builders.DENSE)
     assert (record["knee"], record["points"], record["hypervolume"]) == (None, [], 0.0)
 
 
@@ -287,7 +287,7 @@ def test_bounds_that_leave_nothing_are_answered_with_the_best_values(sweep: list
 
 def test_bound_on_what_was_never_measured_says_so() -> None:
     with pytest.raises(SweepError, match="top1_test not measured"):
-        pick([made.outcome("t000", 0.9, 2.0)], "knee", {"top1_test": 0.5}, {})
+        pick([builders.outcome("t000", 0.9, 2.0)], "knee", {"top1_test": 0.5}, {})
 
 
 def test_empty_front_says_that_it_is_empty() -> None:
@@ -297,12 +297,12 @@ def test_empty_front_says_that_it_is_empty() -> None:
 
 def test_contenders_are_those_not_beaten_beyond_the_noise() -> None:
     outcomes = [
-        made.outcome("t000", 0.9, 2.0),
-        made.outcome("t001", 0.9, 1.95),  # slower, but within the intervals
-        made.outcome("t002", 0.9, 1.0),  # beaten by t000
-        made.outcome("t003", 0.8, 2.1),  # faster within the noise: may be on the front
-        made.outcome("t004", 0.91, 0.5),  # the most accurate
-        made.failed("t005"),
+        builders.outcome("t000", 0.9, 2.0),
+        builders.outcome("t001", 0.9, 1.95),  # slower, but within the intervals
+        builders.outcome("t002", 0.9, 1.0),  # beaten by t000
+        builders.outcome("t003", 0.8, 2.1),  # faster within the noise: may be on the front
+        builders.outcome("t004", 0.91, 0.5),  # the most accurate
+        builders.failed("t005"),
     ]
     assert [outcome.id for outcome in contenders(outcomes)] == ["t000", "t001", "t003", "t004"]
 
@@ -310,22 +310,22 @@ def test_contenders_are_those_not_beaten_beyond_the_noise() -> None:
 def test_points_within_the_noise_of_one_before_them_are_not_points_of_their_own() -> None:
     # top-1 by 0.01 each way, speed-ups by 5 %: two differ from 0.0141 on, and from 7 % on
     front = [
-        made.outcome("t000", 0.95, 1.5),
-        made.outcome("t001", 0.94, 1.55),
-        made.outcome("t002", 0.93, 1.6),
-        made.outcome("t003", 0.925, 1.9),
+        builders.outcome("t000", 0.95, 1.5),
+        builders.outcome("t001", 0.94, 1.55),
+        builders.outcome("t002", 0.93, 1.6),
+        builders.outcome("t003", 0.925, 1.9),
     ]
-    assert [outcome.id for outcome in distinct(front, made.DENSE)] == ["t000", "t002", "t003"]
-    record = front_record("digits", front, made.DENSE)
+    assert [outcome.id for outcome in distinct(front, builders.DENSE)] == ["t000", "t002", "t003"]
+    record = front_record("digits", front, builders.DENSE)
     assert [point["id"] for point in record["points"]] == ["t000", "t002", "t003"]
 
 
 def test_point_within_the_noise_of_the_dense_model_is_not_called_faster() -> None:
-    dense = made.measurement(0.9, 1.0, speedup_low=1.0, speedup_high=1.0)
+    dense = builders.measurement(0.9, 1.0, speedup_low=1.0, speedup_high=1.0)
     same, faster, better = (
-        made.outcome("t000", 0.9, 1.04),
-        made.outcome("t001", 0.9, 1.06),
-        made.outcome("t002", 0.92, 1.0),
+        builders.outcome("t000", 0.9, 1.04),
+        builders.outcome("t001", 0.9, 1.06),
+        builders.outcome("t002", 0.92, 1.0),
     )
     assert distinct([same], dense) == ()
     assert distinct([faster], dense) == (faster,)
@@ -333,8 +333,11 @@ def test_point_within_the_noise_of_the_dense_model_is_not_called_faster() -> Non
 
 
 def test_metric_without_an_interval_is_exact() -> None:
-    front = [made.outcome("t000", 0.9, 1.5, recall_at_1=0.5), made.outcome("t001", 0.9, 1.51, recall_at_1=0.499)]
-    dense = made.measurement(0.9, 1.0, recall_at_1=0.6)
+    front = [
+        builders.outcome("t000", 0.9, 1.5, recall_at_1=0.5),
+        builders.outcome("t001", 0.9, 1.51, recall_at_1=0.499),
+    ]
+    dense = builders.measurement(0.9, 1.0, recall_at_1=0.6)
     assert distinct(front, dense, "recall_at_1") == tuple(front)
 
 
@@ -357,7 +360,9 @@ def test_contenders_are_those_of_brute_force_also_when_they_come_one_by_one() ->
 
 def test_front_lies_within_the_contenders() -> None:
     draw = np.random.default_rng(0)
-    outcomes = [made.outcome(f"t{i:03d}", top1, speed) for i, (top1, speed) in enumerate(draw.random((60, 2)) + 0.5)]
+    outcomes = [
+        builders.outcome(f"t{i:03d}", top1, speed) for i, (top1, speed) in enumerate(draw.random((60, 2)) + 0.5)
+    ]
     assert {outcome.id for outcome in front_of(outcomes)} <= {outcome.id for outcome in contenders(outcomes)}
     assert len(contenders(outcomes)) < len(outcomes)
 
@@ -382,15 +387,15 @@ def test_what_is_best_by_a_retrieval_metric_is_what_is_best_by_top1_of_these_val
     sweep: list[Outcome], accuracy: str
 ) -> None:
     others = searched_by(accuracy, sweep)
-    dense = made.measurement(0.1, 1.0, **{accuracy: 0.9})
+    dense = builders.measurement(0.1, 1.0, **{accuracy: 0.9})
     ids = [outcome.id for outcome in front_of(sweep)]
     assert [outcome.id for outcome in front_of(others, accuracy)] == ids
     assert [outcome.id for outcome in front_of(others)] != ids
     assert [o.id for o in contenders(others, accuracy)] == [o.id for o in contenders(sweep)]
     assert [o.id for o in contenders(others)] != [o.id for o in contenders(sweep)]
     assert reference_point(dense, accuracy) == {accuracy: 0.45, "speedup": 1.0}
-    assert running_hypervolume(others, dense, accuracy) == running_hypervolume(sweep, made.DENSE)
-    assert hypervolume_of(others, dense, accuracy) == hypervolume_of(sweep, made.DENSE)
+    assert running_hypervolume(others, dense, accuracy) == running_hypervolume(sweep, builders.DENSE)
+    assert hypervolume_of(others, dense, accuracy) == hypervolume_of(sweep, builders.DENSE)
     for how in ("knee", "fastest", "most-accurate"):
         assert pick(front_of(others, accuracy), how, {}, {}, accuracy).id == pick(front_of(sweep), how, {}, {}).id
     assert pick(front_of(others, accuracy), "most-accurate", {}, {}).id == "t004"
@@ -399,7 +404,7 @@ def test_what_is_best_by_a_retrieval_metric_is_what_is_best_by_top1_of_these_val
 @pytest.mark.parametrize("accuracy", ACCURACIES)
 def test_record_says_which_accuracy_was_searched_by(sweep: list[Outcome], accuracy: str) -> None:
     outcomes = sweep if accuracy == "top1" else searched_by(accuracy, sweep)
-    record = front_record("digits", outcomes, replace(made.DENSE, **{accuracy: 0.8}), accuracy)
+    record = front_record("digits", outcomes, replace(builders.DENSE, **{accuracy: 0.8}), accuracy)
     read = json.loads(json.dumps(record))
     assert [objective["name"] for objective in read["objectives"]] == [accuracy, "speedup"]
     assert accuracy_of(read) == accuracy
@@ -409,6 +414,6 @@ def test_record_says_which_accuracy_was_searched_by(sweep: list[Outcome], accura
 
 
 def test_outcome_without_the_metric_is_not_on_its_front_and_beats_nobody() -> None:
-    outcomes = [made.outcome("t000", 0.9, 9.0), made.outcome("t001", 0.5, 1.5, recall_at_1=0.8)]
+    outcomes = [builders.outcome("t000", 0.9, 9.0), builders.outcome("t001", 0.5, 1.5, recall_at_1=0.8)]
     assert [outcome.id for outcome in front_of(outcomes, "recall_at_1")] == ["t001"]
     assert "t001" in [outcome.id for outcome in contenders(outcomes, "recall_at_1")]

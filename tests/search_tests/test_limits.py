@@ -8,9 +8,9 @@ from search.config import Config
 from search.errors import ConfigError
 from search.front import running_hypervolume
 from search.limits import acceptable, parse_limit
-from tests.search_tests import made, tiny
+from tests.search_tests import builders, tiny
 
-DENSE = made.measurement(0.8, 1.0, macs=1000, latency_ms_p50=4.0)
+DENSE = builders.measurement(0.8, 1.0, macs=1000, latency_ms_p50=4.0)
 
 
 @pytest.mark.parametrize(
@@ -52,18 +52,18 @@ def test_an_unknown_metric_says_which_there_are() -> None:
 
 def test_excess_is_a_share_of_dense_above_0_beyond_the_limit_alone() -> None:
     most, least = parse_limit("macs <= 60%"), parse_limit("top1 >= dense - 0.08")
-    assert most.excess(made.measurement(0.5, 2.0, macs=700), DENSE) == pytest.approx(0.1)
-    assert most.excess(made.measurement(0.5, 2.0, macs=600), DENSE) == 0
-    assert most.excess(made.measurement(0.5, 2.0, macs=500), DENSE) == pytest.approx(-0.1)
-    assert least.excess(made.measurement(0.64, 2.0), DENSE) == pytest.approx(0.1)
-    assert least.excess(made.measurement(0.8, 2.0), DENSE) == pytest.approx(-0.1)
+    assert most.excess(builders.measurement(0.5, 2.0, macs=700), DENSE) == pytest.approx(0.1)
+    assert most.excess(builders.measurement(0.5, 2.0, macs=600), DENSE) == 0
+    assert most.excess(builders.measurement(0.5, 2.0, macs=500), DENSE) == pytest.approx(-0.1)
+    assert least.excess(builders.measurement(0.64, 2.0), DENSE) == pytest.approx(0.1)
+    assert least.excess(builders.measurement(0.8, 2.0), DENSE) == pytest.approx(-0.1)
 
 
 def test_what_is_at_the_bound_is_within() -> None:
     for dense, top1 in ((0.9, 0.87), (0.3, 0.27), (0.7, 0.67)):  # 0.3 - 0.03 is above 0.27 in binary fractions
         limit = parse_limit("top1 >= dense - 0.03")
-        assert limit.excess(made.measurement(top1, 2.0), made.measurement(dense, 1.0)) <= 0
-        assert limit.excess(made.measurement(top1 - 0.001, 2.0), made.measurement(dense, 1.0)) > 0
+        assert limit.excess(builders.measurement(top1, 2.0), builders.measurement(dense, 1.0)) <= 0
+        assert limit.excess(builders.measurement(top1 - 0.001, 2.0), builders.measurement(dense, 1.0)) > 0
 
 
 def test_a_limit_on_what_the_recipe_does_not_measure_is_refused() -> None:
@@ -77,15 +77,23 @@ def test_a_limit_on_what_the_recipe_does_not_measure_is_refused() -> None:
 
 def test_acceptable_is_what_was_measured_and_keeps_all_limits() -> None:
     limits = [parse_limit("top1 >= 0.7"), parse_limit("speedup >= 1.5")]
-    outcomes = [made.outcome("t000", 0.75, 1.6), made.outcome("t001", 0.65, 3.0), made.outcome("t002", 0.9, 1.2)]
-    outcomes += [made.failed("t003")]
+    outcomes = [
+        builders.outcome("t000", 0.75, 1.6),
+        builders.outcome("t001", 0.65, 3.0),
+        builders.outcome("t002", 0.9, 1.2),
+    ]
+    outcomes += [builders.failed("t003")]
     assert [each.id for each in acceptable(outcomes, limits, DENSE)] == ["t000"]
     assert [each.id for each in acceptable(outcomes, [], DENSE)] == ["t000", "t001", "t002"]
 
 
 def test_the_hypervolume_counts_what_keeps_the_limits() -> None:
     limits = [parse_limit("top1 >= 0.7")]
-    outcomes = [made.outcome("t000", 0.65, 3.0), made.outcome("t001", 0.75, 1.6), made.outcome("t002", 0.6, 4.0)]
+    outcomes = [
+        builders.outcome("t000", 0.65, 3.0),
+        builders.outcome("t001", 0.75, 1.6),
+        builders.outcome("t002", 0.6, 4.0),
+    ]
     volumes = running_hypervolume(outcomes, DENSE, limits=limits)
     assert volumes == (0.0, pytest.approx((0.75 - 0.4) * 0.6), volumes[1])
 

@@ -10,23 +10,25 @@ from typing import Any
 
 import pytest
 
+from pruning.model.tokens import REDUCERS
 from pruning.plan import TOKEN_REDUCTIONS, TokenReduction
 from pruning.scores.criteria import CRITERIA
-from pruning.tokens import REDUCERS
 from search.outcome import FILTERED, Candidate, Outcome, RoundTo, State, idle_share
-from tests.search_tests import made
+from tests.search_tests import builders
 
 GLOBAL: dict[str, Any] = {"method": "global", "drop_budget": (0.0,) * 3, "token_reduction": "merge", "round_to": 8}
 OUTCOMES = [
-    made.outcome("t000", 0.9, 1.5),
-    made.outcome("t001", 0.9, 1.5, top1_test=0.88),
-    made.failed("t002", reason="RuntimeError: \N{SNOWMAN}"),
-    made.failed("t003", State.INFEASIBLE),
-    made.failed("t004", State.STOPPED),
-    replace(made.outcome("t005", 0.9, 1.5), candidate=made.candidate(**GLOBAL)),
-    replace(made.outcome("t006", 0.9, 1.5), candidate=made.candidate(round_to="auto", token_reduction="none")),
-    replace(made.outcome("t007", 0.9, 1.5), ended_s=7.5, waited_s=0.25),
-    replace(made.outcome("t008", 0.9, 1.5), notes=("block 0 proj: only the bias is repaired", "block 1 \N{SNOWMAN}")),
+    builders.outcome("t000", 0.9, 1.5),
+    builders.outcome("t001", 0.9, 1.5, top1_test=0.88),
+    builders.failed("t002", reason="RuntimeError: \N{SNOWMAN}"),
+    builders.failed("t003", State.INFEASIBLE),
+    builders.failed("t004", State.STOPPED),
+    replace(builders.outcome("t005", 0.9, 1.5), candidate=builders.candidate(**GLOBAL)),
+    replace(builders.outcome("t006", 0.9, 1.5), candidate=builders.candidate(round_to="auto", token_reduction="none")),
+    replace(builders.outcome("t007", 0.9, 1.5), ended_s=7.5, waited_s=0.25),
+    replace(
+        builders.outcome("t008", 0.9, 1.5), notes=("block 0 proj: only the bias is repaired", "block 1 \N{SNOWMAN}")
+    ),
 ]
 
 
@@ -66,23 +68,25 @@ def test_idle_share_is_waits_over_all_time_of_the_workers() -> None:
     assert idle_share([replace(OUTCOMES[0], seconds=0.0)]) == idle_share([]) == 0.0
 
 
-@pytest.mark.parametrize("candidate", [made.candidate(), made.candidate(criterion="obs"), made.candidate(**GLOBAL)])
+@pytest.mark.parametrize(
+    "candidate", [builders.candidate(), builders.candidate(criterion="obs"), builders.candidate(**GLOBAL)]
+)
 def test_candidate_survives_json(candidate: Candidate) -> None:
     read = Candidate.from_json(json.loads(json.dumps(asdict(candidate))))
     assert read == candidate
 
 
 def test_candidate_of_a_ledger_from_before_the_choices_is_the_cascade_that_it_was() -> None:
-    record = asdict(made.candidate())
+    record = asdict(builders.candidate())
     for name in ("method", "criterion", "token_reduction", "round_to"):
         del record[name]
     read = Candidate.from_json(json.loads(json.dumps(record)))
     assert (read.method, read.criterion, read.token_reduction, read.round_to) == ("cascade", "lfs", "lfe", 1)
-    assert read == made.candidate()
+    assert read == builders.candidate()
 
 
 def test_params_are_named_as_in_the_search_space_and_leave_out_what_has_no_effect() -> None:
-    assert made.candidate(exit_block=2).to_params() == {
+    assert builders.candidate(exit_block=2).to_params() == {
         "cutoff_channel": 0.1,
         "cutoff_token": 0.8,
         "token_share": 0.5,
@@ -95,11 +99,11 @@ def test_params_are_named_as_in_the_search_space_and_leave_out_what_has_no_effec
         "token_reduction": "lfe",
         "round_to": 1,
     }
-    assert made.candidate(exit_block=3).to_params()["drop_budget.2"] == 0.25
+    assert builders.candidate(exit_block=3).to_params()["drop_budget.2"] == 0.25
 
 
 def test_params_of_a_global_candidate_have_no_budgets_and_no_criterion() -> None:
-    assert made.candidate(**GLOBAL).to_params() == {
+    assert builders.candidate(**GLOBAL).to_params() == {
         "token_share": 0.5,
         "target_ratio": 0.6,
         "exit_block": 2,
@@ -107,12 +111,12 @@ def test_params_of_a_global_candidate_have_no_budgets_and_no_criterion() -> None
         "token_reduction": "merge",
         "round_to": 8,
     }
-    assert made.candidate(**GLOBAL | {"token_reduction": "lfe-merge"}).to_params()["cutoff_token"] == 0.8
+    assert builders.candidate(**GLOBAL | {"token_reduction": "lfe-merge"}).to_params()["cutoff_token"] == 0.8
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_cutoff_of_the_images_is_a_parameter_of_the_lfs_score_alone(criterion: str) -> None:
-    params = made.candidate(criterion=criterion).to_params()
+    params = builders.candidate(criterion=criterion).to_params()
     assert params["criterion"] == criterion
     assert ("cutoff_channel" in params) == (criterion == "lfs")
 
@@ -122,7 +126,7 @@ def test_cutoff_of_the_images_is_a_parameter_of_the_lfs_score_alone(criterion: s
 def test_cutoff_of_the_tokens_is_a_parameter_where_the_reduction_has_a_filter(
     method: str, reduction: TokenReduction
 ) -> None:
-    params = made.candidate(method=method, token_reduction=reduction).to_params()
+    params = builders.candidate(method=method, token_reduction=reduction).to_params()
     assert params["token_reduction"] == reduction
     assert ("cutoff_token" in params) == REDUCERS[reduction].has_filter
     assert "token_share" in params
@@ -130,7 +134,7 @@ def test_cutoff_of_the_tokens_is_a_parameter_where_the_reduction_has_a_filter(
 
 @pytest.mark.parametrize("method", ["cascade", "global"])
 def test_without_a_token_reduction_nothing_about_tokens_is_a_parameter(method: str) -> None:
-    some, none = (made.candidate(method=method, token_reduction=kind).to_params() for kind in ("lfe", "none"))
+    some, none = (builders.candidate(method=method, token_reduction=kind).to_params() for kind in ("lfe", "none"))
     assert some.keys() - none.keys() == {"token_share", "cutoff_token"}
     assert none.keys() <= some.keys()
     assert none["token_reduction"] == "none"
@@ -138,7 +142,7 @@ def test_without_a_token_reduction_nothing_about_tokens_is_a_parameter(method: s
 
 @pytest.mark.parametrize("round_to", [1, 8, "auto"])
 def test_rounding_is_a_parameter_as_it_was_asked_for(round_to: RoundTo) -> None:
-    assert made.candidate(round_to=round_to).to_params()["round_to"] == round_to
+    assert builders.candidate(round_to=round_to).to_params()["round_to"] == round_to
 
 
 def test_reductions_with_a_filter_are_those_that_build_one() -> None:

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from pruning.data import Images, Splits
-from pruning.models import create_model
+from pruning.model.loading import create_model
 from search.config import Config
 
 DEPTH = 3
@@ -66,7 +66,7 @@ def swin(seed: int = 0) -> torch.nn.Module:
 
 
 def steady_times(calls: Sequence[Any], device: torch.device, repeats: int) -> list[float]:
-    """For `pruning.pace._least_times`: each width is faster than all larger ones, however busy the machine is."""
+    """For `pruning.measure.widths._least_times`: each width is faster than all larger ones."""
     return [1.0 + index for index in range(len(calls))]
 
 

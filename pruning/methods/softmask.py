@@ -1,0 +1,275 @@
+"""Soft masks (VTP, Zhu et al. 2021; network slimming, Liu et al. 2017): units are weighed down, then the least go.
+
+Every query/key pair, value channel and hidden unit is multiplied by a gate that starts at 1 and is trained with the
+weights, under an L1 penalty on all gates. After the last epoch what has the smallest |gate| goes, by one threshold for
+the whole model, and the gates of what stays become part of the weights.
+
+The penalty is the mean |gate|, each weighted by its unit's multiply-adds (VTP: their plain sum). So a large unit needs
+to be worth more to keep the same gate, one threshold is right for all, and the weight of the penalty means the same for
+models of any size.
+
+C model width, H heads, D head width, h hidden units.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pruning.data import Images
+from pruning.errors import TargetError
+from pruning.measure.cost import channel_macs, count_macs
+from pruning.measure.widths import Pace, multiples
+from pruning.methods.ranking import top
+from pruning.methods.width import Learned
+from pruning.model.anatomy import BlockAnatomy, blocks_of, classify, embed, examine, parts_of
+from pruning.model.gates import BlockGates, GatedBlock, Gates
+from pruning.model.surgery import apply_plan, as_slim, keep_all_plan
+from pruning.plan import BlockPlan, Plan
+from pruning.precision import Precision, autocast
+from pruning.scores.channel import check_finite
+from pruning.training import Loop, LoopSettings
+
+HIGHEST = 1e9
+"""A threshold far above any gate: of every kind only the fewest stay that may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftMaskSettings(LoopSettings):
+    """How the gates are trained."""
+
+    target_ratio: float
+    """Share of the dense model's multiply-adds to keep, in (0, 1]."""
+    epochs: int = 5
+    gate_rate: float = 2e-2
+    """Learning rate of the gates; the same schedule, so that they come to rest."""
+    l1: float = 1.0
+    """Weight of the penalty: what it adds to the loss while all gates are 1."""
+    distillation: float = 0.5
+    """Weight of the dense model's answers against the labels, in [0, 1]."""
+
+
+class SoftGates(Gates):
+    """The gates of one block, which start at 1."""
+
+    def __init__(self, anatomy: BlockAnatomy, device: torch.device) -> None:
+        super().__init__()
+        channels = anatomy.num_heads, anatomy.head_dim
+        # With qk-norm the pairs stay whole, so their gates are not trained.
+        self.qk = nn.Parameter(torch.ones(channels, device=device), requires_grad=not anatomy.has_qk_norm)
+        self.v = nn.Parameter(torch.ones(channels, device=device))
+        self.hidden = nn.Parameter(torch.ones(anatomy.num_hidden, device=device))
+        tokens = anatomy.num_prefix_tokens + anatomy.num_patches
+        channel = channel_macs(anatomy, tokens)
+        self.weights = {"qk": channel, "v": channel, "hidden": 2 * tokens * anatomy.width}
+        """Multiply-adds of one unit, by kind."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Kind -> the gates that are trained."""
+        return {name: gates for name, gates in self.named_parameters() if gates.requires_grad}
+
+    def forward(self) -> BlockGates:
+        return BlockGates(qk=self.qk, v=self.v, hidden=self.hidden)
+
+
+class SoftMaskTraining:
+    """One run, epoch by epoch; its state can be saved and loaded in between."""
+
+    def __init__(
+        self, model: nn.Module, images: Images, settings: SoftMaskSettings, *, paces: Sequence[Pace] | None = None,
+        precision: Precision = "float32",
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            model: dense, in eval mode, on the device to work on; it is left as it was.
+            paces: of each block, the widths that it may have; by default any.
+
+        Raises:
+            TargetError: no width is as small as the target (says which is the smallest).
+        """
+        self.settings, self.precision = settings, precision
+        self.teacher, self.anatomy = model, examine(model)
+        self.paces = list(paces or [multiples(block, 1) for block in self.anatomy.blocks])
+        self.device = next(model.parameters()).device
+        self.trained = copy.deepcopy(model).requires_grad_(True)
+        self.gates = [SoftGates(each, self.device) for each in self.anatomy.blocks]
+        self._check_target()
+        slim = [
+            as_slim(block, each, is_last=False)
+            for block, each in zip(blocks_of(self.trained), self.anatomy.blocks, strict=True)
+        ]
+        self.blocks = [GatedBlock(*pair) for pair in zip(slim, self.gates, strict=True)]
+        self.loop = Loop(images, self._optimizer(), settings, self.device)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        settings = self.settings
+        gates = [each for block in self.gates for each in block.trained().values()]
+        return torch.optim.AdamW([
+            *settings.groups(self.trained.parameters()),
+            {"params": gates, "lr": settings.gate_rate, "weight_decay": 0.0},
+        ])  # fmt: skip
+
+    def _check_target(self) -> None:
+        self.whole = count_macs(self.anatomy, keep_all_plan(self.anatomy))
+        least = count_macs(self.anatomy, self._plan(HIGHEST, HIGHEST)) / self.whole
+        if not least <= self.settings.target_ratio <= 1:
+            raise TargetError(
+                f"target {self.settings.target_ratio:g} of the macs cannot be reached; "
+                f"give {math.ceil(1000 * least) / 1000:g} at least, and 1 at most"
+            )
+
+    @property
+    def is_done(self) -> bool:
+        """All epochs are trained."""
+        return self.loop.is_done
+
+    def run_epoch(self) -> dict[str, float]:
+        """Trains one epoch; gives its mean loss, without the penalty, and the mean |gate| at its end.
+
+        Raises:
+            VitfrontError: the loss is not finite (names step and learning rate).
+        """
+        loss = self.loop.run_epoch(self._loss, penalty=self._penalty)
+        gates = torch.cat([each.detach().flatten() for block in self.gates for each in block.trained().values()])
+        return {"loss": loss, "gates": gates.abs().mean().item()}
+
+    def _penalty(self) -> Tensor:
+        return self.settings.l1 * weighted_mean(self.gates)
+
+    def _loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        settings = self.settings
+        with torch.no_grad(), autocast(self.device, self.precision):
+            target = self.teacher(pixels).float().log_softmax(dim=1)
+        with autocast(self.device, self.precision):
+            x = embed(self.trained, pixels)
+            for block in self.blocks:
+                x = block(x)
+            logits = classify(self.trained, x).float()
+        hard = F.cross_entropy(logits, labels)
+        soft = F.kl_div(logits.log_softmax(dim=1), target, reduction="batchmean", log_target=True)
+        return (1 - settings.distillation) * hard + settings.distillation * soft
+
+    def _plan(self, of_channels: float, of_hidden: float) -> Plan:
+        """What stays above the thresholds."""
+        return Plan(
+            blocks=tuple(
+                _above(gates(), each, pace, of_channels, of_hidden)
+                for gates, each, pace in zip(self.gates, self.anatomy.blocks, self.paces, strict=True)
+            ),
+            token_reduction="none",
+        )
+
+    def _settled(self) -> Plan:
+        """The plan of the lowest threshold that fits the target.
+
+        A channel goes with those of the other heads, so one step may be a large one; what it leaves of the target is
+        filled with hidden units, by a lower threshold of their own.
+        """
+        target = self.settings.target_ratio * self.whole
+
+        def fits(plan: Plan) -> bool:
+            return count_macs(self.anatomy, plan) <= target
+
+        threshold = _lowest(lambda each: fits(self._plan(each, each)))
+        return self._plan(threshold, _lowest(lambda each: fits(self._plan(threshold, each))))
+
+    def finish(self) -> Learned:
+        """The smaller model; after the last epoch.
+
+        Raises:
+            VitfrontError: a gate is not finite.
+        """
+        assert self.is_done, "the training is not at its end"
+        for index, gates in enumerate(self.gates):
+            check_finite(index, dict(gates.named_parameters()))
+        plan, whole = self._settled(), folded(self.trained, [gates() for gates in self.gates])
+        return Learned(plan=plan, model=apply_plan(whole, plan).requires_grad_(False).eval())
+
+    def state(self) -> dict[str, Any]:
+        """All that a training in another process needs to go on: tensors, numbers and strings in dicts and lists."""
+        return {
+            "loop": self.loop.state(),
+            "weights": self.trained.state_dict(),
+            "gates": [gates.state_dict() for gates in self.gates],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of a training with the same model, images and settings."""
+        self.trained.load_state_dict(state["weights"])
+        for gates, learned in zip(self.gates, state["gates"], strict=True):
+            gates.load_state_dict(learned)
+        self.loop.load(state["loop"])
+
+
+def weighted_mean(gates: Sequence[SoftGates]) -> Tensor:
+    """The mean |gate| of the gates that are trained, each weighted by its unit's multiply-adds; (), 1 at the start."""
+    kinds = [(block.weights[kind], each) for block in gates for kind, each in block.trained().items()]
+    total = sum(macs * each.numel() for macs, each in kinds)
+    return torch.stack([macs / total * each.abs().sum() for macs, each in kinds]).sum()
+
+
+@torch.no_grad()
+def folded(model: nn.Module, gates: Sequence[BlockGates]) -> nn.Module:
+    """A copy of a dense model whose weights do what its blocks do with the gates.
+
+    A pair's gate goes to its query alone, a value channel's to its output, and a hidden unit's, which acts after the
+    activation, to what reads it. With qk-norm a query's size is lost, so there the gates of pairs have to be 1.
+    """
+    made = copy.deepcopy(model)
+    for block, own in zip(blocks_of(made), gates, strict=True):
+        parts = parts_of(block)
+        rows = torch.cat([own.qk.flatten(), torch.ones_like(own.qk).flatten(), own.v.flatten()])
+        parts.qkv.weight.mul_(rows[:, None])
+        if parts.qkv.bias is not None:
+            parts.qkv.bias.mul_(rows)
+        parts.fc2.weight.mul_(own.hidden)
+    return made
+
+
+def _above(gates: BlockGates, anatomy: BlockAnatomy, pace: Pace, of_channels: float, of_hidden: float) -> BlockPlan:
+    """The units whose |gate| is above a threshold, as nearly as the widths allow.
+
+    Of all that may be kept, that whose sum of |gate| - threshold is the largest. With any width allowed that is what
+    is above the threshold; and a higher threshold never keeps more.
+    """
+    qk, v, hidden = (each.detach().abs().double().cpu() for each in (gates.qk, gates.v, gates.hidden))
+    if anatomy.has_qk_norm:  # the pairs of a head have no gates, and stay or go with its values
+        qk = v.mean(dim=1, keepdim=True).expand_as(v)
+    pairs = torch.tensor(pace.attention)
+    # (pairs, H): what a head is worth with the widths of a pair; it stays if that is more than nothing.
+    worth = (_best_sums(qk, of_channels)[:, pairs[:, 0]] + _best_sums(v, of_channels)[:, pairs[:, 1]]).T
+    most = worth.amax(dim=1)
+    of_pair = torch.where(most > 0, worth.clamp_min(0).sum(dim=1), most)
+    best = int(of_pair.argmax())
+    qk_width, v_width = pace.attention[best]
+    heads = top(worth[best], max(1, int((worth[best] > 0).sum())))
+    widths = torch.tensor(pace.hidden)
+    num_hidden = pace.hidden[int(_best_sums(hidden[None], of_hidden)[0, widths].argmax())]
+    return BlockPlan(
+        keep_heads=heads,
+        keep_qk=tuple(top(qk[head], qk_width) for head in heads),
+        keep_v=tuple(top(v[head], v_width) for head in heads),
+        keep_hidden=top(hidden, num_hidden),
+        num_tokens=anatomy.num_patches,
+    )
+
+
+def _best_sums(sizes: Tensor, threshold: float) -> Tensor:
+    """(rows, n) -> (rows, n + 1): the sum of size - threshold over a row's 0, 1, ..., n largest."""
+    return F.pad((sizes.sort(dim=1, descending=True).values - threshold).cumsum(dim=1), (1, 0))
+
+
+def _lowest(fits: Callable[[float], bool]) -> float:
+    """The lowest threshold that fits, by bisection of its size: with one that fits, all higher ones do."""
+    low, high = 1 / HIGHEST, HIGHEST
+    for _ in range(30):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

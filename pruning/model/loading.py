@@ -1,0 +1,88 @@
+"""The dense model, by timm name and checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from pruning.errors import CheckpointError, ModelError
+from pruning.model.anatomy import SUPPORTED, examine
+
+
+def create_model(
+    name: str, *, args: Mapping[str, Any] | None = None, checkpoint: str | Path | None = None, pretrained: bool = False
+) -> nn.Module:
+    """A dense model in eval mode, float32, on the CPU.
+
+    Args:
+        name: timm's name.
+        args: what `timm.create_model` takes besides (num_classes, img_size, depth, ...).
+        checkpoint: weights to load, .safetensors or PyTorch; never unpickled beyond plain tensors.
+        pretrained: timm's own weights, from its hub.
+
+    Raises:
+        ModelError: an unknown name or argument, or a model of no supported family.
+        CheckpointError: a missing file, or weights that do not fit (names the tensors).
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"supported is {SUPPORTED}"
+        raise ModelError(f"timm {timm.__version__} has no model {name!r}; {hint}")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **dict(args or {}))
+    except Exception as error:  # unknown arguments are TypeErrors, a hub out of reach is any of a dozen errors
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelError(f"cannot create {name} with {dict(args or {})}: {reason}") from error
+    examine(model)
+    if checkpoint is not None:
+        load_weights(model, read_weights(checkpoint), str(checkpoint))
+    return model.eval()
+
+
+def default_input(model: nn.Module) -> dict[str, Any]:
+    """What timm knows of the model's images: mean, std, interpolation, crop_pct, ..."""
+    known = model.pretrained_cfg
+    assert isinstance(known, dict)
+    return known
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Name -> tensor, from a .safetensors or PyTorch file (unwraps `state_dict`, `model`, ...)."""
+    from timm.models import load_state_dict
+
+    if not Path(path).is_file():
+        raise CheckpointError(f"no checkpoint {path}")
+    try:
+        weights: dict[str, Tensor] = load_state_dict(str(path))
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"cannot read checkpoint {path}: {reason}") from error
+    return weights
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copies weights into the model, every one of them and in its precision.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape; nothing was loaded then.
+    """
+    own = model.state_dict()
+    wrong = [
+        f"{name} is {list(weights[name].shape)}, not {list(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    wrong += [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} is unknown to the model" for name in weights if name not in own]
+    if wrong:
+        more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}: {'; '.join(wrong[:4])}{more}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])

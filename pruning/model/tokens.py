@@ -1,0 +1,262 @@
+"""Token reduction: which patch tokens leave a block, and what becomes of the others.
+
+B images, N tokens (P prefix tokens first, M = N - P patches), H heads, K query/key width a head, C model width.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pruning.model.lfe import low_frequency_energy, score_tokens
+from pruning.plan import TokenReduction
+from pruning.spectrum import token_filter
+
+Schedule = Literal["constant", "decreasing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clues:
+    """What a block's attention tells of its tokens."""
+
+    q: Tensor
+    k: Tensor
+    """Both (B, H, N, K)."""
+    scale: float
+    """The logits are scale * q @ k^T."""
+    size: Tensor | None
+    """(B, N, 1): patches that each token stands for; None while all are 1."""
+    attention: Tensor | None
+    """(B, H, N, N), only where the reduction asks for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Tokens that stay, tokens that go into one of them, and their weights there."""
+
+    kept: Tensor
+    """(B, N') indices into N, ascending, the prefix first."""
+    moved: Tensor | None
+    """(B, R) indices into N."""
+    into: Tensor | None
+    """(B, R) indices into N'."""
+    weight: Tensor | None
+    """(B, N, 1), positive: a token's weight in the average with those that move into it."""
+
+    def total(self, stream: Tensor) -> Tensor:
+        """Every kept token plus those that move into it. (B, N, n) -> (B, N', n)."""
+        kept = _rows(stream, self.kept)
+        if self.moved is not None and self.into is not None:
+            rows = _row_numbers(self.into, kept.shape[1])
+            kept = kept.flatten(0, 1).index_add(0, rows, _rows(stream, self.moved).flatten(0, 1)).view_as(kept)
+        return kept
+
+    def average(self, stream: Tensor) -> Tensor:
+        """Every kept token averaged with those that move into it. (B, N, n) -> (B, N', n)."""
+        if self.weight is None or self.moved is None or self.into is None:
+            return self.total(stream)
+        # Shares before products: a token alone has a share of exactly 1, and least weights do not vanish in products.
+        total = self.total(self.weight)
+        whole = torch.ones_like(self.weight).scatter(1, self.kept[..., None], total)
+        whole = whole.scatter(1, self.moved[..., None], total.gather(1, self.into[..., None]))
+        return self.total(stream * (self.weight / whole).to(stream.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduced:
+    """What a reduction did, to do the same with other streams of the same tokens."""
+
+    steps: tuple[Step, ...]
+    size: Tensor | None
+    """(B, N', 1), or None while every token is one patch or the reduction does not count them."""
+
+    def apply(self, stream: Tensor) -> Tensor:
+        """(B, N, n) -> (B, N', n)."""
+        for step in self.steps:
+            stream = step.average(stream)
+        return stream
+
+
+class Reducer(nn.Module, ABC):
+    """A block's token reduction: `num_patches` come in, `num_keep` leave; prefix tokens always stay."""
+
+    needs_map = False
+    """It looks at the whole attention map, which fused attention does not give."""
+    has_filter = False
+    """It looks at low-frequency energy."""
+    token_filter: Tensor
+
+    def __init__(
+        self, *, num_patches: int, num_keep: int, num_prefix_tokens: int, has_class_token: bool, cutoff: float
+    ) -> None:
+        """cutoff is the token filter's, in (0, 1], for the reductions that have one."""
+        super().__init__()
+        assert 1 <= num_keep <= num_patches
+        self.num_patches, self.num_keep = num_patches, num_keep
+        self.num_prefix_tokens, self.has_class_token = num_prefix_tokens, has_class_token
+        if self.has_filter:
+            self.register_buffer("token_filter", token_filter(num_patches, cutoff), persistent=False)
+
+    @abstractmethod
+    def choose(self, x: Tensor, clues: Clues) -> Reduced:
+        """x: (B, N, C) tokens after the block's attention."""
+
+    def _keep(self, patches: Tensor) -> Tensor:
+        """The prefix and these patches, in their order. (B, n) -> (B, P + n)."""
+        prefix = torch.arange(self.num_prefix_tokens, device=patches.device).expand(len(patches), -1)
+        return torch.cat([prefix, patches.sort(dim=1).values + self.num_prefix_tokens], dim=1)
+
+
+class TokenDrop(Reducer):
+    """Drops the patches of least LFE score (VTC-LFC, eq. 6-9)."""
+
+    needs_map = has_filter = True
+
+    def choose(self, x: Tensor, clues: Clues) -> Reduced:
+        assert clues.attention is not None
+        scores = score_tokens(
+            x, clues.attention, self.token_filter,
+            num_prefix_tokens=self.num_prefix_tokens, has_class_token=self.has_class_token,
+        )  # fmt: skip
+        best = scores.topk(self.num_keep, dim=1).indices
+        return Reduced(steps=(Step(kept=self._keep(best), moved=None, into=None, weight=None),), size=None)
+
+
+class TokenFuse(Reducer):
+    """Keeps the patches of most class attention; the others become one, weighted by it (EViT, Liang et al. 2022)."""
+
+    def choose(self, x: Tensor, clues: Clues) -> Reduced:
+        attention = class_attention(clues, self.num_prefix_tokens, self.has_class_token)
+        order = attention.argsort(dim=1, descending=True, stable=True)
+        # The best of those that go is where the others go into; so its place, not its content, stays.
+        host, moved = order[:, self.num_keep - 1, None], order[:, self.num_keep :]
+        kept = self._keep(order[:, : self.num_keep])
+        into = torch.searchsorted(kept[:, self.num_prefix_tokens :].contiguous(), host + self.num_prefix_tokens)
+        weight = F.pad(attention, (self.num_prefix_tokens, 0), value=1.0)[..., None]
+        step = Step(
+            kept=kept,
+            moved=moved + self.num_prefix_tokens,
+            into=(into + self.num_prefix_tokens).expand_as(moved),
+            weight=weight.clamp_min(torch.finfo(torch.float32).tiny),
+        )
+        return Reduced(steps=(step,), size=None)
+
+
+class TokenMerge(Reducer):
+    """Averages pairs of patches whose keys point the same way (ToMe, Bolya et al. 2023).
+
+    Patches at even places look for their nearest at odd places: distance 1 - cosine of the keys' mean over heads.
+    The nearest pairs become one token, averaged by size. With a weight w a patch, the distance of a pair counts
+    (sqrt(w_a) + sqrt(w_b)) times, so that tokens nobody needs go first.
+    Where more than half has to go, it is done again.
+    """
+
+    def weights(self, x: Tensor, clues: Clues) -> Tensor | None:
+        """(B, M), at least 0, or None for none; those of merged patches add up."""
+        return None
+
+    def choose(self, x: Tensor, clues: Clues) -> Reduced:
+        prefix = self.num_prefix_tokens
+        size = torch.ones_like(x[..., :1]) if clues.size is None else clues.size
+        keys, weight = clues.k.mean(dim=1), self.weights(x, clues)
+        steps = []
+        while (num_patches := keys.shape[1] - prefix) > self.num_keep:
+            count = min(num_patches - self.num_keep, num_patches // 2)
+            moved, partner, stay = _match(keys[:, prefix:], weight, count)
+            place = torch.ones_like(keys[:, prefix:, 0], dtype=torch.long).scatter(1, moved, 0).cumsum(dim=1) - 1
+            step = Step(
+                kept=self._keep(stay), moved=moved + prefix, into=place.gather(1, partner) + prefix, weight=size
+            )
+            steps.append(step)
+            if num_patches - count > self.num_keep:
+                keys = step.average(keys)
+                weight = None if weight is None else step.total(F.pad(weight, (prefix, 0))[..., None])[:, prefix:, 0]
+            else:
+                keys = keys[:, : prefix + self.num_keep]
+            size = step.total(size)
+        return Reduced(steps=tuple(steps), size=size)
+
+
+class EnergyMerge(TokenMerge):
+    """Merges what carries little low-frequency energy first."""
+
+    has_filter = True
+
+    def weights(self, x: Tensor, clues: Clues) -> Tensor | None:
+        return low_frequency_energy(x[:, self.num_prefix_tokens :], self.token_filter)
+
+
+class AttentionMerge(TokenMerge):
+    """Merges what the class token hardly looks at first."""
+
+    def weights(self, x: Tensor, clues: Clues) -> Tensor | None:
+        return class_attention(clues, self.num_prefix_tokens, self.has_class_token)
+
+
+REDUCERS: dict[TokenReduction, type[TokenDrop | TokenFuse | TokenMerge]] = {
+    "lfe": TokenDrop,
+    "attention": TokenFuse,
+    "merge": TokenMerge,
+    "lfe-merge": EnergyMerge,
+    "attention-merge": AttentionMerge,
+}
+
+
+def merges(kind: TokenReduction) -> bool:
+    """Tokens come to stand for several patches, which later attention has to know."""
+    return kind in REDUCERS and issubclass(REDUCERS[kind], TokenMerge)
+
+
+def class_attention(clues: Clues, num_prefix_tokens: int, has_class_token: bool) -> Tensor:
+    """Attention of the class token to every patch, mean over heads; of the mean patch query where there is none.
+
+    One row of the map: fused attention stays fused. (B, M), at least 0.
+    """
+    query = clues.q[:, :, :1] if has_class_token else clues.q[:, :, num_prefix_tokens:].mean(dim=2, keepdim=True)
+    logits = (query @ clues.k.transpose(-2, -1)).float() * clues.scale
+    if clues.size is not None:
+        logits = logits + clues.size.float().log().transpose(1, 2)[:, None]
+    return logits.softmax(dim=-1)[:, :, 0, num_prefix_tokens:].mean(dim=1)
+
+
+def _match(keys: Tensor, weight: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` nearest pairs: who moves (B, count), where to (B, count), and who stays (B, M - count)."""
+    keys = F.normalize(keys.float(), dim=-1)
+    with torch.autocast(keys.device.type, enabled=False):  # in bfloat16 most near pairs tie, and others are taken
+        distance = 1 - keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
+    if weight is not None:
+        root = weight.float().sqrt()
+        distance = distance * (root[:, ::2, None] + root[:, None, 1::2])
+    nearest, partner = distance.min(dim=-1)
+    order = nearest.argsort(dim=1, stable=True)
+    moved, rest = order[:, :count], order[:, count:]
+    odd = torch.arange(1, keys.shape[1], 2, device=keys.device).expand(len(keys), -1)
+    return 2 * moved, 2 * partner.gather(1, moved) + 1, torch.cat([2 * rest, odd], dim=1)
+
+
+def _rows(stream: Tensor, chosen: Tensor) -> Tensor:
+    """Whole rows of all images at once: four times faster on a CPU than a gather along the tokens."""
+    rows = _row_numbers(chosen, stream.shape[1])
+    return stream.flatten(0, 1).index_select(0, rows).unflatten(0, (len(stream), -1))
+
+
+def _row_numbers(chosen: Tensor, num_tokens: int) -> Tensor:
+    first = torch.arange(0, len(chosen) * num_tokens, num_tokens, device=chosen.device)[:, None]
+    return (first + chosen).flatten()
+
+
+def schedule(kind: Schedule, num_patches: int, depth: int, removed: float) -> list[int]:
+    """Patches that leave each block: `constant` takes `removed` from each, `decreasing` twice that from the first
+    down to none from the last (ToMe's two schedules). At least one stays.
+    """
+    counts, left = [], float(num_patches)
+    for block in range(depth):
+        left -= removed if kind == "constant" else 2 * removed * (1 - block / max(1, depth - 1))
+        counts.append(max(1, math.floor(left + 0.5)))
+    return counts

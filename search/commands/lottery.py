@@ -1,0 +1,156 @@
+"""The lottery of a recipe, seed by seed: what `vitfront lottery` does."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruning.measure.stopwatch import device_name
+from pruning.methods.lottery import Arm, LotteryRow, LotterySettings, run_lottery
+from pruning.model.loading import create_model
+from pruning.precision import Precision
+from search.config import Config
+from search.errors import ConfigError
+from search.records.files import write_atomically
+from search.trial.context import lease_on
+from search.trial.inputs import load_inputs
+from search.views.plots import lottery_html
+
+
+def hold_lottery(
+    config: Config,
+    runs: Path,
+    *,
+    sparsity: float,
+    rounds: int,
+    rewind_step: int,
+    seeds: int,
+    on_stage: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """The record of all seeds, which is also written to `lottery_folder`: table.csv, result.json and lottery.html.
+
+    Args:
+        seeds: how many, counted up from the seed of the recipe's training.
+        on_stage: called before each training with what comes.
+
+    Raises:
+        VitfrontError: wrong input, or a training diverged.
+    """
+    training = config.model.training
+    if training is None:
+        raise ConfigError(
+            f"recipe {config.name!r} has no model.training, and a lottery is about training; "
+            "add it: --set model.training={}"
+        )
+    if seeds < 1:
+        raise ConfigError(f"{seeds} seeds are none; give 1 at least")
+    settings = LotterySettings(training=training.settings(), sparsity=sparsity, rounds=rounds, rewind_step=rewind_step)
+    splits = load_inputs(config, runs).splits  # its model may be trained already
+    images = splits.training
+    num_steps = settings.num_steps(len(images))
+    torch.set_num_threads(config.resources.cpus_per_trial)  # as in a sweep
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # As a sweep trains: what runs this device's inference faster is not what to train with.
+    precision: Precision = "float32" if config.measure.precision == "auto" else config.measure.precision
+    folder = lottery_folder(runs, config.name)
+    folder.mkdir(parents=True, exist_ok=True)  # what stands in its way shows now, not after the trainings
+    rows: list[LotteryRow] = []
+    for index in range(seeds):
+        seed = training.seed + index
+        with lease_on(device).shared():  # nothing is timed here, but a sweep on this device may be timing
+            result = run_lottery(
+                seeded_model(config, seed).to(device),
+                images,
+                splits.val,
+                replace(settings, training=replace(settings.training, seed=seed)),
+                fresh=lambda seed: seeded_model(config, seed, untouched=True),
+                precision=precision,
+                on_stage=_teller(on_stage, f"seed {index + 1} of {seeds}", rounds),
+            )
+        rows += result.rows
+    conditions = {
+        "device": device_name(device), "precision": precision, "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }  # fmt: skip
+    record = {
+        "name": config.name, "sparsity": sparsity, "rounds": rounds, "rewind_step": rewind_step, "seeds": seeds,
+        "steps": num_steps, "training_images": len(images), "val_images": len(splits.val), "conditions": conditions,
+        "config": config.model_dump(mode="json"), "arms": summaries(rows), "rows": [_plain(row) for row in rows],
+    }  # fmt: skip
+    write_atomically(folder / "table.csv", lottery_csv(rows))
+    write_atomically(folder / "lottery.html", lottery_html(record))
+    write_atomically(folder / "result.json", json.dumps(record))
+    return record
+
+
+def lottery_folder(runs: Path, name: str) -> Path:
+    """Where the lottery of a recipe lies; the next one of that name takes its place."""
+    return runs / f"lottery-{name}"
+
+
+def seeded_model(config: Config, seed: int, *, untouched: bool = False) -> nn.Module:
+    """The recipe's model as training from a seed finds it.
+
+    Args:
+        untouched: drawn by the seed even where the recipe starts from given weights.
+    """
+    torch.manual_seed(seed)
+    name, args = config.model.name, config.model.args
+    if untouched:
+        return create_model(name, args=args)
+    return create_model(name, args=args, checkpoint=config.model.checkpoint, pretrained=config.model.pretrained)
+
+
+def summaries(rows: Sequence[LotteryRow]) -> list[dict[str, Any]]:
+    """For each arm and round, in the order in which they come: accuracy and gradient norm, over the seeds.
+
+    `gradient_norm_first` is that of the first step, before any weight has moved; `gradient_norm_mean` of all steps.
+    """
+    together: dict[tuple[Arm, int], list[LotteryRow]] = {}
+    for row in rows:
+        together.setdefault((row.arm, row.round), []).append(row)
+    return [
+        {
+            "arm": arm,
+            "round": number,
+            "sparsity": some[0].sparsity,
+            "top1": fmean(row.top1 for row in some),
+            "top1_low": min(row.top1 for row in some),
+            "top1_high": max(row.top1 for row in some),
+            "gradient_norm_first": fmean(row.gradient_norms[0] for row in some),
+            "gradient_norm_mean": fmean(fmean(row.gradient_norms) for row in some),
+        }
+        for (arm, number), some in together.items()
+    ]
+
+
+def _plain(row: LotteryRow) -> dict[str, Any]:
+    return asdict(row) | {"gradient_norms": [float(f"{norm:.4g}") for norm in row.gradient_norms]}
+
+
+def lottery_csv(rows: Sequence[LotteryRow]) -> str:
+    """A line for each training."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("arm", "round", "sparsity", "seed", "top1", "gradient_norm_first", "gradient_norm_mean"))
+    for row in rows:
+        norms = (row.gradient_norms[0], fmean(row.gradient_norms))
+        writer.writerow((row.arm, row.round, row.sparsity, row.seed, row.top1, *(f"{norm:.4g}" for norm in norms)))
+    return text.getvalue()
+
+
+def _teller(
+    on_stage: Callable[[str], None] | None, seed: str, rounds: int
+) -> Callable[[Arm, int, nn.Module], None] | None:
+    if on_stage is None:
+        return None
+    return lambda arm, number, model: on_stage(f"{seed}: {arm}, pruned {number} of {rounds} times")

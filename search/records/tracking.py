@@ -1,0 +1,319 @@
+"""What MLflow shows of a sweep: one run a sweep, one child run a trial. The only file that imports mlflow.
+
+The ledger is the truth, MLflow its picture: whatever MLflow lacks is written again from the ledger, and nothing is
+ever read back from MLflow but what it already has. A trial is written in an order that survives a kill at any
+point: its run ends last, so a run that has ended is complete, and one that has not is written again in place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+# Before mlflow is imported, as it reads them then; whoever sets them keeps their own.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a sweep needs no network, and reports to nobody
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a trial
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # 7 of 120 s hold the search up if a server is gone
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError  # mlflow lets some through
+
+from search.errors import SweepError
+from search.outcome import Outcome, State
+from search.records.files import alone_in
+
+# A new SQLite store is announced at INFO, a failed statement at ERROR with its traceback; both reach us as well.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+EXPERIMENT = "vitfront"
+MAX_REASON_CHARS = 5000  # MLflow's own limit for a tag
+MAX_PARAM_CHARS = 6000
+
+
+def default_uri(runs: Path) -> str:
+    """Where sweeps are tracked: `MLFLOW_TRACKING_URI`, or else a SQLite file in the folder of all sweeps."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.absolute()}/mlflow.db"
+
+
+class Tracker:
+    """Writes a sweep to MLflow. Only the driver has one.
+
+    A tracking server that goes down costs a warning, not the sweep: what could not be written waits, is tried
+    again with later trials, and at the latest when the sweep is resumed.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        artifact_root: Path,
+        sweep: str,
+        params: Mapping[str, object],
+        *,
+        run_dir: Path,
+        done: Collection[str],
+        retry_seconds: float = 120.0,
+    ) -> None:
+        """Finds the sweep's run, or begins it.
+
+        Args:
+            uri: of the tracking server, or of a database (`sqlite:////absolute/path.db`), made if it is missing.
+            artifact_root: folder for the artifacts; a tracking server has its own and ignores it.
+            sweep: name of the sweep, and of its run.
+            params: the settings, flat.
+            run_dir: folder of the sweep; one name in two folders is two sweeps.
+            done: ids of the ledger's outcomes. A run of this sweep that has others belongs to an earlier sweep
+                whose folder was deleted; it is left as it is.
+            retry_seconds: how long a server that is down is left alone.
+
+        Raises:
+            SweepError: MLflow cannot be reached or used.
+        """
+        self._retry_seconds = retry_seconds
+        self._down, self._retry_at = False, 0.0
+        self._waiting: deque[tuple[Outcome, float, int]] = deque()
+        try:
+            run_dir.parent.mkdir(parents=True, exist_ok=True)
+            with alone_in(run_dir.parent):  # two sweeps that make mlflow's tables at once break them
+                self._client = MlflowClient(tracking_uri=uri)
+                self._experiment = self._find_experiment(None if _is_server(uri) else artifact_root.absolute().as_uri())
+            self._parent, self._children = self._find_sweep(sweep, str(run_dir.absolute()), frozenset(done))
+            self._log_settings(params)
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            raise SweepError(f"MLflow cannot be used at {uri} ({_one_line(error)}); set MLFLOW_TRACKING_URI") from error
+
+    @property
+    def run_id(self) -> str:
+        """Id of the sweep's run."""
+        run_id: str = self._parent.info.run_id
+        return run_id
+
+    def sync(self, outcomes: Sequence[Outcome], hypervolumes: Sequence[float]) -> None:
+        """Writes the outcomes that MLflow lacks: after a resume, or after an outage.
+
+        Args:
+            outcomes: all of the ledger, in its order.
+            hypervolumes: the hypervolume after each of them.
+        """
+        self._waiting = deque(zip(outcomes, hypervolumes, range(1, len(outcomes) + 1), strict=True))
+        with self._tolerant():
+            self._write_waiting(fresh=True)
+
+    def log(self, outcome: Outcome, hypervolume: float, number: int) -> None:
+        """Writes one outcome.
+
+        Args:
+            outcome: the trial.
+            hypervolume: of all outcomes up to and with this one.
+            number: how many those are.
+        """
+        self._waiting.append((outcome, hypervolume, number))
+        if time.monotonic() >= self._retry_at:
+            with self._tolerant():
+                self._write_waiting()
+
+    def finish(self, record: Mapping[str, Any], outcomes: Sequence[Outcome], html: str, csv_text: str) -> None:
+        """Ends the sweep's run: the front as artifacts, its best as metrics, its trials tagged.
+
+        Args:
+            record: what `front.json` holds.
+            outcomes: all of the ledger; measurements that changed since they were logged are logged anew.
+            html: the picture of the front.
+            csv_text: the front as a table.
+        """
+        with self._tolerant(last=True):
+            self._write_waiting()
+            self._tag_children(record, outcomes)
+            for name, text in (("front.json", json.dumps(record)), ("front.html", html), ("front.csv", csv_text)):
+                self._client.log_text(self.run_id, text, name)
+            self._client.log_batch(self.run_id, metrics=_metrics(_best(record), _now_ms()))
+            self._client.set_terminated(self.run_id, "FINISHED")
+
+    def interrupt(self) -> None:
+        """Ends the sweep's run as killed; a resume opens it again."""
+        with self._tolerant(last=True):
+            self._write_waiting()
+            self._client.set_terminated(self.run_id, "KILLED")
+
+    def _find_experiment(self, artifact_location: str | None) -> str:
+        experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            # The pages open on runs and metrics then, not on prompts and traces.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return self._client.create_experiment(EXPERIMENT, artifact_location, kind)
+        experiment_id: str = experiment.experiment_id
+        return experiment_id
+
+    def _find_sweep(self, sweep: str, run_dir: str, done: frozenset[str]) -> tuple[Run, dict[str, Run]]:
+        """The sweep's run and its children by trial id."""
+        tags = {"vitfront.sweep": sweep, "vitfront.run_dir": run_dir}
+        for run in all_runs(self._client, self._experiment, "vitfront.sweep", sweep):
+            if run.data.tags["vitfront.run_dir"] == run_dir:
+                children = self._find_children(run)
+                if not children.keys() <= done:
+                    break  # newest first: the earlier ones are not ours either
+                self._client.update_run(run.info.run_id, status="RUNNING")
+                return run, children
+        return self._client.create_run(self._experiment, tags=tags, run_name=sweep), {}
+
+    def _find_children(self, parent: Run) -> dict[str, Run]:
+        runs = all_runs(self._client, self._experiment, "mlflow.parentRunId", parent.info.run_id)
+        return {run.data.tags["vitfront.trial"]: run for run in runs}
+
+    def _log_settings(self, params: Mapping[str, object]) -> None:
+        """MLflow never changes a param: what a resume sets anew stands in a tag."""
+        texts = {key: str(value)[:MAX_PARAM_CHARS] for key, value in params.items()}
+        there = self._parent.data.params
+        new = [Param(key, text) for key, text in texts.items() if key not in there]
+        self._client.log_batch(self.run_id, params=new)
+        for key, text in texts.items():
+            if there.get(key, text) != text:
+                self._client.set_tag(self.run_id, f"vitfront.resumed.{key}", text)
+
+    @contextmanager
+    def _tolerant(self, *, last: bool = False) -> Iterator[None]:
+        """Turns what goes wrong within into one warning an outage, and one more if no later call can make up for it."""
+        try:
+            yield
+            self._down, self._retry_at = False, 0.0
+        except Exception as error:  # besides mlflow's and the network's, every artifact store has errors of its own
+            warned, self._down, self._retry_at = self._down, True, time.monotonic() + self._retry_seconds
+            if last or not warned:
+                advice = "the sweep is not harmed, resume it to write what MLflow lacks"
+                warnings.warn(f"cannot write to MLflow ({_one_line(error)}); {advice}", stacklevel=4)
+
+    def _write_waiting(self, *, fresh: bool = False) -> None:
+        if fresh or self._down:  # after an outage: the call that failed may have arrived all the same
+            self._children = self._find_children(self._parent)
+        while self._waiting:
+            self._write(*self._waiting[0])
+            self._waiting.popleft()
+
+    def _write(self, outcome: Outcome, hypervolume: float, number: int) -> None:
+        run = self._children.get(outcome.id)
+        if run is None:
+            run = self._children[outcome.id] = self._begin(outcome)
+        elif run.info.end_time is not None:
+            return
+        run_id, ended = run.info.run_id, run.info.start_time + round(1000 * outcome.seconds)
+        # All times follow from the run's start, so that a second write of a metric is the same metric, not another.
+        metrics = _metrics(_scalars(outcome), ended)
+        metrics += [Metric("block_drop", drop, ended, block) for block, drop in enumerate(outcome.block_drops)]
+        for epoch, progress in enumerate(outcome.history, start=1):
+            metrics += [Metric(f"train_{name}", value, ended, epoch) for name, value in progress.items()]
+        params = [Param(key, str(value)) for key, value in outcome.candidate.to_params().items()]
+        self._client.log_batch(run_id, metrics, params)
+        if outcome.plan is not None:  # log_dict would indent: a line a kept index
+            self._client.log_text(run_id, json.dumps(outcome.plan.to_json()), "plan.json")
+        self._client.log_metric(self.run_id, "hypervolume", hypervolume, ended, number)
+        self._client.set_terminated(run_id, "FAILED" if outcome.state is State.FAILED else "FINISHED", ended)
+
+    def _begin(self, outcome: Outcome) -> Run:
+        tags = {
+            "mlflow.parentRunId": self.run_id,
+            "vitfront.trial": outcome.id,
+            "vitfront.state": outcome.state.value,
+        }
+        if outcome.reason:
+            tags["vitfront.reason"] = outcome.reason[:MAX_REASON_CHARS]
+        if outcome.notes:
+            tags["vitfront.notes"] = "; ".join(outcome.notes)[:MAX_REASON_CHARS]
+        if outcome.same_as:
+            tags["vitfront.same_as"] = outcome.same_as
+        started = _now_ms() - round(1000 * outcome.seconds)
+        return self._client.create_run(self._experiment, started, tags, outcome.id)
+
+    def _tag_children(self, record: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
+        """Writes only what differs: a resumed sweep has tagged most of them before."""
+        front = {point["id"] for point in record["points"]}
+        self._children = self._find_children(self._parent)
+        for outcome in outcomes:
+            run = self._children.get(outcome.id)
+            if run is None:
+                continue  # deleted by hand
+            tags = {"on_front": str(outcome.id in front).lower(), "knee": str(outcome.id == record["knee"]).lower()}
+            new_tags = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
+            there = run.data.metrics
+            changed = {key: value for key, value in _scalars(outcome).items() if there.get(key) != value}
+            if new_tags or changed:
+                self._client.log_batch(run.info.run_id, metrics=_metrics(changed, _now_ms()), tags=new_tags)
+
+
+def all_runs(client: MlflowClient, experiment: str, tag: str, value: str, page_size: int = 1000) -> Iterator[Run]:
+    """Every run that has this tag with this value, the newest first."""
+    page_token = None
+    while True:
+        page = client.search_runs(
+            [experiment],
+            f'tags.`{tag}` = "{value}"',
+            max_results=page_size,
+            order_by=["start_time DESC"],
+            page_token=page_token,
+        )
+        yield from page
+        page_token = page.token
+        if not page_token:
+            return
+
+
+def serve_ui(uri: str, artifact_root: Path, port: int) -> int:
+    """MLflow's pages on 127.0.0.1, until Ctrl-C.
+
+    Returns:
+        The exit code of the server; 0 after Ctrl-C.
+
+    Raises:
+        SweepError: the store is a tracking server, which has its own pages.
+    """
+    if _is_server(uri):
+        raise SweepError(f"{uri} is a tracking server and shows its own pages: open it in a browser")
+    store = ["--backend-store-uri", uri, "--default-artifact-root", artifact_root.absolute().as_uri()]
+    where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with subprocess.Popen([sys.executable, "-m", "mlflow", "server", *store, *where]) as server:
+        try:
+            return server.wait()
+        except KeyboardInterrupt:  # the terminal has sent it to the server as well
+            server.wait()
+            return 0
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://", "databricks"))
+
+
+def _scalars(outcome: Outcome) -> dict[str, float]:
+    taken = asdict(outcome.measurement) if outcome.measurement is not None else {}
+    cost = {"seconds": outcome.seconds, "forward_passes": outcome.forward_passes}
+    return cost | {name: float(value) for name, value in taken.items() if value is not None}
+
+
+def _best(record: Mapping[str, Any]) -> dict[str, float]:
+    points, names = record["points"], [objective["name"] for objective in record["objectives"]]
+    best = {"front_points": float(len(points)), "front_hypervolume": record["hypervolume"]}
+    best |= {f"best_{name}": max(point[name] for point in points) for name in names if points}
+    return best | {f"knee_{name}": point[name] for point in points if point["id"] == record["knee"] for name in names}
+
+
+def _metrics(values: Mapping[str, float], timestamp_ms: int) -> list[Metric]:
+    return [Metric(key, value, timestamp_ms, 0) for key, value in values.items()]
+
+
+def _now_ms() -> int:
+    return round(1000 * time.time())
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

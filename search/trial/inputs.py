@@ -1,0 +1,112 @@
+"""Recipe -> dense model and images. What is wrong with what the user gave shows here, before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pruning.data import Images, InputSpec, Splits, folder_classes, load_split
+from pruning.errors import DataError
+from pruning.model.anatomy import examine
+from pruning.model.loading import create_model, default_input, load_weights, read_weights
+from search.config import Config, input_spec
+from search.errors import ConfigError
+from search.space import Space
+
+NO_TRAINING = ("val", "test", "val_images", "confirm_images", "test_images", "noise")
+"""Keys of the data that no training depends on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A sweep's model and images, loaded and checked."""
+
+    model: nn.Module
+    trained: bool
+    """The weights are final: the recipe has no training, or it was done before."""
+    spec: InputSpec
+    splits: Splits
+    space: Space
+    cache: Path
+    """Where the weights go once they are trained."""
+
+
+def load_inputs(config: Config, runs: Path) -> Inputs:
+    """The model, its images and its search space.
+
+    Raises:
+        VitfrontError: whatever is wrong with them, in one line.
+    """
+    if config.model.training is not None:
+        torch.manual_seed(config.model.training.seed)  # of the weights that training starts from
+    model = create_model(
+        config.model.name,
+        args=config.model.args,
+        checkpoint=config.model.checkpoint,
+        pretrained=config.model.pretrained,
+    )
+    anatomy = examine(model)
+    space = Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows)
+    spec = input_spec(config, default_input(model), anatomy.image_size)
+    channels = anatomy.in_channels
+    if len(spec.mean) != channels or len(spec.std) != channels:
+        raise DataError(
+            f"data.mean and data.std have {len(spec.mean)} and {len(spec.std)} channels, the model {channels}"
+        )
+    splits = load_splits(config, spec, anatomy.num_classes)
+    cache = runs / ".cache" / f"{_training_hash(config)}.safetensors"
+    trained = config.model.training is None
+    if not trained and cache.is_file():
+        load_weights(model, read_weights(cache), str(cache))
+        trained = True
+    if config.data.noise and not trained:  # it would learn from the noisy images
+        raise ConfigError("data.noise needs a dense model that is trained; run the recipe once without noise")
+    return Inputs(model=model, trained=trained, spec=spec, splits=splits, space=space, cache=cache)
+
+
+def load_splits(config: Config, spec: InputSpec, num_classes: int) -> Splits:
+    """All images of a sweep; the training images are drawn by class and dealt to calibration and probe."""
+    data = config.data
+    class_map: Path | dict[str, int] | None = data.class_map
+    if data.dataset == "folder" and class_map is None and data.root is not None:
+        class_map = folder_classes(data.root, data.train)  # a val folder with fewer classes keeps the indices
+
+    def load(split: str, limit: int | None) -> Images:
+        return load_split(
+            data.dataset, split, spec, num_classes=num_classes, root=data.root, class_map=class_map,
+            limit=limit, seed=data.seed, download=data.download,
+        )  # fmt: skip
+
+    wanted = data.calibration_images + data.probe_images
+    train = load(data.train, wanted)
+    num_calibration = round(len(train) * data.calibration_images / wanted)
+    if min(num_calibration, len(train) - num_calibration) < 1:
+        raise DataError(f"{len(train)} training images are too few: some are for calibration, others for probing")
+    return Splits(
+        calibration=_noisy(train.take(slice(0, num_calibration)), data.noise, data.seed),
+        probe=train.take(slice(num_calibration, None)),
+        val=load(data.val, data.val_images),
+        confirm=None if data.confirm_images is None else load(data.val, data.confirm_images),
+        test=None if data.test is None else load(data.test, data.test_images),
+    )
+
+
+def _noisy(images: Images, std: float, seed: int) -> Images:
+    """With Gaussian noise of this standard deviation, in units of the pixels' range; still whole numbers within it."""
+    if not std:
+        return images
+    noise = torch.randn(images.pixels.shape, generator=torch.Generator().manual_seed(seed))
+    pixels = (images.pixels + 255 * std * noise).round().clamp(0, 255).to(torch.uint8)
+    return replace(images, pixels=pixels)
+
+
+def _training_hash(config: Config) -> str:
+    """Of all that the trained weights depend on."""
+    data = config.data.model_dump(mode="json", exclude={*NO_TRAINING})
+    told = json.dumps([config.model.model_dump(mode="json"), data], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -1,0 +1,115 @@
+"""Speed-ups of a known amount of work, and the interval of a median by counting coins."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise, product
+from resource import RUSAGE_SELF, getrusage
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pruning.errors import SettingError
+from pruning.measure.stopwatch import Timing, device_name, median_interval, race
+
+
+class Work(nn.Module):
+    """So many matrix products one after the other; counts its calls."""
+
+    def __init__(self, amount: int) -> None:
+        super().__init__()
+        self.amount, self.calls = amount, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for _ in range(self.amount):
+            x = x @ x * 0
+        return x
+
+
+BATCH = torch.ones(4, 160, 160)
+
+
+def test_a_model_of_a_third_of_the_work_is_three_times_faster() -> None:
+    # Laps far longer than a time slice: with short ones a busy machine interrupts the slower model alone.
+    dense, (third, double) = race(Work(12), [Work(4), Work(24)], BATCH, num_rounds=7, min_lap_s=0.06)
+    assert 2.0 < third.speedup < 4.5
+    assert 0.33 < double.speedup < 0.75
+    assert dense.speedup == 1
+
+
+def test_a_timings_figures_agree_with_each_other() -> None:
+    dense, others = race(Work(4), [Work(1), Work(2)], BATCH, num_rounds=7, min_lap_s=0.001)
+    for timing in (dense, *others):
+        assert timing.speedup_low <= timing.speedup <= timing.speedup_high
+        assert (timing.batch_size, timing.num_rounds) == (4, 7)
+        assert timing.throughput_img_s == pytest.approx(4 / (timing.latency_ms_p50 / 1e3))
+        assert timing.latency_ms_p50 == pytest.approx(dense.latency_ms_p50 / timing.speedup)
+
+
+def test_the_dense_model_has_a_speedup_of_exactly_one() -> None:
+    model = Work(1)
+    dense, (again,) = race(model, [model], BATCH, num_rounds=6, min_lap_s=0.0)
+    assert (dense.speedup, dense.speedup_low, dense.speedup_high) == (1.0, 1.0, 1.0)
+    assert again.speedup > 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
+def test_after_a_race_freed_memory_is_used_again() -> None:
+    race(Work(1), [], BATCH, num_rounds=6, min_lap_s=0.0)
+    faults = [getrusage(RUSAGE_SELF).ru_minflt]
+    for _ in range(40):
+        torch.ones(16, 1024, 1024)  # of new pages it would be 16384 faults
+        faults.append(getrusage(RUSAGE_SELF).ru_minflt)
+    assert statistics.median(after - before for before, after in pairwise(faults)) < 100
+
+
+def test_the_dense_model_can_run_alone() -> None:
+    dense, others = race(Work(1), [], BATCH, num_rounds=6, min_lap_s=0.0)
+    assert isinstance(dense, Timing) and others == []
+
+
+def test_all_models_run_equally_often_and_again_until_the_lap_is_long_enough() -> None:
+    short, other = Work(1), Work(2)
+    race(short, [other], BATCH, num_rounds=6, min_lap_s=0.0)
+    assert (short.calls, other.calls) == (1 + 1 + 7, 1 + 7)  # first call, the one that is timed, a warm-up round, 6
+    long, other = Work(1), Work(2)
+    race(long, [other], BATCH, num_rounds=6, min_lap_s=0.005)
+    assert other.calls > 1 + 7 and (other.calls - 1) % 7 == 0
+    assert long.calls == other.calls + 1
+
+
+@pytest.mark.parametrize("num_rounds", [-1, 0, 5])
+def test_too_few_rounds_for_an_interval_are_refused(num_rounds: int) -> None:
+    with pytest.raises(SettingError, match=f"{num_rounds} rounds give no 95 % interval; give 6 at least"):
+        race(Work(1), [], BATCH, num_rounds=num_rounds)
+
+
+def brute_force_rank(count: int) -> int:
+    """The largest rank whose two order statistics miss the median in at most 5 % of all 2^n ways to fall about it."""
+    below = [sum(coins) for coins in product((0, 1), repeat=count)]
+    missed = [sum(n <= rank or n >= count - rank for n in below) / len(below) for rank in range(count // 2)]
+    return max(rank for rank, share in enumerate(missed) if share <= 0.05)
+
+
+@pytest.mark.parametrize("count", range(6, 16))
+def test_the_interval_is_the_narrowest_pair_of_order_statistics_that_holds_95_percent(count: int) -> None:
+    rank = brute_force_rank(count)
+    values = torch.randperm(count, generator=torch.Generator().manual_seed(count)).tolist()
+    assert median_interval(values) == (rank, count - 1 - rank)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[3.0] * 6, [1.0, 1.0, 1.0, 2.0, 9.0, 9.0, 9.0], list(range(100)), [5.0, 1.0, 4.0, 2.0, 3.0, 6.0]],
+)
+def test_the_interval_holds_the_median(values: Sequence[float]) -> None:
+    low, high = median_interval(values)
+    assert min(values) <= low <= statistics.median(values) <= high <= max(values)
+
+
+def test_the_device_is_named_with_its_cores() -> None:
+    assert device_name(torch.device("cpu")).endswith(" cores")

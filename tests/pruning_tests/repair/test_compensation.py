@@ -1,0 +1,674 @@
+"""The repair: exact where nothing is lost, least squares by brute force where something is, harmless on few images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pruning.data import Images
+from pruning.errors import PlanError
+from pruning.measure.accuracy import predict, top1
+from pruning.model.anatomy import blocks_of, classify, embed, examine, parts_of
+from pruning.model.layers import SlimBlock, unpack
+from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
+from pruning.model.tokens import merges
+from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, Plan, TokenReduction
+from pruning.repair.compensation import (
+    PATCH_SAMPLES,
+    RIDGES,
+    Flow,
+    _Second,
+    power,
+    regression,
+    repaired_model,
+    samples,
+)
+from pruning.repair.moments import Moments
+from pruning.repair.sensitivity import measure_sensitivity
+from tests.pruning_tests import builders
+
+HIDDEN = 96
+ALL = tuple(range(8))  # channels of a head
+every_family = pytest.mark.parametrize("family", builders.FAMILIES)
+
+
+def without(*channels: int) -> tuple[int, ...]:
+    return tuple(channel for channel in ALL if channel not in channels)
+
+
+def edited(model: nn.Module, block: BlockPlan, index: int = 1) -> Plan:
+    """The whole model but for one block."""
+    blocks = list(keep_all_plan(examine(model)).blocks)
+    blocks[index] = block
+    return Plan(blocks=tuple(blocks))
+
+
+def flow_at(
+    model: nn.Module, index: int, images: Images, kind: TokenReduction = "lfe", *, batch_size: int = 64
+) -> Flow:
+    """All blocks before are whole."""
+    sensitivity = measure_sensitivity(model, images, batch_size=batch_size)
+    flow = Flow(model, images, sensitivity, token_reduction=kind, cutoff_token=0.85, batch_size=batch_size)
+    for block in blocks_of(model)[:index]:
+        flow.advance(block)
+    return flow
+
+
+def kl(dense: Tensor, pruned: Tensor) -> float:
+    dense, pruned = dense.double().log_softmax(dim=1), pruned.double().log_softmax(dim=1)
+    return float((dense.exp() * (dense - pruned)).sum(dim=1).mean())
+
+
+def furthest(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def check_shapes(repaired: nn.Module, cut: nn.Module) -> None:
+    assert {name: tensor.shape for name, tensor in repaired.state_dict().items()} == {
+        name: tensor.shape for name, tensor in cut.state_dict().items()
+    }
+
+
+# Whole blocks
+
+
+@every_family
+def test_a_plan_that_keeps_all_gives_bit_equal_logits_and_copies(family: str) -> None:
+    model, images = builders.model(family), builders.images(6)
+    repaired = repaired_model(model, keep_all_plan(examine(model)), images)
+    assert torch.equal(predict(repaired.model, images), predict(model, images))
+    assert repaired.notes == ()
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not own & {parameter.data_ptr() for parameter in repaired.model.parameters()}
+
+
+def test_whole_blocks_before_and_after_a_pruned_one_are_not_touched() -> None:
+    model = builders.model()
+    plan = edited(model, builders.plan(examine(model)).blocks[1])
+    repaired = blocks_of(repaired_model(model, plan, builders.images(8)).model)
+    for index in (0, 2):
+        assert builders.same_state(repaired[index], builders.state(blocks_of(model)[index]))
+
+
+def test_the_repair_leaves_the_dense_model_as_it_was_and_is_the_same_each_time() -> None:
+    model, images = builders.model(), builders.images(12)
+    before, plan = (
+        builders.state(model),
+        replace(builders.plan(examine(model), num_tokens=(12, 7, 7)), token_reduction="merge"),
+    )
+    first, again = repaired_model(model, plan, images), repaired_model(model, plan, images)
+    assert builders.same_state(first.model, builders.state(again.model))
+    assert builders.same_state(model, before)
+    assert not model.training and not first.model.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.grad_fn is None and parameter.requires_grad for parameter in first.model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in first.model.modules())
+
+
+def test_a_given_sensitivity_is_as_good_as_one_measured_on_the_way() -> None:
+    model, images = builders.model(), builders.images(8)
+    plan, sensitivity = builders.plan(examine(model)), measure_sensitivity(model, images)
+    given = repaired_model(model, plan, images, sensitivity)
+    assert builders.same_state(repaired_model(model, plan, images).model, builders.state(given.model))
+
+
+@pytest.mark.parametrize("family", ["vit", "average_pooling"])
+def test_the_size_of_a_batch_changes_rounding_alone(family: str) -> None:
+    model, images = builders.toy_model(family), builders.toy_images(32, seed=2)
+    plan = replace(builders.plan(examine(model), num_tokens=(12, 7, 7)), token_reduction="merge")
+    sensitivity = measure_sensitivity(model, images)
+    whole, split = (repaired_model(model, plan, images, sensitivity, batch_size=size).model for size in (32, 5))
+    assert furthest(predict(whole, images), predict(split, images)) < 2e-3
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    model = builders.model()
+    plan = keep_all_plan(examine(model))
+    with pytest.raises(PlanError, match="the plan has 2 blocks"):
+        repaired_model(model, replace(plan, blocks=plan.blocks[:2]), builders.images(4))
+
+
+# Redundant units
+
+
+@torch.no_grad()
+def check_redundant(model: nn.Module, plan: Plan, bound: float) -> None:
+    """Nothing is lost; without repair much would be."""
+    images = builders.images(48)
+    dense = predict(model, images)
+    repaired = repaired_model(model, plan, images).model
+    plain = furthest(predict(apply_plan(model, plan), images), dense)
+    assert plain > 0.05
+    assert furthest(predict(repaired, images), dense) < bound * plain
+    fresh = builders.images(16, seed=7)
+    assert furthest(predict(repaired, fresh), predict(model, fresh)) < 2 * bound * plain
+
+
+@pytest.mark.parametrize("family", ["vit", "layer_scale", "average_pooling"])
+def test_pruned_copies_of_hidden_units_are_taken_over(family: str) -> None:
+    model = builders.model(family)
+    block: Any = blocks_of(model)[1]
+    copied = torch.arange(0, 20)
+    with torch.no_grad():
+        for tensor in (block.mlp.fc1.weight, block.mlp.fc1.bias):
+            tensor[copied + 20] = tensor[copied]
+    kept = (*range(20), *range(40, HIDDEN))
+    # Not exact: the least ridge is a thousandth of the mean variance.
+    check_redundant(model, edited(model, replace(keep_all_block(examine(model).blocks[0]), keep_hidden=kept)), 0.05)
+
+
+def test_pruned_hidden_units_that_never_vary_go_into_the_bias() -> None:
+    model = builders.model()
+    block: Any = blocks_of(model)[1]
+    with torch.no_grad():
+        block.mlp.fc1.weight[:8] = 0
+        block.mlp.fc1.bias[:8] = torch.linspace(-1, 3, 8)
+    kept = tuple(range(8, HIDDEN))
+    check_redundant(model, edited(model, replace(keep_all_block(examine(model).blocks[0]), keep_hidden=kept)), 1e-4)
+
+
+@pytest.mark.parametrize("family", ["vit", "no_qkv_bias", "layer_scale", "qk_norm"])
+def test_pruned_value_channels_that_depend_on_others_cost_nothing(family: str) -> None:
+    """Head by head another channel depends on others, with a constant where there is a bias."""
+    model = builders.model(family)
+    qkv: Any = parts_of(blocks_of(model)[1]).qkv
+    with torch.no_grad():
+        for channel, one, other in ((3, 1, 5), (8, 9, 10), (23, 16, 22)):
+            for tensor in [qkv.weight] + ([] if qkv.bias is None else [qkv.bias]):
+                tensor[48 + channel] = 2 * tensor[48 + one] - tensor[48 + other]
+            if qkv.bias is not None:
+                qkv.bias[48 + channel] += 0.5
+    plan = replace(keep_all_block(examine(model).blocks[0]), keep_v=(without(3), without(0), without(7)))
+    check_redundant(model, edited(model, plan), 1e-3)
+
+
+def test_which_value_channels_a_plan_names_does_not_matter_for_their_number_decides() -> None:
+    model, images = builders.model(), builders.images(16)
+    whole = keep_all_block(examine(model).blocks[0])
+    logits = [
+        predict(repaired_model(model, edited(model, replace(whole, keep_v=(kept,) * 3)), images).model, images)
+        for kept in ((0, 1, 2, 3), (2, 4, 6, 7))
+    ]
+    assert furthest(*logits) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["vit", "no_qkv_bias"])
+@pytest.mark.parametrize("narrow", ["q", "k"])
+def test_queries_or_keys_of_low_rank_need_no_more_channels_than_their_rank(family: str, narrow: str) -> None:
+    model = builders.model(family)
+    qkv: Any = parts_of(blocks_of(model)[1]).qkv
+    start = 0 if narrow == "q" else 24
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for head in range(3):
+            rows = slice(start + 8 * head, start + 8 * head + 8)
+            basis = torch.linalg.qr(torch.randn(8, 3, generator=generator)).Q
+            for tensor in [qkv.weight] + ([] if qkv.bias is None else [qkv.bias]):
+                tensor[rows] = 2 * basis @ (basis.T @ tensor[rows])
+    plan = replace(keep_all_block(examine(model).blocks[0]), keep_qk=((0, 1, 2), (1, 2, 3), (2, 5, 7)))
+    check_redundant(model, edited(model, plan), 2e-3)
+
+
+def test_what_is_added_to_all_keys_takes_no_channel() -> None:
+    """Softmax does not see it: keys of rank 2 and a constant in a third direction need 2 channels."""
+    model = builders.model()
+    qkv: Any = parts_of(blocks_of(model)[1]).qkv
+    with torch.no_grad():
+        for head in range(3):
+            rows = slice(24 + 8 * head, 32 + 8 * head)
+            qkv.weight[rows] *= torch.tensor([2.0, 2, 0, 0, 0, 0, 0, 0])[:, None]
+            qkv.bias[rows] = torch.tensor([0.0, 0, 5, 0, 0, 0, 0, 0])
+    plan = replace(keep_all_block(examine(model).blocks[0]), keep_qk=((4, 5), (0, 1), (6, 7)))
+    check_redundant(model, edited(model, plan), 2e-3)
+
+
+# Logit factors
+
+
+def test_logit_factors_of_full_width_give_the_same_logits() -> None:
+    model = builders.toy_model()
+    flow = flow_at(model, 1, builders.toy_images(24, seed=2), batch_size=10)
+    query, key = flow.logit_factors()
+    assert query.shape == key.shape == (3, 8, 8)
+    q, k = queries_and_keys(model, 1, builders.toy_images(8, seed=5))
+    narrow_q = torch.einsum("bhnd,hkd->bhnk", q, query)
+    narrow_k = torch.einsum("bhnd,hkd->bhnk", k, key)
+    torch.testing.assert_close(narrow_q @ narrow_k.mT, q @ k.mT, rtol=1e-4, atol=1e-4 * float((q @ k.mT).abs().max()))
+
+
+def test_logit_factors_share_the_strength_between_queries_and_keys_the_strongest_first() -> None:
+    """The second moments of combined queries, and of combined keys around their mean, are one diagonal."""
+    model, images = builders.toy_model(), builders.toy_images(24, seed=2)
+    flow = flow_at(model, 1, images, batch_size=10)
+    strength = strengths(flow, *queries_and_keys(model, 1, images))
+    assert strength.shape == (3, 8) and (strength.diff(dim=1) <= 0).all() and (strength >= 0).all()
+
+
+def strengths(flow: Flow, q: Tensor, k: Tensor) -> Tensor:
+    """(H, D): how much each of the factors' combinations counts, on the flow's own queries and keys (B, H, N, D)."""
+    weights = flow.sensitivity[flow.index].mid.token_weights(q.shape[2], flow.anatomy.num_prefix_tokens).double()
+    centred = k - k.mean(dim=2, keepdim=True)
+    found = []
+    for part, factor, weight in zip((q, centred), flow.logit_factors(), (weights, 1 / q.shape[2]), strict=True):
+        combined = torch.einsum("bhnd,hkd->bhnk", part, factor)
+        moment = torch.einsum("bhnk,bhnl->hkl", combined * torch.as_tensor(weight)[..., None], combined) / len(q)
+        found.append(moment.diagonal(dim1=1, dim2=2))
+        torch.testing.assert_close(moment, torch.diag_embed(found[-1]), rtol=1e-4, atol=1e-4 * float(moment.max()))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4 * float(found[0].max()))
+    return found[0]
+
+
+@torch.no_grad()
+def queries_and_keys(model: nn.Module, index: int, images: Images) -> tuple[Tensor, Tensor]:
+    x = embed(model, images.normalized(slice(None)))
+    block: Any
+    for block in blocks_of(model)[:index]:
+        x = block(x)
+    block = blocks_of(model)[index]
+    q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4).double()
+    return q, k
+
+
+@pytest.mark.parametrize("family", ["vit", "average_pooling"])
+def test_logits_of_any_rank_are_the_best_for_one_image(family: str) -> None:
+    """Best: the singular value decomposition of the image's own logits, less their mean over keys."""
+    model, images = builders.toy_model(family), builders.toy_images(1, seed=2)
+    flow = flow_at(model, 1, images)
+    query, key = flow.logit_factors()
+    q, k = queries_and_keys(model, 1, images)
+    strength, num_tokens = strengths(flow, q, k), q.shape[2]
+    weights = flow.sensitivity[1].mid.token_weights(num_tokens, flow.anatomy.num_prefix_tokens).double()
+
+    def error(narrow: Tensor, head: int) -> float:
+        gap = narrow - q[0, head] @ k[0, head].T
+        gap = gap - gap.mean(dim=1, keepdim=True)
+        return float((weights[:, None] * gap**2).sum()) / num_tokens
+
+    for head in range(3):
+        logits = q[0, head] @ k[0, head].T
+        centred = weights.sqrt()[:, None] * (logits - logits.mean(dim=1, keepdim=True))
+        singular = torch.linalg.svdvals(centred)[:8] ** 2 / num_tokens
+        torch.testing.assert_close(strength[head].square(), singular, rtol=1e-3, atol=1e-4 * float(singular[0]))
+        for rank in range(1, 8):
+            narrow = (q[0, head] @ query[head, :rank].T) @ (k[0, head] @ key[head, :rank].T).T
+            least = float(singular[rank:].sum())
+            assert error(narrow, head) == pytest.approx(least, rel=1e-2, abs=1e-4 * float(singular[0]))
+
+
+# Regression
+
+
+def second_moments(x: Tensor, y: Tensor, is_held: Tensor, *, centred: bool = True) -> dict[int | None, _Second]:
+    moments = Moments()
+    moments.add(torch.cat([x, y], dim=1), torch.ones(len(x)), is_held)
+    return {part: _Second.of(moments, part, None, centred=centred) for part in (0, 1, None)}
+
+
+def brute_force_slope(
+    x: Tensor, y: Tensor, is_held: Tensor, metric: Tensor, weight: Tensor | None = None, *, centred: bool
+) -> Tensor | None:
+    """Every ridge is fitted on one part and tried on the other; the best is fitted on all."""
+    x, y = x.double(), y.double()
+    weight = torch.ones(len(x), dtype=torch.float64) if weight is None else weight.double()
+
+    def origin(values: Tensor, weight: Tensor) -> Tensor:
+        return (weight[:, None] * values).sum(dim=0) / weight.sum() * float(centred)
+
+    def fit(chosen: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+        w = weight[chosen]
+        middle_x, middle_y = origin(x[chosen], w), origin(y[chosen], w)
+        around = x[chosen] - middle_x
+        second = around.T @ (w[:, None] * around) / w.sum()
+        cross = around.T @ (w[:, None] * (y[chosen] - middle_y)) / w.sum()
+        strength = ridge * second.diagonal().mean()
+        return torch.linalg.solve(second + strength * torch.eye(len(second)), cross).T, middle_x, middle_y
+
+    errors: dict[float | None, float] = {}
+    for ridge in (None, *RIDGES):
+        slope, middle_x, middle_y = fit(~is_held, ridge or 1.0)
+        error = y[is_held] - middle_y
+        if ridge is not None:
+            error = error - (x[is_held] - middle_x) @ slope.T
+        errors[ridge] = float((weight[is_held, None] * (error @ metric) * error).sum())
+    best = min(errors, key=lambda ridge: errors[ridge])
+    return None if best is None else fit(torch.ones_like(is_held), best)[0]
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_regression_takes_the_ridge_that_is_best_on_held_out_samples(centred: bool) -> None:
+    found = set()
+    for seed in range(24):
+        generator = torch.Generator().manual_seed(seed)
+        count, noise = int(torch.randint(12, 60, (), generator=generator)), 10.0 ** float(seed % 6 - 2)
+        x = torch.randn(count, 6, generator=generator) * torch.logspace(-1, 0.5, 6)
+        x = x + torch.randn(6, generator=generator)
+        truth = torch.randn(6, 3, generator=generator)
+        y = x @ truth + noise * torch.randn(count, 3, generator=generator) + torch.randn(3, generator=generator)
+        is_held = torch.arange(count) % 4 == 3
+        root = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+        metric = root @ root.T
+        slope = regression(second_moments(x, y, is_held, centred=centred), 6, slice(6, 9), metric)
+        expected = brute_force_slope(x, y, is_held, metric, centred=centred)
+        assert (slope is None) == (expected is None), seed
+        found.add(slope is None)
+        if slope is not None and expected is not None:
+            torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    assert found == {True, False}  # both answers were seen
+
+
+def test_a_target_that_has_nothing_to_do_with_the_features_gets_no_slope() -> None:
+    x = torch.eye(8).repeat(4, 1)
+    y = torch.cat([torch.full((8, 2), 1.0), torch.full((8, 2), -1.0)]).repeat(2, 1)  # as often +1 as -1 for every x
+    seconds = second_moments(x, y, torch.arange(32) >= 16)
+    assert regression(seconds, 8, slice(8, 10), torch.eye(2, dtype=torch.float64)) is None
+
+
+def test_features_that_never_vary_give_no_slope_or_a_finite_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    seconds = second_moments(torch.full((20, 4), 2.5), torch.randn(20, 2, generator=generator), torch.arange(20) < 5)
+    slope = regression(seconds, 4, slice(4, 6), torch.eye(2, dtype=torch.float64))
+    assert slope is None or bool(slope.isfinite().all())
+
+
+def test_powers_of_a_matrix_of_full_rank_are_those_of_its_eigenvalues() -> None:
+    root = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = root @ root.T + torch.eye(5)
+    torch.testing.assert_close(power(matrix, 0.5) @ power(matrix, 0.5), matrix)
+    torch.testing.assert_close(power(matrix, -0.5) @ matrix @ power(matrix, -0.5), torch.eye(5, dtype=torch.float64))
+    assert power(torch.zeros(3, 3, dtype=torch.float64), -0.5).isfinite().all()
+
+
+# Samples
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize("patches", [1, PATCH_SAMPLES, 2 * PATCH_SAMPLES - 1, 2 * PATCH_SAMPLES, 200])
+def test_sampled_patches_weigh_as_much_as_all_and_no_place_is_left_out(prefix: int, patches: int) -> None:
+    num_tokens, seen = prefix + patches, torch.zeros(prefix + patches)
+    weights = torch.full((num_tokens,), 0.5 / patches)
+    weights[:prefix] = 3.0
+    places = torch.arange(num_tokens, dtype=torch.float32)[None, :, None].expand(2, -1, 1)
+    flow = SimpleNamespace(
+        anatomy=SimpleNamespace(num_prefix_tokens=prefix), batch_size=2, is_held=torch.arange(16) % 4 == 3
+    )
+    for start in range(0, 16, 2):
+        stage: Any = SimpleNamespace(flow=flow, batch=slice(start, start + 2))
+        values, counts, is_held = samples(stage, weights, places, 10 * places)
+        assert torch.equal(values[:, 1], 10 * values[:, 0])
+        assert float(counts.sum()) == pytest.approx(2 * float(weights.sum()), rel=1e-5)
+        assert int(is_held.sum()) == (len(values) // 2 if start % 4 == 2 else 0)
+        assert values[is_held, 0].tolist() == (values[: len(values) // 2, 0].tolist() if start % 4 == 2 else [])
+        taken = values[: len(values) // 2, 0].long()
+        assert taken[:prefix].tolist() == list(range(prefix))
+        assert len(taken) - prefix >= min(patches, PATCH_SAMPLES)
+        assert counts[:prefix].tolist() == [3.0] * prefix
+        seen[taken] += 1
+    assert (seen > 0).all()
+
+
+# Against the plain cut
+
+
+@torch.no_grad()
+def outputs(block: nn.Module, model: nn.Module, index: int, images: Images) -> Tensor:
+    x = embed(model, images.normalized(slice(None)))
+    for dense in blocks_of(model)[:index]:
+        x = dense(x)
+    return block(x)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_repaired_block_errs_less_than_a_plain_one_on_images_it_has_not_seen(index: int) -> None:
+    model, fresh = builders.toy_model(), builders.toy_images(64, seed=3)
+    flow = flow_at(model, index, builders.toy_images(128, seed=2))
+    place = flow.sensitivity[index].out
+    weights = place.token_weights(17, 1)
+    dense = outputs(blocks_of(model)[index], model, index, fresh)
+
+    def error(block: nn.Module) -> float:
+        gap = outputs(block, model, index, fresh) - dense
+        return float(((gap @ place.metric.float() * gap).sum(dim=-1) * weights).sum(dim=1).mean())
+
+    for seed in range(8):
+        plan = builders.plan(examine(model), seed=seed).blocks[index]
+        plain, repaired = error(flow.slim(plan)), error(flow.repaired(plan).block)
+        assert repaired < 0.8 * plain, seed
+
+
+@pytest.mark.parametrize("family", ["vit", "average_pooling", "no_qkv_bias", "layer_scale", "qk_norm"])
+def test_repaired_models_all_answer_better_and_are_on_average_much_nearer_to_the_dense_one(family: str) -> None:
+    model, calibration, fresh = (
+        builders.toy_model(family),
+        builders.toy_images(256, seed=2),
+        builders.toy_images(256, seed=3),
+    )
+    sensitivity, dense = measure_sensitivity(model, calibration), predict(model, fresh)
+    with_repair: list[tuple[float, float]] = []
+    without_repair: list[tuple[float, float]] = []
+    for seed in range(5):
+        plan = builders.plan(examine(model), seed=seed)
+        repaired, cut = repaired_model(model, plan, calibration, sensitivity).model, apply_plan(model, plan)
+        check_shapes(repaired, cut)
+        for logits, scores in ((predict(repaired, fresh), with_repair), (predict(cut, fresh), without_repair)):
+            scores.append((kl(dense, logits), top1(logits, fresh.labels)))
+        assert with_repair[-1][1] > without_repair[-1][1] + 0.05, seed
+    (lost, right), (plain_lost, plain_right) = (
+        torch.tensor(scores).mean(dim=0).tolist() for scores in (with_repair, without_repair)
+    )
+    assert lost < 0.6 * plain_lost
+    assert right > plain_right + 0.1
+
+
+@pytest.mark.parametrize("family", ["average_pooling", "layer_scale"])
+def test_the_second_mlp_layer_regresses_what_it_loses_and_what_the_stream_has_lost_before(family: str) -> None:
+    """By hand, from the blocks' own outputs; the first block is pruned, so the stream drifts."""
+    model, images, found = builders.toy_model(family).requires_grad_(False), builders.toy_images(200, seed=2), set()
+    anatomy = examine(model)
+    sensitivity, kept = measure_sensitivity(model, images), tuple(range(0, HIDDEN, 3))
+    entering, parts = embed(model, images.normalized(slice(None))), parts_of(blocks_of(model)[1])
+    dense_out = blocks_of(model)[1](blocks_of(model)[0](entering))
+    gain, cut, place = parts.ls2(torch.ones(24)), parts.fc2.weight[:, kept], sensitivity[1].out
+    weight = place.token_weights(entering.shape[1], anatomy.blocks[1].num_prefix_tokens).repeat(200)
+    is_held = (torch.arange(200) % 4 == 3).repeat_interleave(entering.shape[1])
+    metric = gain.double()[:, None] * place.metric * gain.double()
+    for seed in range(6):
+        plans = builders.plan(anatomy, seed=seed).blocks
+        flow = Flow(model, images, sensitivity, token_reduction="lfe", cutoff_token=0.85)
+        first = flow.repaired(plans[0]).block
+        flow.advance(first)
+        slim: Any = flow.repaired(replace(plans[1], keep_hidden=kept)).block
+
+        x = first(entering)
+        mid = x + slim.ls1(slim.attn(slim.norm1(x)))
+        hidden = parts.act(parts.fc1(parts.norm2(mid)))
+        lost = parts.fc2(hidden) - parts.fc2.bias - hidden[..., kept] @ cut.T
+        drift = (dense_out - mid - gain * parts.fc2(hidden)) / gain
+        expected, features = cut.double(), hidden[..., kept].flatten(0, 1)
+        for what, target in (("lost", lost), ("drift", drift)):
+            slope = brute_force_slope(features, target.flatten(0, 1), is_held, metric, weight, centred=True)
+            if slope is not None:
+                found.add(what)
+                expected = expected + slope
+        torch.testing.assert_close(slim.mlp.fc2.weight.double(), expected, rtol=1e-2, atol=2e-3)
+        # The bias makes the weighted mean that of the dense stream.
+        repaired, dense, bent = (
+            (stream.flatten(0, 1) * weight[:, None]).sum(dim=0) / 200 for stream in (slim(x), dense_out, x)
+        )
+        torch.testing.assert_close(repaired, dense, rtol=1e-4, atol=1e-4)
+        assert furthest(bent, dense) > 1e-2
+    assert found == {"lost", "drift"}
+
+
+# Token reductions
+
+
+@pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
+@every_family
+def test_every_family_is_repaired_under_every_token_reduction(family: str, kind: TokenReduction) -> None:
+    """What the flow holds at the end is what the repaired model computes, sizes included."""
+    model, images = builders.model(family), builders.images(8)
+    anatomy = examine(model)
+    prefix, width = anatomy.blocks[0].num_prefix_tokens, anatomy.blocks[0].width
+    plan = replace(builders.plan(anatomy, seed=1, num_tokens=(16, 9, 4)), token_reduction=kind)
+    plan = replace(plan, blocks=(replace(plan.blocks[0], num_tokens=13), *plan.blocks[1:]))
+    sensitivity = measure_sensitivity(model, images)
+    flow = Flow(model, images, sensitivity, token_reduction=kind, cutoff_token=plan.cutoff_token, batch_size=3)
+    for block, count in zip(plan.blocks, (13, 9, 4), strict=True):
+        repaired = flow.repaired(block)
+        assert isinstance(repaired.block, SlimBlock)
+        is_last = repaired.block.is_last
+        flow.advance(repaired.block)
+        x, size = unpack(flow.x, width)
+        assert x.shape == (8, prefix + count, width) and x.isfinite().all()
+        assert (size is not None) == (merges(kind) and not is_last)
+        if size is not None:
+            assert (size[:, prefix:].sum(dim=1) == 16).all()
+        assert flow.share is not None
+        assert flow.share.shape == (8, prefix + count, prefix + 16)
+        torch.testing.assert_close(flow.share.sum(dim=2), torch.ones(flow.share.shape[:2]))
+        if size is not None:
+            torch.testing.assert_close(flow.share.square().sum(dim=2), 1 / size[..., 0])
+    whole = repaired_model(model, plan, images, sensitivity, batch_size=3).model
+    check_shapes(whole, apply_plan(model, plan))
+    with torch.no_grad():
+        torch.testing.assert_close(predict(whole, images, batch_size=3), classify(model, flow.x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
+@torch.no_grad()
+def test_the_dense_stream_is_reduced_as_the_pruned_one(kind: TokenReduction) -> None:
+    """Where only tokens go, nothing else is lost: right after the reduction both streams are the same."""
+    model = builders.model("registers")
+    flow = flow_at(model, 1, builders.images(6), kind)
+    block = flow.slim(keep_all_block(flow.anatomy, 7))
+    for stage in flow.stages(block):
+        assert isinstance(block, SlimBlock)
+        drift = stage.mid_drift(block.ls1(block.attn.proj(stage.mixed)))
+        assert float(drift.abs().max()) < 1e-5
+        stage.reduce()
+        assert stage.share is not None
+        torch.testing.assert_close(stage.share @ flow.dense_mid[stage.batch], stage.x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
+def test_repair_pays_with_reduced_tokens_too(kind: TokenReduction) -> None:
+    model, calibration, fresh = builders.toy_model(), builders.toy_images(128, seed=2), builders.toy_images(128, seed=3)
+    sensitivity, dense = measure_sensitivity(model, calibration), predict(model, fresh)
+    for seed in range(3):
+        plan = replace(builders.plan(examine(model), seed=seed, num_tokens=(14, 10, 10)), token_reduction=kind)
+        repaired = predict(repaired_model(model, plan, calibration, sensitivity).model, fresh)
+        assert kl(dense, repaired) < 0.7 * kl(dense, predict(apply_plan(model, plan), fresh)), seed
+
+
+# Few images
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_with_too_few_images_to_hold_some_out_only_the_biases_are_repaired(count: int) -> None:
+    model, images = builders.toy_model(), builders.toy_images(count, seed=2)
+    anatomy = examine(model)
+    plan = builders.plan(anatomy, seed=1)
+    plan = replace(plan, blocks=(plan.blocks[0], keep_all_block(anatomy.blocks[0]), plan.blocks[2]))
+    repaired = repaired_model(model, plan, images)
+    assert predict(repaired.model, builders.toy_images(32, seed=3)).isfinite().all()
+    assert repaired.notes == tuple(
+        f"block {index} {layer}: only the bias is repaired"
+        for index in (0, 2)
+        for layer in ("projection", "second MLP layer")
+    )
+    for index in (0, 2):
+        got, cut = (parts_of(blocks_of(of)[index]).fc2 for of in (repaired.model, apply_plan(model, plan)))
+        assert torch.equal(got.weight, cut.weight)
+        assert not torch.equal(got.bias, cut.bias)
+
+
+def test_a_bias_that_alone_is_repaired_makes_the_mean_that_of_the_dense_stream() -> None:
+    """One image, hidden units alone: the weighted mean over tokens of what leaves the block is the dense one."""
+    model, images = builders.toy_model(), builders.toy_images(1, seed=2)
+    flow = flow_at(model, 1, images)
+    plan = replace(keep_all_block(flow.anatomy), keep_hidden=tuple(range(0, HIDDEN, 3)))
+    weights = flow.sensitivity[1].out.token_weights(17, 1)[:, None]
+    dense, plain, repaired = (
+        (outputs(block, model, 1, images)[0] * weights).sum(dim=0)
+        for block in (blocks_of(model)[1], flow.slim(plan), flow.repaired(plan).block)
+    )
+    torch.testing.assert_close(repaired, dense, rtol=1e-4, atol=1e-4)
+    assert furthest(plain, dense) > 0.01
+
+
+def test_a_layer_that_loses_nothing_is_not_noted() -> None:
+    model = builders.toy_model()
+    whole = keep_all_block(examine(model).blocks[0])
+    for plan, layers in (
+        (replace(whole, keep_hidden=tuple(range(40))), {"second MLP layer"}),
+        (replace(whole, keep_v=((0, 1, 2),) * 3), {"projection"}),
+    ):
+        notes = repaired_model(model, edited(model, plan), builders.toy_images(2, seed=2)).notes
+        assert set(notes) == {f"block 1 {layer}: only the bias is repaired" for layer in layers}
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+@pytest.mark.parametrize("family", ["vit", "no_qkv_bias", "qk_norm", "layer_scale"])
+def test_images_that_are_all_the_same_do_not_explode(family: str, count: int) -> None:
+    model, one = builders.toy_model(family), builders.toy_images(1, seed=2)
+    images = one.take(torch.zeros(count, dtype=torch.long))
+    plan = replace(builders.plan(examine(model), seed=2, num_tokens=(16, 9, 9)), token_reduction="merge")
+    fresh = builders.toy_images(64, seed=3)
+    dense, plain = predict(model, fresh), predict(apply_plan(model, plan), fresh)
+    repaired = predict(repaired_model(model, plan, images).model, fresh)
+    assert repaired.isfinite().all()
+    assert furthest(repaired, dense) < 3 * max(furthest(plain, dense), float(dense.abs().max()))
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_blank_images_do_not_explode(value: int) -> None:
+    model, blank = builders.toy_model(), builders.toy_images(8, seed=2)
+    blank = replace(blank, pixels=torch.full_like(blank.pixels, value))
+    repaired = repaired_model(model, builders.plan(examine(model), seed=2), blank).model
+    assert predict(repaired, builders.toy_images(16, seed=3)).isfinite().all()
+    assert furthest(predict(repaired, blank), predict(model, blank)) < 1e-2
+
+
+# Kinds of models
+
+
+@pytest.mark.parametrize("layer", ["ls1", "ls2"])
+@pytest.mark.parametrize("channels", [slice(0, 24), slice(0, 5)])
+def test_a_layer_scale_of_zero_is_not_divided_by(layer: str, channels: slice) -> None:
+    model, calibration, fresh = (
+        builders.toy_model("layer_scale"),
+        builders.toy_images(64, seed=2),
+        builders.toy_images(64, seed=3),
+    )
+    for block in blocks_of(model):
+        with torch.no_grad():
+            getattr(block, layer).gamma[channels] = 0
+    plan = builders.plan(examine(model), seed=3)
+    repaired = repaired_model(model, plan, calibration).model
+    assert all(parameter.isfinite().all() for parameter in repaired.parameters())
+    assert max(float(parameter.detach().abs().max()) for parameter in repaired.parameters()) < 1e3
+    dense, plain = predict(model, fresh), predict(apply_plan(model, plan), fresh)
+    assert kl(dense, predict(repaired, fresh)) < kl(dense, plain)
+
+
+@pytest.mark.parametrize("layer", ["proj", "fc2"])
+def test_a_layer_without_bias_gets_none(layer: str) -> None:
+    model = builders.toy_model()
+    for block in blocks_of(model):
+        setattr(block.attn if layer == "proj" else block.mlp, layer, unbiased(getattr(parts_of(block), layer)))
+    calibration, fresh = builders.toy_images(128, seed=2), builders.toy_images(128, seed=3)
+    dense, plan = predict(model, fresh), builders.plan(examine(model), seed=1)
+    repaired, cut = repaired_model(model, plan, calibration).model, apply_plan(model, plan)
+    check_shapes(repaired, cut)
+    assert kl(dense, predict(repaired, fresh)) < 0.6 * kl(dense, predict(cut, fresh))
+
+
+def unbiased(layer: nn.Linear) -> nn.Linear:
+    made_layer = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    made_layer.weight = layer.weight
+    return made_layer

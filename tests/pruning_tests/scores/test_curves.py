@@ -1,0 +1,256 @@
+"""Loss curves against brute-force least squares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pruning.model.anatomy import blocks_of, parts_of
+from pruning.model.surgery import keep_all_block
+from pruning.plan import TokenReduction
+from pruning.repair.compensation import Flow
+from pruning.repair.sensitivity import measure_sensitivity
+from pruning.scores.curves import RIDGE, BlockCurves, _value_curve, interpolated, measure_curves, surgeon
+from tests.pruning_tests import builders
+
+
+def problem(count: int, *, seed: int = 0, targets: int = 4) -> tuple[Tensor, Tensor]:
+    """A covariance of full rank and a layer."""
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(count, count, generator=generator, dtype=torch.float64)
+    root = root * torch.logspace(-1, 1, count, dtype=torch.float64)[:, None]
+    outer = torch.randn(targets, count, generator=generator, dtype=torch.float64)
+    return root.T @ root / count, outer
+
+
+def least_loss(covariance: Tensor, outer: Tensor, gone: list[int]) -> float:
+    """1/2 of the squared error of the whole layer's output, by least squares on what stays; the ridge is noise."""
+    count = len(covariance)
+    covariance = covariance + RIDGE * covariance.diagonal().mean() * torch.eye(count, dtype=torch.float64)
+    root = torch.linalg.cholesky(covariance).T  # rows as samples: root^T root is the covariance
+    stays = [unit for unit in range(count) if unit not in gone]
+    wanted = root @ outer.T
+    if stays:
+        wanted = wanted - root[:, stays] @ torch.linalg.lstsq(root[:, stays], wanted).solution
+    return float(wanted.square().sum()) / 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_unit_that_goes_is_the_one_of_least_true_loss(seed: int) -> None:
+    covariance, outer = problem(9, seed=seed)
+    losses, order = surgeon(covariance, outer, num_steps=9)
+    assert losses.shape == (10,) and losses.dtype == torch.float64 and losses[0] == 0
+    gone: list[int] = []
+    for unit in order.tolist():
+        tried = {j: least_loss(covariance, outer, [*gone, j]) for j in range(9) if j not in gone}
+        assert unit == min(tried, key=lambda j: tried[j])
+        gone.append(unit)
+        assert float(losses[len(gone)]) == pytest.approx(tried[unit], rel=1e-8)
+    assert sorted(gone) == list(range(9))
+    assert (losses.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 5, 100])
+def test_where_several_go_at_once_the_loss_after_each_step_is_the_true_one(num_steps: int) -> None:
+    covariance, outer = problem(17, seed=3)
+    losses, order = surgeon(covariance, outer, num_steps=num_steps)
+    assert losses.shape == (18,) and sorted(order.tolist()) == list(range(17))
+    assert (losses.diff() >= 0).all() and losses[0] == 0
+    chunk = max(1, 17 // num_steps)
+    for count in {*range(0, 17, chunk), 17}:
+        expected = least_loss(covariance, outer, order[:count].tolist())
+        assert float(losses[count]) == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
+def test_copies_and_dead_units_go_first_and_for_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=generator, dtype=torch.float64)
+    x = torch.cat([x, x[:, :2], torch.zeros(400, 2, dtype=torch.float64)], dim=1)
+    outer = torch.randn(5, 10, generator=generator, dtype=torch.float64)
+    losses, order = surgeon(x.T @ x / 400, outer, num_steps=10)
+    first = set(order[:4].tolist())
+    assert {8, 9} <= first and len(first & {0, 6}) == len(first & {1, 7}) == 1
+    assert losses[4] < 1e-3 * losses[5]
+
+
+def test_a_layer_that_is_never_used_loses_nothing_at_any_width() -> None:
+    for covariance, outer in ((torch.zeros(5, 5).double(), problem(5)[1]), (problem(5)[0], torch.zeros(3, 5).double())):
+        losses, order = surgeon(covariance, outer)
+        assert losses.max() < 1e-9 and losses.isfinite().all()
+        assert sorted(order.tolist()) == list(range(5))
+
+
+# Values
+
+
+@pytest.mark.parametrize("targets", [3, 12])
+def test_the_value_curve_of_one_head_is_the_error_of_best_rank(targets: int) -> None:
+    """Samples go through the layer; what a matrix of rank r cannot give of its outputs (Eckart and Young 1936)."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(300, 8, generator=generator).double() @ torch.randn(8, 8, generator=generator).double()
+    outer = torch.randn(targets, 8, generator=generator).double()
+    losses, order = _value_curve(x.T @ x / 300, outer, 1)
+    left, strength, right = torch.linalg.svd(x @ outer.T, full_matrices=False)
+    for removed in range(9):
+        rank = 8 - removed
+        best = (left[:, :rank] * strength[:rank]) @ right[:rank]
+        error = float((x @ outer.T - best).square().sum()) / 300 / 2
+        assert float(losses[removed]) == pytest.approx(error, rel=1e-6, abs=1e-6 * float(losses[-1]))
+    alone = [float((x[:, [channel]] @ outer.T[[channel]]).square().sum()) for channel in range(8)]
+    assert order.tolist() == [sorted(range(8), key=lambda channel: alone[channel])]
+
+
+def test_the_value_curves_of_heads_add_up() -> None:
+    covariance, outer = problem(12, targets=12)
+    together, order = _value_curve(covariance, outer, 3)
+    heads = [slice(4 * head, 4 * head + 4) for head in range(3)]
+    alone = [_value_curve(covariance[own, own], outer[:, own], 1) for own in heads]
+    torch.testing.assert_close(together, sum((losses for losses, _ in alone), torch.zeros(5, dtype=torch.float64)))
+    assert torch.equal(order, torch.cat([rows for _, rows in alone]))
+
+
+# Interpolation
+
+
+@pytest.mark.parametrize(
+    ("places", "losses"),
+    [
+        ([0, 1, 2, 3], [0.0, 1.0, 2.0, 5.0]),
+        ([0, 8, 16, 64], [0.0, 1e-6, 1e-3, 0.7]),
+        ([0, 3, 6, 8], [0.0, 0.0, 0.0, 2.0]),
+        ([0, 2, 8], [0.0, 0.0, 0.0]),
+        ([0, 5], [0.0, 4.0]),
+    ],
+)
+def test_interpolation_goes_through_its_points_and_never_falls(places: list[int], losses: list[float]) -> None:
+    curve = interpolated(places, losses)
+    assert curve.shape == (places[-1] + 1,) and curve.dtype == torch.float64
+    assert curve[places].tolist() == pytest.approx(losses)
+    assert (curve.diff() >= 0).all()
+
+
+def test_between_two_points_lies_a_power_law_which_gives_a_power_law_back() -> None:
+    places = [0, 4, 8, 32]
+    for exponent in (2.0, 3.5):
+        curve = interpolated(places, [place**exponent for place in places])
+        expected = torch.arange(33, dtype=torch.float64) ** exponent
+        torch.testing.assert_close(curve[4:], expected[4:])
+    assert curve[:5].tolist() == pytest.approx([4**3.5 * (n / 4) ** 2 for n in range(5)])
+
+
+# A whole block
+
+
+def flow_of(family: str, count: int = 24, kind: TokenReduction = "merge", index: int = 1, batch_size: int = 64) -> Flow:
+    model, images = builders.toy_model(family), builders.toy_images(count, seed=2)
+    flow = Flow(
+        model, images, measure_sensitivity(model, images), token_reduction=kind, cutoff_token=0.85,
+        batch_size=batch_size,
+    )  # fmt: skip
+    for block in blocks_of(model)[:index]:
+        flow.advance(block)
+    return flow
+
+
+def check(curves: BlockCurves, *, has_qk: bool = True) -> None:
+    for curve, count in ((curves.qk, 8), (curves.v, 8), (curves.hidden, 96)):
+        assert curve.shape == (count + 1,) and curve.isfinite().all()
+        assert curve[0] == 0 and (curve.diff() >= 0).all()
+        assert (curve[-1] > 0) == (has_qk or curve is not curves.qk)
+    for order in (*curves.qk_order, *curves.v_order):
+        assert sorted(order.tolist()) == list(range(8))
+    assert sorted(curves.hidden_order.tolist()) == list(range(96))
+
+
+@pytest.mark.parametrize("family", ["vit", "average_pooling", "layer_scale", "qk_norm"])
+def test_curves_rise_from_nothing_and_orders_are_permutations(family: str) -> None:
+    flow = flow_of(family)
+    before = [builders.state(block) for block in flow.blocks]
+    check(measure_curves(flow), has_qk=family != "qk_norm")
+    assert all(builders.same_state(block, state) for block, state in zip(flow.blocks, before, strict=True))
+
+
+@torch.no_grad()
+def test_without_a_channel_left_the_loss_is_that_of_the_block_s_own_spread_or_of_even_attention() -> None:
+    """All hidden units gone, all values gone, and all pairs gone, by hand from the dense stream."""
+    flow = flow_of("vit", batch_size=24)
+    curves, place, x = measure_curves(flow), flow.sensitivity[1], flow.x
+    block: Any = flow.blocks[1]
+    mid, out = (at.token_weights(17, 1).double() for at in (place.mid, place.out))
+
+    def loss(errors: Tensor, weights: Tensor, metric: Tensor, *, around_mean: bool) -> float:
+        errors = errors.double()
+        if around_mean:  # the bias makes up for the mean
+            errors = errors - torch.einsum("bnc,n->c", errors, weights) / len(errors)
+        return float(torch.einsum("bnc,cd,bnd,n->", errors, metric, errors, weights)) / len(errors) / 2
+
+    after = x + block.attn(block.norm1(x))
+    whole = loss(block.mlp(block.norm2(after)), out, place.out.metric, around_mean=True)
+    assert float(curves.hidden[-1]) == pytest.approx(whole, rel=0.05)  # the ridge adds a little
+
+    values = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, 3, 8))[:, :, 2].transpose(1, 2)
+    even = block.attn.proj(values.mean(dim=2, keepdim=True).expand_as(values).transpose(1, 2).flatten(2))
+    missed = loss(even - block.attn(block.norm1(x)), mid, place.mid.metric, around_mean=False)
+    assert float(curves.qk[-1]) == pytest.approx(missed, rel=1e-3)
+
+    mixed = attention_inputs(block, x).unflatten(-1, (3, 8))
+    parts = block.attn.proj.weight.unflatten(1, (3, 8))
+    heads = sum(
+        loss(mixed[:, :, head] @ parts[:, head].T, mid, place.mid.metric, around_mean=True) for head in range(3)
+    )
+    assert float(curves.v[-1]) == pytest.approx(heads, rel=1e-3)
+
+
+def attention_inputs(block: Any, x: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    hook = block.attn.proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    block.attn(block.norm1(x))
+    hook.remove()
+    return seen[0]
+
+
+def test_the_loss_of_fewer_pairs_is_measured_at_eighths_of_the_width() -> None:
+    """A block whose keys have rank 3 loses nothing until 3 pairs are left."""
+    model, images = builders.toy_model(), builders.toy_images(24, seed=2)
+    qkv = parts_of(blocks_of(model)[0]).qkv
+    with torch.no_grad():
+        for head in range(3):
+            for channel in range(3, 8):
+                qkv.weight[24 + 8 * head + channel] = qkv.weight[24 + 8 * head + channel % 3]
+                qkv.bias[24 + 8 * head + channel] = 1.0  # for nothing: added to all keys
+    flow = Flow(model, images, measure_sensitivity(model, images), token_reduction="lfe", cutoff_token=0.85)
+    curve = measure_curves(flow).qk
+    assert curve[5] < 1e-4 * curve[6]
+    assert 0 < curve[6] < curve[7] < curve[8]
+
+
+@pytest.mark.parametrize("kind", ["merge", "attention", "lfe"])
+def test_curves_of_a_block_whose_tokens_are_reduced_count_what_is_left(kind: TokenReduction) -> None:
+    flow = flow_of("vit", kind=kind)
+    block = flow.slim(keep_all_block(flow.anatomy, 6))
+    curves, whole = measure_curves(flow, block), measure_curves(flow)
+    check(curves)
+    torch.testing.assert_close(curves.v, whole.v)  # before the reduction
+    torch.testing.assert_close(curves.qk, whole.qk, rtol=1e-3, atol=1e-9)
+    assert not torch.allclose(curves.hidden, whole.hidden, rtol=1e-3)
+    flow.advance(block)
+    check(measure_curves(flow))  # now with sizes, where tokens were merged
+
+
+def test_one_image_gives_finite_curves() -> None:
+    check(measure_curves(flow_of("vit", count=1)))
+
+
+def test_curves_are_nats_of_the_metric_and_grow_with_the_square_of_the_layer() -> None:
+    """Twice the output of both layers that add to the stream, same metric: four times the loss."""
+    flow = flow_of("vit", index=0)
+    once = measure_curves(flow)
+    block: Any = flow.blocks[0]
+    with torch.no_grad():
+        block.attn.proj.weight *= 2
+    twice = measure_curves(flow)
+    torch.testing.assert_close(twice.v, 4 * once.v, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(twice.qk, 4 * once.qk, rtol=1e-3, atol=1e-9)

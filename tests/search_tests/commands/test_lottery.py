@@ -1,0 +1,214 @@
+"""`vitfront lottery`: what it trains, what it prints and writes, and what it refuses before anything starts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pruning.measure.accuracy import predict, top1
+from pruning.methods.lottery import Arm, LotteryRow
+from pruning.training import train
+from search.commands.lottery import hold_lottery, lottery_csv, seeded_model, summaries
+from search.config import Config
+from search.trial.inputs import load_inputs
+from search.views.plots import draw_lottery, lottery_html, lottery_info
+from tests.search_tests import tiny
+from tests.search_tests.test_cli import call, check_refused, files
+from tests.search_tests.views.test_plots import Page
+
+ARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 16, "depth": 1, "num_heads": 1}
+DATA = {"dataset": "digits", "calibration_images": 60, "probe_images": 40, "mean": [0.3], "std": [0.4]}
+CHANGES: dict[str, Any] = {
+    "model__args": ARGS,
+    "model__training": {"epochs": 2, "batch_size": 50, "warmup_epochs": 1, "seed": 3},
+    "data": DATA | {"val_images": 30},
+}
+ARMS = [("dense", 0), ("ticket", 1), ("ticket", 2), ("random", 2), ("sparse-aware", 2)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the command runs; holds a recipe that trains."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write_recipe(tmp_path / "tiny.yaml", **CHANGES)
+    return tmp_path
+
+
+def config(**changes: Any) -> Config:
+    return tiny.config(**(CHANGES | changes))
+
+
+def hold(config: Config, runs: Path, **other: Any) -> dict[str, Any]:
+    return hold_lottery(config, runs, **({"sparsity": 0.75, "rounds": 1, "rewind_step": 0, "seeds": 1} | other))
+
+
+def row(arm: Arm, number: int, seed: int, share: float, norms: tuple[float, ...] = (1.0,)) -> LotteryRow:
+    sparsity = 0.0 if arm == "dense" else 0.5 * number
+    return LotteryRow(arm=arm, round=number, sparsity=sparsity, seed=seed, top1=share, gradient_norms=norms)
+
+
+def test_lottery_is_printed_as_a_table_and_written(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    given = ["--sparsity", "0.75", "--rounds", "2", "--seeds", "2", "--name", "mine"]
+    code, out, _ = call(capsys, "lottery", "tiny.yaml", *given)
+    assert code == 0
+    rows = [line.replace("│", " ").split() for line in out.splitlines() if line.startswith("│")]
+    assert [(row[0], int(row[1])) for row in rows] == ARMS
+    assert [row[2] for row in rows] == ["0.0%", "50.0%", "75.0%", "75.0%", "75.0%"]
+    assert "Lottery tickets of mine" in out and "runs/lottery-mine" in out
+    names = ("table.csv", "result.json", "lottery.html")
+    assert files(folder / "runs") == {"lottery-mine", *(f"lottery-mine/{name}" for name in names)}
+    record = json.loads((folder / "runs" / "lottery-mine" / "result.json").read_text())
+    assert [float(row[3]) for row in rows] == [round(arm["top1"], 4) for arm in record["arms"]]
+    with (folder / "runs" / "lottery-mine" / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["arm"], int(line["round"]), int(line["seed"])) for line in lines] == [
+        (*arm, seed) for seed in (3, 4) for arm in ARMS
+    ]
+    assert [float(line["top1"]) for line in lines] == [each["top1"] for each in record["rows"]]
+    assert Page((folder / "runs" / "lottery-mine" / "lottery.html").read_text()).loads == []
+
+
+def test_json_is_the_record_that_is_written(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    given = ["--seeds", "1", "--rounds", "1", "--rewind-step", "2", "--runs", "there", "--json"]
+    code, out, _ = call(capsys, "lottery", "tiny.yaml", *given, "--set", "model.training.epochs=3")
+    record = json.loads(out)
+    assert code == 0
+    assert record == json.loads((folder / "there" / "lottery-tiny" / "result.json").read_text())
+    assert (record["sparsity"], record["rewind_step"], record["steps"]) == (0.8, 2, 6)
+    assert all(len(each["gradient_norms"]) == 6 for each in record["rows"])
+
+
+def test_recipe_without_training_is_refused(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    tiny.write_recipe(folder / "given.yaml", **(CHANGES | {"model__training": None}))
+    check_refused(capsys, folder, "lottery", "given.yaml", says=["model.training", "--set model.training={}"])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--sparsity", "1"], ["sparsity 1.0 is out of range"]),
+        (["--rounds", "0"], ["0 rounds"]),
+        (["--rewind-step", "9"], ["rewind step 9", "0 to 4"]),
+        (["--seeds", "0"], ["0 seeds"]),
+        (["--name", "a/b"], ["name"]),
+        (["--set", "data.dataset=folders"], ["'folders'"]),
+        (["--runs", "tiny.yaml"], ["tiny.yaml"]),
+    ],
+)
+def test_wrong_lottery_is_one_line_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], folder: Path, given: list[str], says: list[str]
+) -> None:
+    check_refused(capsys, folder, "lottery", "tiny.yaml", *given, says=says)
+
+
+def test_dense_arm_is_the_model_that_a_sweep_would_train(tmp_path: Path) -> None:
+    record = hold(config(), tmp_path)
+    inputs = load_inputs(config(), tmp_path)
+    assert not inputs.trained
+    splits, training = inputs.splits, config().model.training
+    assert training is not None
+    images = replace(
+        splits.probe,
+        pixels=torch.cat([splits.calibration.pixels, splits.probe.pixels]),
+        labels=torch.cat([splits.calibration.labels, splits.probe.labels]),
+    )
+    norms: list[float] = []
+    weights = [
+        parameter for name, parameter in inputs.model.named_parameters() if "blocks" in name and "norm" not in name
+    ]
+
+    def note(step: int) -> None:
+        gradients = [weight.grad.flatten() for weight in weights if weight.grad is not None and weight.ndim == 2]
+        norms.append(float(torch.cat(gradients).norm()))
+
+    train(inputs.model, images, training.settings(), after_step=note)
+    dense = record["rows"][0]
+    assert dense["top1"] == top1(predict(inputs.model, splits.val), splits.val.labels)
+    assert dense["gradient_norms"] == pytest.approx(norms, rel=1e-3)
+    assert record["training_images"] == 100
+
+
+def test_lottery_starts_untrained_even_where_a_sweep_has_left_trained_weights(tmp_path: Path) -> None:
+    first = hold(config(), tmp_path)["rows"]
+    cache = load_inputs(config(), tmp_path).cache
+    cache.parent.mkdir()
+    save_file(seeded_model(config(), 99).state_dict(), cache)
+    assert load_inputs(config(), tmp_path).trained
+    assert hold(config(), tmp_path)["rows"] == first
+
+
+def test_given_weights_are_where_training_starts_but_not_what_is_drawn_anew(tmp_path: Path) -> None:
+    given = seeded_model(config(), 42)
+    save_file(given.state_dict(), tmp_path / "given.safetensors")
+    there = config(model__checkpoint=str(tmp_path / "given.safetensors"))
+    drawn = seeded_model(config(), 7)
+    for model, expected in (
+        (seeded_model(there, 7), given),
+        (seeded_model(there, 7, untouched=True), drawn),
+    ):
+        assert all(
+            torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True)
+        )
+
+
+def test_each_training_is_told_before_it_starts(tmp_path: Path) -> None:
+    told: list[str] = []
+    hold(config(), tmp_path, seeds=2, on_stage=told.append)
+    assert told[0] == "seed 1 of 2: dense, pruned 0 of 1 times"
+    assert told[-1] == "seed 2 of 2: sparse-aware, pruned 1 of 1 times"
+    assert len(told) == 8
+
+
+ROWS = [
+    row("dense", 0, 0, 0.9, (4.0, 2.0)),
+    row("ticket", 1, 0, 0.8),
+    row("ticket", 2, 0, 0.7, (2.0, 0.5)),
+    row("dense", 0, 1, 0.7, (2.0, 1.0)),
+    row("ticket", 1, 1, 0.6),
+    row("ticket", 2, 1, 0.6, (4.0, 1.5)),
+]
+RECORD = {"name": "a<b", "rows": [asdict(each) for each in ROWS]}
+
+
+def test_summary_is_over_the_seeds_of_an_arm_and_round() -> None:
+    dense, first, last = summaries(ROWS)
+    assert dense == {
+        "arm": "dense", "round": 0, "sparsity": 0.0, "top1": pytest.approx(0.8), "top1_low": 0.7, "top1_high": 0.9,
+        "gradient_norm_first": 3.0, "gradient_norm_mean": 2.25,
+    }  # fmt: skip
+    assert (first["arm"], first["round"], first["top1"]) == ("ticket", 1, pytest.approx(0.7))
+    assert (last["arm"], last["round"], last["sparsity"]) == ("ticket", 2, 1.0)
+
+
+def test_csv_has_a_line_a_training() -> None:
+    assert lottery_csv(ROWS[:1]).splitlines() == [
+        "arm,round,sparsity,seed,top1,gradient_norm_first,gradient_norm_mean",
+        "dense,0,0.0,0,0.9,4,3",
+    ]
+
+
+def test_picture_shows_every_seed_its_mean_and_the_norms_of_the_last_round() -> None:
+    figure = draw_lottery(lottery_info(RECORD), "title")
+    seeds, means, norms = (trace for trace in figure.data if trace.name == "ticket")
+    assert isinstance(seeds, go.Scatter)
+    assert list(zip(seeds.x, seeds.y, strict=True)) == [
+        ("ticket, 50%", 80), ("ticket, 50%", 60), ("ticket, 100%", 70), ("ticket, 100%", 60),
+    ]  # fmt: skip
+    assert (list(means.x), list(means.y)) == (["ticket, 50%", "ticket, 100%"], pytest.approx([70, 65]))
+    assert (list(norms.x), list(norms.y)) == ([1, 2], [3, 1])
+    assert [trace.name for trace in figure.data if trace.showlegend is None] == ["dense", "ticket"]
+    assert (figure.layout.yaxis2.type, norms.yaxis) == ("log", "y2")
+
+
+def test_page_of_a_lottery_loads_nothing_and_its_name_is_text() -> None:
+    html = lottery_html(RECORD)
+    assert Page(html).loads == [] and Page(html).title == "Lottery tickets of a<b"
+    assert "a&lt;b" in html

@@ -1,0 +1,65 @@
+"""When a sweep ends by itself, and what Ctrl-C does."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+import pytest
+
+from search.records.ending import calling_on_interrupt, is_saturated
+
+
+@pytest.mark.parametrize(
+    ("volumes", "patience", "expected"),
+    [
+        ([], 1, False),
+        ([1.0], 1, False),
+        ([1.0, 1.0], 1, True),
+        ([1.0, 1.0], 2, False),
+        ([0.5, 1.0, 1.0, 1.0], 2, True),
+        ([0.5, 1.0, 1.0, 1.0], 3, False),
+        ([1.0, 1.0, 1.02], 2, False),
+        ([1.0, 1.0, 1.02, 1.02], 2, False),
+        ([1.0, 1.0, 1.02, 1.02, 1.02], 2, True),
+        ([1.0] * 10, 0, False),
+        ([0.0] * 10, 3, False),  # nothing was found yet: that is not saturation
+    ],
+)
+def test_a_search_is_saturated_when_its_last_trials_gained_too_little(
+    volumes: list[float], patience: int, expected: bool
+) -> None:
+    assert is_saturated(volumes, patience, 0.01) is expected
+
+
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])  # the latter in the background
+def test_first_interrupt_calls_and_the_second_interrupts(before: Any) -> None:
+    called, own = list[int](), signal.signal(signal.SIGINT, before)
+    with calling_on_interrupt(lambda: called.append(1)):
+        signal.raise_signal(signal.SIGINT)
+        assert called == [1]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert called == [1]
+    assert signal.signal(signal.SIGINT, own) is before
+
+
+def test_afterwards_an_interrupt_is_as_before() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with calling_on_interrupt(lambda: None):
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_in_another_thread_nothing_changes() -> None:
+    seen = []
+
+    def work() -> None:
+        with calling_on_interrupt(lambda: None):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]

@@ -1,0 +1,216 @@
+"""What is loaded for a recipe, and what is wrong with it before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from pruning.artifact import save_weights
+from pruning.data import Images
+from pruning.errors import DataError
+from search.config import Config
+from search.errors import ConfigError
+from search.trial.inputs import Inputs, load_inputs
+from tests.search_tests import tiny
+
+DIGITS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 16, "depth": 1, "num_heads": 1}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny.write_images(tmp_path / "images" / "train")
+    tiny.write_images(tmp_path / "images" / "val", count=2)
+    return tmp_path
+
+
+def config(folder: Path, **changes: Any) -> Config:
+    return tiny.config(data__root=str(folder / "images"), **changes)
+
+
+def digits(**changes: Any) -> Config:
+    data = {"dataset": "digits", "test": "test", "calibration_images": 60, "probe_images": 40}
+    data |= {"mean": [0.3], "std": [0.4], "val_images": 30}
+    return tiny.config(**{"model__args": DIGITS, "model__training": {"epochs": 1}, "data": data} | changes)
+
+
+def colors(images: Images) -> list[tuple[int, ...]]:
+    """The colour of each image, which tells it from all others."""
+    return [tuple(pixels[:, 0, 0].tolist()) for pixels in images.pixels]
+
+
+def test_inputs_are_the_model_its_space_and_its_images(folder: Path) -> None:
+    inputs = load_inputs(config(folder, space__exit_block=[2, 3], data__mean=[0.1, 0.2, 0.3]), folder / "runs")
+    assert inputs.trained
+    assert list(inputs.space.exit_blocks) == [2, 3]
+    assert (inputs.spec.size, inputs.spec.mean, inputs.spec.std) == ((16, 16), (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    assert inputs.splits.val.mean == (0.1, 0.2, 0.3)
+    assert inputs.splits.val.pixels.shape == (8, 3, 16, 16)
+    assert inputs.splits.test is None
+    assert not inputs.model.training
+    assert not (folder / "runs").exists()
+
+
+def test_training_images_are_dealt_to_calibration_and_probe(folder: Path) -> None:
+    splits = load_inputs(config(folder), folder).splits
+    assert (len(splits.calibration), len(splits.probe)) == (8, 8)
+    assert len({*colors(splits.calibration), *colors(splits.probe)}) == 16
+    assert splits.calibration.labels.bincount().tolist() == [2, 2, 2, 2]
+
+
+def test_few_training_images_are_dealt_in_the_shares_that_were_asked_for(folder: Path) -> None:
+    splits = load_inputs(config(folder, data__calibration_images=100, data__probe_images=300), folder).splits
+    assert (len(splits.calibration), len(splits.probe)) == (4, 12)
+
+
+def test_training_images_that_cannot_be_dealt_are_too_few(folder: Path) -> None:
+    with pytest.raises(DataError, match="16 training images are too few"):
+        load_inputs(config(folder, data__probe_images=10_000), folder)
+
+
+def test_images_are_drawn_with_the_seed(folder: Path) -> None:
+    first, same, other = (load_inputs(config(folder, data__seed=seed), folder).splits for seed in (0, 0, 1))
+    assert colors(first.calibration) == colors(same.calibration)
+    assert colors(first.calibration) != colors(other.calibration)
+
+
+def test_limited_split_has_as_many_of_each_class(folder: Path) -> None:
+    tiny.write_images(folder / "images" / "exam", count=5)
+    changes = {"data__test": "exam", "data__test_images": 12, "data__val_images": 8}
+    splits = load_inputs(config(folder, **changes), folder).splits
+    assert splits.test is not None
+    assert splits.test.labels.bincount().tolist() == [3, 3, 3, 3]
+    assert splits.val.labels.bincount().tolist() == [2, 2, 2, 2]
+
+
+def test_val_folder_with_fewer_classes_keeps_the_indices_of_train(folder: Path) -> None:
+    (folder / "images" / "val").rename(folder / "images" / "whole")
+    tiny.write_images(folder / "images" / "val", classes="bd")
+    splits = load_inputs(config(folder), folder).splits
+    assert sorted(splits.val.labels.tolist()) == [1] * 4 + [3] * 4
+
+
+def test_class_map_gives_the_indices(folder: Path) -> None:
+    class_map = folder / "classes.txt"
+    class_map.write_text("d\nc\nb\na\n")
+    plain = load_inputs(config(folder), folder).splits.val
+    mapped = load_inputs(config(folder, data__class_map=str(class_map)), folder).splits.val
+    label = dict(zip(colors(plain), plain.labels.tolist(), strict=True))
+    assert [label[color] for color in colors(mapped)] == [3 - index for index in mapped.labels.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "expected"),
+    [([0.5], [0.5], "1 and 1 channels, the model 3"), ([0.5] * 3, [0.5], "3 and 1 channels, the model 3")],
+)
+def test_means_of_another_number_of_channels_are_refused(
+    folder: Path, mean: list[float], std: list[float], expected: str
+) -> None:
+    with pytest.raises(DataError, match=expected):
+        load_inputs(config(folder, data__mean=mean, data__std=std), folder)
+
+
+def test_exit_beyond_the_depth_shows_before_any_image_is_read(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"space\.exit_block: 4 is no exit of a model with 3 blocks"):
+        load_inputs(config(folder / "none", space__exit_block=[1, 4]), folder)
+
+
+def test_weights_to_train_from_follow_from_the_recipes_seed(tmp_path: Path) -> None:
+    one, same = (load_inputs(digits(), tmp_path).model.state_dict() for _ in range(2))
+    other = load_inputs(digits(model__training={"epochs": 1, "seed": 1}), tmp_path).model.state_dict()
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+
+
+def test_weights_are_trained_once(tmp_path: Path) -> None:
+    inputs = load_inputs(digits(), tmp_path)
+    assert not inputs.trained
+    with torch.no_grad():
+        inputs.model.head.bias.fill_(7)
+    save_weights(inputs.model.state_dict(), inputs.cache)
+    again = load_inputs(digits(), tmp_path)
+    assert again.trained
+    assert again.model.head.bias.tolist() == [7] * 10
+
+
+def cache_of(config: Config, runs: Path) -> Path:
+    inputs: Inputs = load_inputs(config, runs)
+    return inputs.cache
+
+
+def test_other_training_data_or_model_is_trained_anew(tmp_path: Path) -> None:
+    base = digits()
+    data = base.model_dump(mode="json")["data"]
+    changed = [
+        digits(model__training={"epochs": 2}),
+        digits(model__training={"epochs": 1, "seed": 1}),
+        digits(model__args=DIGITS | {"depth": 2}),
+        digits(data=data | {"probe_images": 50}),
+        digits(data=data | {"seed": 1}),
+        digits(data=data | {"mean": [0.2]}),
+    ]
+    caches = [cache_of(config, tmp_path) for config in (base, *changed)]
+    assert len(set(caches)) == len(caches)
+
+
+def test_what_the_search_does_afterwards_needs_no_new_training(tmp_path: Path) -> None:
+    base = digits()
+    data = base.model_dump(mode="json")["data"]
+    same = [
+        digits(data=data | {"test": None, "val_images": 50}),
+        digits(search__trials=9),
+        digits(space__target_ratio=0.5),
+        digits(name="other"),
+    ]
+    assert {cache_of(config, tmp_path) for config in same} == {cache_of(base, tmp_path)}
+
+
+def grey(folder: Path, **changes: Any) -> Inputs:
+    for image in (folder / "images").rglob("*.png"):
+        Image.new("RGB", (16, 16), (128, 128, 128)).save(image)
+    return load_inputs(config(folder, **changes), folder)
+
+
+def test_noise_of_zero_leaves_all_pixels_bit_equal(folder: Path) -> None:
+    plain, none = (load_inputs(config(folder, **noise), folder).splits for noise in ({}, {"data__noise": 0.0}))
+    assert torch.equal(plain.calibration.pixels, none.calibration.pixels)
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.1])
+def test_noise_has_the_standard_deviation_that_is_asked_for(folder: Path, noise: float) -> None:
+    pixels = grey(folder, data__noise=noise).splits.calibration.pixels
+    assert pixels.dtype == torch.uint8
+    values = pixels.double() / 255
+    assert values.std().item() == pytest.approx(noise, rel=0.05)
+    assert values.mean().item() == pytest.approx(128 / 255, abs=0.01)
+
+
+def test_strong_noise_stays_within_the_pixels_range(folder: Path) -> None:
+    pixels = grey(folder, data__noise=5.0).splits.calibration.pixels
+    assert {0, 255} <= set(pixels.flatten().tolist())
+    assert (pixels == 0).double().mean().item() == pytest.approx(0.46, abs=0.02)  # not wrapped around: P(z < -0.1)
+
+
+def test_noise_is_drawn_with_the_seed(folder: Path) -> None:
+    first, same, other = (grey(folder, data__noise=0.1, data__seed=seed).splits.calibration for seed in (0, 0, 1))
+    assert torch.equal(first.pixels, same.pixels)
+    assert not torch.equal(first.pixels, other.pixels)
+
+
+def test_noise_is_on_the_calibration_images_alone(folder: Path) -> None:
+    clean, noisy = (load_inputs(config(folder, data__noise=noise), folder).splits for noise in (0.0, 0.3))
+    assert not torch.equal(clean.calibration.pixels, noisy.calibration.pixels)
+    assert torch.equal(clean.probe.pixels, noisy.probe.pixels)
+    assert torch.equal(clean.val.pixels, noisy.val.pixels)
+    assert torch.equal(clean.calibration.labels, noisy.calibration.labels)
+
+
+def test_noise_waits_for_a_dense_model_that_was_trained_without(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run the recipe once without noise"):
+        load_inputs(noisy := digits(data__noise=0.1), tmp_path)
+    clean = load_inputs(digits(), tmp_path)
+    save_weights(clean.model.state_dict(), clean.cache)
+    assert load_inputs(noisy, tmp_path).trained

@@ -1,0 +1,151 @@
+"""Where a search begins, and the profiles that it is told by: in memory and on the disk."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pruning.methods.allocation import Profile, allocate, block_costs
+from pruning.model.anatomy import examine
+from search.config import Config
+from search.errors import SweepError
+from search.records.profiles import ProfileCache
+from search.space import Space
+from search.trial.context import Bench, prepare, profiled
+from search.trial.warm_start import NUM_TARGETS, propose
+from tests.search_tests import tiny
+
+EXITS = [2, 3]
+
+
+def config(**space: Any) -> Config:
+    return tiny.config(space={"exit_block": [2, 3], "token_reduction": "lfe"} | space)
+
+
+def space_of(config: Config, **other: Any) -> Space:
+    return Space(config.space, tiny.DEPTH, **other)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return prepare(config(), tiny.model(), tiny.splits(), EXITS, trained=True, profiles={})[0]
+
+
+def test_a_search_has_the_profiles_that_it_begins_with(bench: Bench) -> None:
+    assert set(bench.profiles) == {"lfe"}
+    alone, _ = prepare(config(), tiny.model(), tiny.splits(), EXITS, trained=True)
+    assert alone.profiles == {}  # no trial of the cascade needs one
+    assert profiled(space_of(config(token_reduction=["lfe", "merge"]))) == ("lfe",)
+    assert profiled(space_of(config(method=["cascade", "global"], token_reduction=["lfe", "merge"]))) == (
+        "lfe",
+        "merge",
+    )
+    assert profiled(space_of(config(method="learned"))) == ()
+
+
+def test_known_profiles_are_not_measured_again(bench: Bench) -> None:
+    known = replace(bench.profiles["lfe"], forward_passes=-1.0)
+    again, _ = prepare(config(), tiny.model(), tiny.splits(), EXITS, trained=True, profiles={"lfe": known})
+    assert again.profiles == {"lfe": known}
+
+
+def test_proposals_lie_along_the_front_and_within_the_space(bench: Bench) -> None:
+    space = space_of(config(method=["cascade", "global"]))
+    found = propose(bench, space)
+    assert all(space.holds(candidate) for candidate in found)
+    assert len(set(found)) == len(found)
+    for method in ("cascade", "global"):
+        own = [candidate for candidate in found if candidate.method == method]
+        assert own[0].target_ratio < own[1].target_ratio < own[3].target_ratio  # from the middle on
+        own.sort(key=lambda candidate: -candidate.target_ratio)
+        ratios = [candidate.target_ratio for candidate in own]
+        assert len(own) == NUM_TARGETS
+        assert ratios[-1] == pytest.approx(0.2)
+        assert ratios[0] / ratios[1] == pytest.approx(ratios[-2] / ratios[-1])
+        assert [candidate.exit_block for candidate in own] == [3, 3, 2, 2]
+
+
+def test_budgets_are_dealt_as_the_profile_pays(bench: Bench) -> None:
+    space = space_of(config(exit_block=3, drop_budget=[0.0, 100.0]))
+    profile, anatomy = bench.profiles["lfe"], examine(bench.model)
+    for candidate in propose(bench, space):
+        plan = allocate(profile, anatomy, int(candidate.target_ratio * bench.dense_macs))
+        costs = block_costs(profile, anatomy, plan)
+        total = sum(map(sum, costs))
+        assert total > 0
+        assert candidate.drop_budget == pytest.approx([9.5 * sum(cost) / total for cost in costs])
+        assert candidate.token_share == pytest.approx(sum(tokens for _, tokens in costs) / total)
+
+
+def test_no_profile_and_targets_that_nothing_reaches_propose_nothing(bench: Bench) -> None:
+    assert propose(replace(bench, profiles={}), space_of(config())) == []
+    assert propose(bench, space_of(config(target_ratio=0.001))) == []
+
+
+def test_first_candidates_are_the_dense_model_then_what_is_proposed(bench: Bench) -> None:
+    space = space_of(config())
+    proposed = propose(bench, space)
+    dense, *others = space.first_candidates(proposed)
+    assert (dense.target_ratio, dense.exit_block) == (1.0, 3)
+    assert others[: len(proposed)] == proposed
+    assert len(others) == len(proposed) + 1  # and the paper's
+
+
+# On the disk
+
+
+def cache(folder: Path, bench: Bench, **changes: Any) -> ProfileCache:
+    given: dict[str, Any] = {"config": bench.config, "weights": bench.model.state_dict(), "splits": bench.splits}
+    return ProfileCache(folder, **given | changes)
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if hasattr(one, "__dataclass_fields__"):
+        return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    return bool(one == other)
+
+
+def test_a_profile_comes_back_as_it_was(bench: Bench, tmp_path: Path) -> None:
+    assert cache(tmp_path / "new", bench).read(["lfe"]) == {}
+    cache(tmp_path / "new", bench).write(bench.profiles)
+    found = cache(tmp_path / "new", bench).read(["lfe", "merge"])
+    assert list(found) == ["lfe"]
+    assert isinstance(found["lfe"], Profile)
+    assert same(found["lfe"], bench.profiles["lfe"])
+
+
+def test_another_model_other_images_or_settings_have_other_profiles(bench: Bench, tmp_path: Path) -> None:
+    cache(tmp_path, bench).write(bench.profiles)
+    images = replace(bench.splits.probe, pixels=bench.splits.probe.pixels.flip(0))
+    for changes in (
+        {"weights": tiny.model(seed=1).state_dict()},
+        {"splits": replace(bench.splits, probe=images)},
+        {"config": tiny.config(cascade__batch_size=3)},
+    ):
+        assert cache(tmp_path, bench, **changes).read(["lfe"]) == {}
+    assert cache(tmp_path, bench, config=config(target_ratio=0.3)).read(["lfe"])  # the space does not matter
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense"])
+def test_a_broken_file_is_named(bench: Bench, tmp_path: Path, content: bytes) -> None:
+    cache(tmp_path, bench).write(bench.profiles)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(content)
+    with pytest.raises(SweepError, match=rf"^{path} holds no profile; remove it, and it is made again$"):
+        cache(tmp_path, bench).read(["lfe"])
+
+
+def test_a_file_that_holds_another_class_is_not_unpickled(bench: Bench, tmp_path: Path) -> None:
+    cache(tmp_path, bench).write(bench.profiles)
+    (path,) = tmp_path.iterdir()
+    torch.save({"made": bench.config}, path)
+    with pytest.raises(SweepError, match="holds no profile"):
+        cache(tmp_path, bench).read(["lfe"])

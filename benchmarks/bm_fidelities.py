@@ -75,7 +75,7 @@ def replayed(recorded: Recorded, sampler: Sampler, seed: int, num_trials: int, o
     """So many trials, by the simulated clock; or with rungs, until it can be held against the other in full."""
     searcher = StudySearcher(
         recorded.space, known=(), sampler=sampler, seed=seed, num_trials=num_trials, has_rungs=other is not None,
-        dense=recorded.dense, settle=recorded.nearest,
+        dense=recorded.dense, nearest_allowed=recorded.nearest,
     )  # fmt: skip
     scheduler = None if other is None else NonDominatedHalving(REDUCTION_FACTOR)
     outcomes, growing = list[Outcome](), GrowingFront(recorded.dense, "top1", [])

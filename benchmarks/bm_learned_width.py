@@ -24,7 +24,7 @@ import torch
 from pruning.data import Images, InputSpec, load_split
 from pruning.measure.accuracy import predict, top1
 from pruning.measure.cost import count_macs
-from pruning.measure.stopwatch import device_name, race
+from pruning.measure.stopwatch import device_name, time_against_dense
 from pruning.methods.width import RatioGradient, WidthSettings, WidthTraining
 from pruning.model.anatomy import examine
 from pruning.model.exits import fit_exits
@@ -99,7 +99,7 @@ def train_rows(task: str, wanted: Sequence[tuple[float, RatioGradient]], quick: 
             print(task, target, gradient, epoch, f"{time.monotonic() - start:.0f} s", file=sys.stderr)
         seconds = time.monotonic() - start
         *earlier, whole = run.finish()
-        _, timings = race(model, [whole.model, *(each.model for each in earlier)], batch, num_rounds=15)
+        _, timings = time_against_dense(model, [whole.model, *(each.model for each in earlier)], batch, num_rounds=15)
         exits = [top1(predict(each.model, val), val.labels) for each in earlier]
         row = {
             "task": task, "target": target, "ratio_gradient": gradient,

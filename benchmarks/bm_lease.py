@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from pictures import drawn
 
-from pruning.device_sharing import give_way
+from pruning.device_sharing import yield_device
 from pruning.measure.cost import count_macs
-from pruning.measure.stopwatch import Timing, device_name, median_interval, race
+from pruning.measure.stopwatch import Timing, device_name, median_interval, time_against_dense
 from pruning.methods.allocation import scheduled
 from pruning.methods.cascade import CascadeSettings, cascade
 from pruning.model.anatomy import examine
@@ -96,7 +96,7 @@ def measure(threads: int, turns: int, num_rounds: int) -> list[dict[str, Any]]:
     batch = inputs.splits.val.normalized(slice(0, 256), DEVICE)
 
     def timed() -> Timing:
-        return race(inputs.model, [pruned], batch, num_rounds=num_rounds)[1][0]
+        return time_against_dense(inputs.model, [pruned], batch, num_rounds=num_rounds)[1][0]
 
     found: dict[str, list[Timing]] = {condition: [] for condition in CONDITIONS}
     waits = []
@@ -147,7 +147,7 @@ def give_way_us(calls: int = 100_000) -> float:
     with lease_on(DEVICE).shared():
         start = time.perf_counter()
         for _ in range(calls):
-            give_way()
+            yield_device()
         return (time.perf_counter() - start) / calls * 1e6
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import timm
 
-from search.commands.lottery import hold_lottery
+from search.commands.lottery import run_lottery_seeds
 from search.config import load_config
 
 SPARSITY, ROUNDS, SEEDS, EPOCHS, DEPTH = 0.8, 2, 3, 20, 3
@@ -26,7 +26,7 @@ COLOURS = {"dense": "#222222", "ticket": "#1f5fa8", "random": "#d1495b", "sparse
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """The record of `search.commands.lottery.hold_lottery`, and the seconds it took."""
+    """The record of `search.commands.lottery.run_lottery_seeds`, and the seconds it took."""
     epochs = 4 if quick else EPOCHS
     sets = (f"model.training.epochs={epochs}", f"model.args.depth={DEPTH}", f"space.exit_block={DEPTH}")
     start = time.monotonic()
@@ -35,7 +35,7 @@ def measure(quick: bool) -> dict[str, Any]:
         print(f"{time.monotonic() - start:4.0f} s {stage}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as runs:
-        record = hold_lottery(
+        record = run_lottery_seeds(
             load_config("digits", sets=sets), Path(runs), sparsity=SPARSITY, rounds=ROUNDS, rewind_step=0,
             seeds=1 if quick else SEEDS, on_stage=told,
         )  # fmt: skip

@@ -25,7 +25,7 @@ import torch
 from pictures import drawn
 
 from pruning.measure.cost import count_macs
-from pruning.measure.stopwatch import device_name, race
+from pruning.measure.stopwatch import device_name, time_against_dense
 from pruning.methods.allocation import scheduled
 from pruning.model.anatomy import examine
 from pruning.model.surgery import apply_plan, keep_all_plan
@@ -53,7 +53,7 @@ def time_once(is_kept: bool, seed: int, found: Connection) -> None:
         torch.zeros(size, dtype=torch.uint8)
     with nullcontext() if is_kept else patch("pruning.measure.stopwatch.keep_freed_memory", lambda: None):
         before = getrusage(RUSAGE_SELF).ru_minflt
-        dense, (timing,) = race(model, [pruned], batch, num_rounds=NUM_ROUNDS)
+        dense, (timing,) = time_against_dense(model, [pruned], batch, num_rounds=NUM_ROUNDS)
         faults = getrusage(RUSAGE_SELF).ru_minflt - before
     found.send((timing.speedup, dense.latency_ms_p50, faults / (2 * NUM_ROUNDS)))
 
@@ -83,7 +83,7 @@ def measure(num_processes: int) -> list[dict[str, Any]]:
 
 def text_of(rows: list[dict[str, Any]], command: str) -> str:
     lines = [
-        "# Memory of forward passes", "", f"    {command}", "",
+        "# WorkerCache of forward passes", "", f"    {command}", "",
         f"{device_name(torch.device('cpu'))}, torch {torch.__version__}. A batch of 256 digits on one thread, a model",
         f"of {TARGET:g} of the multiply-adds against the dense one, in {rows[0]['processes']} fresh processes of each.",
         "Medians over the processes; faults: page faults a forward pass.", "", "![speed-ups](memory.png)", "",

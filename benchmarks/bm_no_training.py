@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from pruning.data import Images, InputSpec, load_split
 from pruning.measure.accuracy import predict, top1
 from pruning.measure.cost import count_macs
-from pruning.measure.stopwatch import device_name, race
-from pruning.measure.widths import Pace, measure_paces
+from pruning.measure.stopwatch import device_name, time_against_dense
+from pruning.measure.widths import AllowedWidths, measure_allowed_widths
 from pruning.methods.allocation import Profile, allocate, divergence, measure_profile
 from pruning.model.anatomy import blocks_of, examine
 from pruning.model.loading import create_model
@@ -61,14 +61,16 @@ def images(split: str) -> Images:
 
 
 def vitfront(
-    model: nn.Module, profile: Profile, paces: tuple[Pace, ...], limit: float, tokens: bool, calibration: Images,
-    probe: Images, rest: Images,
+    model: nn.Module, profile: Profile, allowed_widths: tuple[AllowedWidths, ...], limit: float, tokens: bool,
+    calibration: Images, probe: Images, rest: Images,
 ) -> tuple[nn.Module, Plan, float]:  # fmt: skip
     """The model, its plan, and seconds to make it; of several weights the best on the probe images."""
     start, anatomy = time.monotonic(), examine(model)
     target = int(limit * count_macs(anatomy, keep_all_plan(anatomy)))
     dense, best, sensitivity = predict(model, probe), None, measure_sensitivity(model, calibration)
-    plans = [allocate(profile, anatomy, target, share, paces) for share in (TOKEN_SHARES if tokens else (0.0,))]
+    plans = [
+        allocate(profile, anatomy, target, share, allowed_widths) for share in (TOKEN_SHARES if tokens else (0.0,))
+    ]
     for plan in dict.fromkeys(plans):
         made = repaired_model(model, plan, calibration, sensitivity).model
         lost = divergence(dense, predict(made, probe))
@@ -119,7 +121,7 @@ def torch_pruning(model: nn.Module, limit: float, calibration: Images) -> tuple[
 
 def timed(model: nn.Module, made: nn.Module, batch: Tensor, rounds: int) -> dict[str, float]:
     precision = fastest_precision(model, batch)
-    _, (timing,) = race(model, [made], batch, num_rounds=rounds, precision=precision)
+    _, (timing,) = time_against_dense(model, [made], batch, num_rounds=rounds, precision=precision)
     return {"speedup": timing.speedup, "speedup_low": timing.speedup_low, "speedup_high": timing.speedup_high}
 
 
@@ -149,15 +151,15 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     start = time.monotonic()
     profile = measure_profile(model, calibration, probe.take(slice(0, 64)), token_reduction="attention-merge")
     profile_s, start = time.monotonic() - start, time.monotonic()
-    paces = measure_paces(
+    allowed_widths = measure_allowed_widths(
         model, len(batch), token_reduction="attention-merge", precision=fastest_precision(model, batch)
     )
-    paces_s = time.monotonic() - start
+    widths_s = time.monotonic() - start
     for limit, tokens, wanted in LIMITS[1:4:2] if quick else LIMITS:
-        made, plan, seconds = vitfront(model, profile, paces, limit, tokens, calibration, probe, rest)
+        made, plan, seconds = vitfront(model, profile, allowed_widths, limit, tokens, calibration, probe, rest)
         add(
             "vitfront", limit, tokens, count_macs(anatomy, plan) / dense_macs, made, wanted=wanted, seconds=seconds,
-            profile_seconds=profile_s, paces_seconds=paces_s,
+            profile_seconds=profile_s, widths_seconds=widths_s,
             plan_shapes=[list(vars(block.shape).values()) for block in plan.blocks],
         )  # fmt: skip
     for limit, removed in [(0.57, 13)] if quick else TOME.items():
@@ -195,7 +197,7 @@ def write(rows: list[dict[str, Any]], folder: Path, command: str) -> None:
     made = [row for row in rows if row["method"] == "vitfront"]
     if made:
         seconds = ", ".join(f"{row['seconds']:.0f}" for row in made)
-        once = f"Profile {made[0]['profile_seconds']:.0f} s and widths {made[0]['paces_seconds']:.0f} s, once"
+        once = f"Profile {made[0]['profile_seconds']:.0f} s and widths {made[0]['widths_seconds']:.0f} s, once"
         lines += ["", f"{once}; then {seconds} s a row of vitfront."]
     lines += ["", "![top-1 against share of MACs](no_training.png)"]
     folder.mkdir(parents=True, exist_ok=True)

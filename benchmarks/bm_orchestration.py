@@ -74,7 +74,7 @@ class MadeUpBench:
         return self
 
 
-def made_up_trial(bench: Any, candidate: Candidate, trial_id: str, *_: Any) -> Iterator[Ended]:
+def made_up_trial(context: Any, candidate: Candidate, trial_id: str, *_: Any) -> Iterator[Ended]:
     """Accuracy falls the faster, the more is pruned and the farther the other parameters are from the best."""
     kept = candidate.target_ratio * candidate.exit_block / DEPTH
     off = abs(candidate.token_share - 0.4) + abs(candidate.cutoff_token - 0.8) + sum(candidate.drop_budget) / 24

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from pruning.data import Images
 from pruning.errors import VitfrontError
 from pruning.measure.accuracy import predict, top1
-from pruning.measure.stopwatch import device_name, race
+from pruning.measure.stopwatch import device_name, time_against_dense
 from pruning.model.anatomy import blocks_of
 from pruning.precision import Precision, fastest_precision
 from search.config import Config, load_config
@@ -267,7 +267,7 @@ class Peer:
         size, rounds = self.config.measure.batch_size, self.config.measure.num_rounds
         batch = self.val.normalized(torch.arange(size) % len(self.val))
         logits = predict(made, self.val, batch_size=self.config.cascade.batch_size, precision=self.precision)
-        _, (timing,) = race(self.model, [made], batch, num_rounds=rounds, precision=self.precision)
+        _, (timing,) = time_against_dense(self.model, [made], batch, num_rounds=rounds, precision=self.precision)
         return top1(logits, self.val.labels), timing.speedup
 
 

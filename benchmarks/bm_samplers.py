@@ -57,7 +57,7 @@ def measure(
                 seed=seed,
                 num_trials=milestones[-1],
                 dense=recorded.dense,
-                settle=recorded.nearest,
+                nearest_allowed=recorded.nearest,
             )
             outcomes = [each for some in replay(recorded, searcher, milestones[-1], num_workers=2) for each in some]
             searcher.finish()

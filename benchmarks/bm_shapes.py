@@ -12,7 +12,7 @@ from typing import Any
 
 from bm_no_training import DATA, images
 
-from pruning.measure.stopwatch import race
+from pruning.measure.stopwatch import time_against_dense
 from pruning.model.anatomy import examine
 from pruning.model.loading import create_model
 from pruning.model.surgery import apply_plan
@@ -40,8 +40,10 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     plans = [Plan(blocks=tuple(map(block, row["plan_shapes"])), token_reduction="attention-merge") for row in known]
     batch = images("val").normalized(slice(0, 16))
     precision = fastest_precision(model, batch)
-    _, timings = race(model, [apply_plan(model, plan) for plan in plans], batch, num_rounds=7 if quick else 21,
-                      precision=precision)  # fmt: skip
+    _, timings = time_against_dense(
+        model, [apply_plan(model, plan) for plan in plans], batch,
+        num_rounds=7 if quick else 21, precision=precision,
+    )  # fmt: skip
     return [
         {"limit": row["limit"], "tokens": row["tokens"], "share": row["share"], "precision": precision,
          "speedup": timing.speedup, "speedup_low": timing.speedup_low, "speedup_high": timing.speedup_high}

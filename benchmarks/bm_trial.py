@@ -27,9 +27,9 @@ from pruning.repair.sensitivity import BlockSensitivity, measure_sensitivity
 from search.config import load_config
 from search.outcome import Candidate, Method, Outcome
 from search.space import Space
-from search.trial.context import Bench, keys_of, known_from, prepare
+from search.trial.context import TrialContext, keys_of, known_from, prepare
 from search.trial.inputs import load_inputs
-from search.trial.trial import Memory, run_to_end
+from search.trial.trial import WorkerCache, run_to_end
 
 RECIPES = {"digits": "digits", "imagenet-mini": str(Path(__file__).with_name("imagenet_mini.yaml"))}
 METHODS: tuple[Method, ...] = ("cascade", "global")
@@ -58,17 +58,17 @@ def candidates(space: Space, method: Method) -> list[Candidate]:
 
 
 class Anew(dict[int, list[BlockSensitivity]]):
-    """The sensitivities of a bench, measured whenever one is asked for."""
+    """The sensitivities of a context, measured whenever one is asked for."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, context: TrialContext) -> None:
         super().__init__()
-        self._bench = bench
+        self._bench = context
 
     def __missing__(self, exit_block: int) -> list[BlockSensitivity]:
-        bench = self._bench
+        context = self._bench
         return measure_sensitivity(
-            truncate(bench.model, exit_block, bench.heads[exit_block]), bench.splits.calibration,
-            batch_size=bench.config.cascade.batch_size, precision=bench.precision,
+            truncate(context.model, exit_block, context.exit_heads[exit_block]), context.splits.calibration,
+            batch_size=context.config.cascade.batch_size, precision=context.precision,
         )  # fmt: skip
 
 
@@ -104,8 +104,8 @@ def measure(task: str, method: Method, quick: bool) -> list[dict[str, Any]]:
     config = load_config(RECIPES[task], sets=sets)
     torch.set_num_threads(1)
     inputs = load_inputs(config, Path("runs"))
-    bench, dense = prepare(config, inputs.model, inputs.splits, inputs.space.exit_blocks, trained=inputs.trained)
-    memory = Memory(known=known_from(bench.anatomy, dense, []))
+    context, dense = prepare(config, inputs.model, inputs.splits, inputs.space.exit_blocks, trained=inputs.trained)
+    memory = WorkerCache(known=known_from(context.anatomy, dense, []))
     asked = candidates(inputs.space, method)
     if task == "imagenet-mini":
         asked = [*asked[1:2], *asked[-3 if method == "cascade" else -1 :][:2]]
@@ -115,11 +115,11 @@ def measure(task: str, method: Method, quick: bool) -> list[dict[str, Any]]:
     for number, candidate in enumerate(asked):
         name = f"t{number:03d}"
         # What needs no pruning never asked for the sensitivity.
-        cold = replace(bench, sensitivities=Anew(bench)) if candidate.target_ratio < 1 else bench
+        cold = replace(context, sensitivities=Anew(context)) if candidate.target_ratio < 1 else context
         alone_s, alone = timed(lambda: run_to_end(cold, candidate, name).outcomes[0])  # noqa: B023
         assert alone.plan is not None, alone.reason
-        what = of_what(candidate, memory.known.get(keys_of(bench.anatomy, alone.plan)[0]) is not None)
-        after_s, after = timed(lambda: run_to_end(bench, candidate, name, memory).outcomes[0])  # noqa: B023
+        what = of_what(candidate, memory.known.get(keys_of(context.anatomy, alone.plan)[0]) is not None)
+        after_s, after = timed(lambda: run_to_end(context, candidate, name, memory).outcomes[0])  # noqa: B023
         assert same(alone, after), f"{candidate} gives another model after others"
         for kind in ("all", what):
             before_all, after_all = seconds.setdefault(kind, ([], []))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning.device_sharing import in_turns
+from pruning.device_sharing import yielding_between
 from pruning.errors import DataError
 
 
@@ -40,7 +40,7 @@ class Images:
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images (b, channels, height, width) float32 and labels (b,), in order, on the device."""
-        for start in in_turns(range(0, len(self), size)):
+        for start in yielding_between(range(0, len(self), size)):
             yield self.normalized(slice(start, start + size), device), self.labels[start : start + size].to(device)
 
     def normalized(self, indices: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:

@@ -1,7 +1,7 @@
 """Turns on a device that several processes share: between two batches, a loop lets others go first.
 
 Who times a model wants the device alone, and who works on it meanwhile can stop between two batches: there the loops of
-this library call `give_way`. What that does is up to who runs them; by default nothing. No timed lap calls it.
+this library call `yield_device`. What that does is up to who runs them; by default nothing. No timed lap calls it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ T = TypeVar("T")
 _asked: list[Callable[[], None]] = []
 
 
-def give_way() -> None:
+def yield_device() -> None:
     """Whoever waits for the device may have it now; returns once it is ours again."""
     if _asked:
         _asked[-1]()
 
 
-def in_turns(batches: Iterable[T]) -> Iterator[T]:
+def yielding_between(batches: Iterable[T]) -> Iterator[T]:
     """The same batches; gives way before each."""
     for batch in batches:
-        give_way()
+        yield_device()
         yield batch
 
 
 @contextmanager
-def giving_way(ask: Callable[[], None]) -> Iterator[None]:
-    """Within this, `give_way` calls `ask`; of several, the innermost."""
+def calling_on_yield(ask: Callable[[], None]) -> Iterator[None]:
+    """Within this, `yield_device` calls `ask`; of several, the innermost."""
     _asked.append(ask)
     try:
         yield

@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from pruning.data import Images
-from pruning.device_sharing import in_turns
+from pruning.device_sharing import yielding_between
 from pruning.errors import VitfrontError
 from pruning.precision import Precision, autocast
 
@@ -132,7 +132,7 @@ class Loop:
         """
         loss_sum = 0.0
         order = torch.randperm(len(self.images), generator=self.generator)
-        for chosen in in_turns(order.split(self.settings.batch_size)):
+        for chosen in yielding_between(order.split(self.settings.batch_size)):
             if before_step is not None:
                 before_step(self.step)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):

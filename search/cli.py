@@ -197,12 +197,12 @@ def lottery(
     as_json: AsJson = False,
 ) -> None:
     """Train sparse models from their first weights and from new ones: is it the mask that counts?"""
-    from search.commands.lottery import hold_lottery, lottery_folder
+    from search.commands.lottery import lottery_folder, run_lottery_seeds
     from search.config import load_config
 
     config = load_config(recipe, name=name, sets=sets)
     with err.status("loading ...") as status:
-        record = hold_lottery(
+        record = run_lottery_seeds(
             config, runs, sparsity=sparsity, rounds=rounds, rewind_step=rewind_step, seeds=seeds,
             on_stage=lambda stage: status.update(f"training {stage} ..."),
         )  # fmt: skip

@@ -183,7 +183,7 @@ class Space:
             paths += explorer.others
         return found
 
-    def on_grid(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def snap(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values with the numbers that a cascade begins with, all but its target and its exit, on a coarse grid."""
         parameters, rounded = self.parameters(), dict(values)
         for name, value in values.items():
@@ -201,7 +201,7 @@ class Space:
         nearest = _Nearest(candidate)
         return {name: ask(nearest, name, parameter) for name, parameter in self.parameters().items()}
 
-    def grid(self, count: int, seed: int) -> list[Candidate]:
+    def full_grid(self, count: int, seed: int) -> list[Candidate]:
         """Up to `count` candidates of a grid over `parameters`, in random order, none twice.
 
         The grid has every choice, and of every number as many values as leave it at most `count` points; at least 2.

@@ -51,7 +51,7 @@ class Timing:
 
 
 @torch.inference_mode()
-def race(
+def time_against_dense(
     dense: nn.Module,
     models: Sequence[nn.Module],
     batch: Tensor,

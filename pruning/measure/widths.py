@@ -36,7 +36,7 @@ TOKENS_LEFT = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class AllowedWidths:
     """The widths that one block may be given."""
 
     attention: tuple[tuple[int, int], ...]
@@ -55,11 +55,11 @@ class Pace:
         return next(each for each in self.hidden if each >= width)
 
 
-def multiples(anatomy: BlockAnatomy, round_to: int) -> Pace:
+def multiples(anatomy: BlockAnatomy, round_to: int) -> AllowedWidths:
     """All multiples of a number, and the dense widths: for any device, nothing measured."""
     head = _multiples(anatomy.head_dim, round_to)
     pairs = tuple((qk, v) for qk in (head[-1:] if anatomy.has_qk_norm else head) for v in head)
-    return Pace(attention=pairs, hidden=_multiples(anatomy.num_hidden, round_to))
+    return AllowedWidths(attention=pairs, hidden=_multiples(anatomy.num_hidden, round_to))
 
 
 def _multiples(most: int, step: int) -> tuple[int, ...]:
@@ -67,18 +67,18 @@ def _multiples(most: int, step: int) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def measure_paces(
+def measure_allowed_widths(
     model: nn.Module, batch_size: int, *, token_reduction: TokenReduction, precision: Precision = "float32",
     repeats: int = 5,
-) -> tuple[Pace, ...]:  # fmt: skip
-    """The pace of every block of a dense model, on its device; blocks of equal anatomy are timed once.
+) -> tuple[AllowedWidths, ...]:  # fmt: skip
+    """The allowed widths of every block of a dense model, on its device; blocks of equal anatomy are timed once.
 
     Args:
         batch_size: of the deployment.
         repeats: the least time of so many counts.
     """
     anatomy, device = examine(model), next(model.parameters()).device
-    known: dict[BlockAnatomy, Pace] = {}
+    known: dict[BlockAnatomy, AllowedWidths] = {}
     kinds = [replace(each, entry_macs=0) for each in anatomy.blocks]  # the patch merging before it is not timed
     for block, kind in zip(blocks_of(model), kinds, strict=True):
         if kind not in known:
@@ -89,7 +89,7 @@ def measure_paces(
 
 def _measure(
     block: nn.Module, anatomy: BlockAnatomy, batch_size: int, token_reduction: TokenReduction, repeats: int
-) -> Pace:
+) -> AllowedWidths:
     patches, dense = anatomy.num_patches, keep_all_block(anatomy).shape
     x = torch.randn(
         batch_size, anatomy.num_prefix_tokens + patches, anatomy.width, device=next(block.parameters()).device
@@ -122,7 +122,7 @@ def _measure(
         macs = block_macs(anatomy, dense, patches).total
         counted = reduction_macs(anatomy, replace(dense, num_tokens=left), patches, token_reduction)
         reduction = max(0.0, (time_with_it - whole_time) * macs / (pair_times[-1] + hidden_times[-1]) - counted)
-    return Pace(
+    return AllowedWidths(
         attention=tuple(pairs[n] for n in faster_than_larger(pairs, pair_times)),
         hidden=tuple(hidden[n] for n in faster_than_larger([(each,) for each in hidden], hidden_times)),
         reduction=reduction,

@@ -20,19 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.data import Images
-from pruning.device_sharing import in_turns
+from pruning.device_sharing import yielding_between
 from pruning.errors import TargetError
 from pruning.measure.accuracy import predict
 from pruning.measure.cost import channel_macs, count_macs, reduction_macs
-from pruning.measure.widths import Pace, multiples
+from pruning.measure.widths import AllowedWidths, multiples
 from pruning.model.anatomy import Anatomy, blocks_of, classify, embed, examine
 from pruning.model.surgery import as_slim, keep_all_block, keep_all_plan, slim_block
 from pruning.model.tokens import Schedule, schedule
 from pruning.plan import BlockPlan, BlockShape, Plan, TokenReduction
 from pruning.precision import Precision, autocast
-from pruning.repair.compensation import Flow, repaired_model
+from pruning.repair.compensation import CalibrationStream, repaired_model
 from pruning.repair.sensitivity import BlockSensitivity, measure_sensitivity
-from pruning.scores.curves import BlockCurves, measure_curves
+from pruning.scores.curves import RemovalCurves, measure_curves
 
 SHARES = (1 / 24, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 11 / 12)
 """Shares of the tokens whose removal from one block is measured."""
@@ -57,7 +57,7 @@ CLOSE_ENOUGH = 0.05
 class Profile:
     """What removing costs, block by block."""
 
-    channels: tuple[BlockCurves, ...]
+    channels: tuple[RemovalCurves, ...]
     channel_scale: float
     """Measured cost of a model with fewer channels / predicted cost; the prediction takes errors to be independent."""
     token_scale: float
@@ -85,7 +85,7 @@ def measure_profile(
     anatomy = examine(model)
     if sensitivity is None:
         sensitivity = measure_sensitivity(model, calibration, batch_size=batch_size, precision=precision)
-    flow = Flow(
+    flow = CalibrationStream(
         model, calibration, sensitivity, token_reduction=token_reduction, cutoff_token=cutoff_token,
         batch_size=batch_size, precision=precision,
     )  # fmt: skip
@@ -148,7 +148,7 @@ def _token_costs(
                 streams.append(block(streams[-1]))
             dense = classify(model, streams.pop()).float()
             for index, x in enumerate(streams):
-                for column, count in enumerate(in_turns(kept)):
+                for column, count in enumerate(yielding_between(kept)):
                     y = slim_block(
                         blocks[index], keep_all_block(each[index], count), each[index],
                         num_tokens_in=each[index].num_patches,
@@ -165,7 +165,7 @@ def allocate(
     anatomy: Anatomy,
     target_macs: int,
     token_share: float = 0.5,
-    paces: Sequence[Pace] | None = None,
+    allowed_widths: Sequence[AllowedWidths] | None = None,
 ) -> Plan:
     """A plan of little predicted cost with at most so many multiply-adds.
 
@@ -175,8 +175,7 @@ def allocate(
         token_share: in [0, 1]: 0.5 weighs channels and tokens as the profile does; the cost of channels is
             multiplied by token_share / (1 - token_share). So 0 prunes channels alone, and 1 tokens alone. Without a
             token reduction it has no effect.
-        paces: of each block, the widths that it may be given, and what the time of a token reduction is counted as;
-            by default any width.
+        allowed_widths: of each block, and what the time of a token reduction is counted as; by default any width.
 
     Raises:
         SettingError: no plan is that small.
@@ -184,12 +183,12 @@ def allocate(
     whole = replace(keep_all_plan(anatomy), cutoff_token=profile.cutoff_token, token_reduction=profile.token_reduction)
     if count_macs(anatomy, whole) <= target_macs:
         return whole
-    if paces is None:
-        paces = [multiples(block, 1) for block in anatomy.blocks]
+    if allowed_widths is None:
+        allowed_widths = [multiples(block, 1) for block in anatomy.blocks]
     smallest: Plan | None = None
     best: Plan | None = None
     for weight in REDUCTION_WEIGHTS:
-        weighed = [replace(pace, reduction=weight * pace.reduction) for pace in paces]
+        weighed = [replace(allowed, reduction=weight * allowed.reduction) for allowed in allowed_widths]
         smallest, found = _within(_Search(profile, anatomy, token_share, weighed), target_macs)
         best = found or best
         if found is not None and count_macs(anatomy, found) >= target_macs - CLOSE_ENOUGH * count_macs(anatomy, whole):
@@ -259,7 +258,9 @@ def scheduled(
 class _Search:
     """Plans of least cost at a price."""
 
-    def __init__(self, profile: Profile, anatomy: Anatomy, token_share: float, paces: Sequence[Pace]) -> None:
+    def __init__(
+        self, profile: Profile, anatomy: Anatomy, token_share: float, allowed_widths: Sequence[AllowedWidths]
+    ) -> None:
         self.profile, self.anatomy = profile, anatomy
         patches = anatomy.blocks[0].num_patches
         self.has_tokens = profile.token_reduction != "none" and token_share > 0
@@ -268,8 +269,10 @@ class _Search:
             self.counts = [patches]
         if self.has_tokens and token_share >= 1:
             whole = [multiples(block, max(block.head_dim, block.num_hidden)) for block in anatomy.blocks]
-            paces = [replace(one, reduction=pace.reduction) for one, pace in zip(whole, paces, strict=True)]
-        self.paces = paces
+            allowed_widths = [
+                replace(one, reduction=allowed.reduction) for one, allowed in zip(whole, allowed_widths, strict=True)
+            ]
+        self.allowed_widths = allowed_widths
         is_weighed = self.has_tokens and token_share < 1
         self.channel_scale = profile.channel_scale * (token_share / (1 - token_share) if is_weighed else 1.0)
         self.reduction = self._reduction_macs()
@@ -284,7 +287,11 @@ class _Search:
             attention, mlp = self._attention(index, price), self._mlp(index, price)
             widths.append((attention[1:], mlp[1]))
             total = attention[0][:, None] + mlp[0][None] + value[None]
-            total = total + self.removal[index] + price * (self.reduction + self.paces[index].reduction * self.reduces)
+            total = (
+                total
+                + self.removal[index]
+                + price * (self.reduction + self.allowed_widths[index].reduction * self.reduces)
+            )
             choices.append(total.argmin(axis=1))
             value = total.min(axis=1)
         blocks, here = [], len(self.counts) - 1
@@ -310,7 +317,7 @@ class _Search:
         """(counts,) least cost, and the widths that have it, by the number of tokens that enter."""
         block, curves = self.anatomy.blocks[index], self.profile.channels[index]
         a_channel = np.array([block.num_heads * channel_macs(block, tokens) for tokens in self._tokens(index)])
-        qk, v = np.array(self.paces[index].attention).T
+        qk, v = np.array(self.allowed_widths[index].attention).T
         cost = self.channel_scale * (curves.qk.numpy()[block.head_dim - qk] + curves.v.numpy()[block.head_dim - v])
         total = cost[None] + price * a_channel[:, None] * (qk + v)[None]
         best = total.argmin(axis=1)
@@ -319,7 +326,7 @@ class _Search:
     def _mlp(self, index: int, price: float) -> tuple[np.ndarray, np.ndarray]:
         """(counts,) least cost, and the hidden units that have it, by the number of tokens that leave attention."""
         block, tokens = self.anatomy.blocks[index], np.array(self._tokens(index))
-        widths = np.array(self.paces[index].hidden)
+        widths = np.array(self.allowed_widths[index].hidden)
         cost = self.channel_scale * self.profile.channels[index].hidden.numpy()[block.num_hidden - widths]
         total = cost[None] + price * (2 * tokens * block.width)[:, None] * widths[None]
         return total.min(axis=1), widths[total.argmin(axis=1)]

@@ -22,20 +22,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pruning.data import Images
-from pruning.device_sharing import give_way, in_turns
+from pruning.device_sharing import yield_device, yielding_between
 from pruning.errors import SettingError
 from pruning.measure.cost import count_macs
-from pruning.measure.widths import Pace, multiples
-from pruning.methods.prefix_cache import Threshold, Walks
+from pruning.measure.widths import AllowedWidths, multiples
+from pruning.methods.prefix_cache import PrefixCache, Threshold
 from pruning.methods.ranking import Ranking
 from pruning.model.anatomy import Anatomy, blocks_of, classify, embed, examine, summary_token, with_blocks
 from pruning.model.surgery import as_slim, keep_all_block, keep_all_from, slim_block
 from pruning.model.tokens import merges
 from pruning.plan import BlockPlan, Plan, TokenReduction
 from pruning.precision import Precision, autocast
-from pruning.repair.compensation import REPAIR_PASSES, Flow, Repaired, RepairedModel, repaired_model
+from pruning.repair.compensation import REPAIR_PASSES, CalibrationStream, Repaired, RepairedModel, repaired_model
 from pruning.repair.sensitivity import BlockSensitivity, measure_sensitivity
-from pruning.scores.channel import ChannelScores, Scene
+from pruning.scores.channel import ChannelScores, ScoringInput
 from pruning.scores.criteria import CRITERIA
 from pruning.spectrum import low_pass
 
@@ -60,7 +60,7 @@ class CascadeSettings:
     criterion: str = "lfs"
     """Of the channels: a key of `pruning.scores.criteria.CRITERIA`."""
     token_reduction: TokenReduction = "lfe"
-    paces: tuple[Pace, ...] | None = None
+    allowed_widths: tuple[AllowedWidths, ...] | None = None
     """The widths that each block may be given; None for any."""
     token_share: float = 0.56
     """Share of a block's budget that tokens may spend, in [0, 1]; channels get what they leave."""
@@ -98,7 +98,7 @@ def cascade(
     settings: CascadeSettings,
     *,
     sensitivity: list[BlockSensitivity] | None = None,
-    walks: Walks[Walk] | None = None,
+    prefix_cache: PrefixCache[CascadeState] | None = None,
 ) -> CascadeResult:
     """Prunes a dense model block by block; the model is left as it was.
 
@@ -112,8 +112,8 @@ def cascade(
         probe: images whose accuracy the budgets are about.
         calibration: images for the scores and the repair.
         sensitivity: of the dense model on the calibration images; measured if it is not given.
-        walks: of earlier calls with this model, cut at any exit, and these images; a call that begins as one of them
-            goes on from there. The result is the same, and its cost counts as if nothing had been known.
+        prefix_cache: of earlier calls with this model, cut at any exit, and these images; a call that begins as
+            one of them goes on from there. The result is the same, and its cost counts as if nothing had been known.
 
     Raises:
         SettingError: not one budget a block, or a negative one; or a token reduction top-down.
@@ -133,17 +133,17 @@ def cascade(
         )
     spending = _Spending(settings, len(probe))
     key = anatomy, replace(settings, drop_budget=(), target_macs=0, token_share=0.0)
-    walks = Walks(0) if walks is None else walks
-    known = walks.farthest(key, spending.thresholds)
+    prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
+    known = prefix_cache.farthest(key, spending.thresholds)
     if known is None:
         work = (_WorkDown if is_down else _Work)(model, anatomy, probe, calibration, settings, sensitivity)
-        walk = Walk(work=work, plans=dense.blocks, drops=(0.0,) * anatomy.depth)
-        _keep(walks, key, spending, walk)
+        walk = CascadeState(work=work, plans=dense.blocks, drops=(0.0,) * anatomy.depth)
+        _keep(prefix_cache, key, spending, walk)
     else:
         walk = known.copy()
     while not walk.is_done(spending.target):
         walk = _prune_block(walk, spending)
-        _keep(walks, key, spending, walk)
+        _keep(prefix_cache, key, spending, walk)
     plan, work = _plan(settings, walk.plans), walk.work
     if isinstance(work, _WorkDown):
         again = work.repair_all(plan)
@@ -177,7 +177,7 @@ class _Spending:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walk:
+class CascadeState:
     """A cascade between two blocks."""
 
     work: _Work
@@ -192,13 +192,13 @@ class Walk:
         anatomy, plan = self.work.anatomy, _plan(self.work.settings, self.plans)
         return len(self.built) == anatomy.depth or target.reaches(count_macs(anatomy, plan))
 
-    def copy(self) -> Walk:
+    def copy(self) -> CascadeState:
         """The same walk, to go on from without changing this one."""
         return replace(self, work=self.work.copy())
 
 
-def _keep(walks: Walks[Walk], key: Hashable, spending: _Spending, walk: Walk) -> None:
-    walks.keep(key, spending.thresholds, len(walk.built), walk.copy(), walk.work.num_bytes)
+def _keep(prefix_cache: PrefixCache[CascadeState], key: Hashable, spending: _Spending, walk: CascadeState) -> None:
+    prefix_cache.keep(key, spending.thresholds, len(walk.built), walk.copy(), walk.work.num_bytes)
 
 
 def _whole_blocks(model: nn.Module, anatomy: Anatomy, plan: Plan, start: int) -> list[nn.Module]:
@@ -217,7 +217,7 @@ def _plan(settings: CascadeSettings, blocks: Sequence[BlockPlan]) -> Plan:
     return Plan(blocks=tuple(blocks), cutoff_token=settings.cutoff_token, token_reduction=settings.token_reduction)
 
 
-def _prune_block(walk: Walk, spending: _Spending) -> Walk:
+def _prune_block(walk: CascadeState, spending: _Spending) -> CascadeState:
     """The walk with the next block pruned as far as its budget and the target allow; its work goes on."""
     work, plans = walk.work, list(walk.plans)
     index, before = work.index, work.correct
@@ -267,7 +267,7 @@ def _prune_block(walk: Walk, spending: _Spending) -> Walk:
         tokens_left = plan.num_tokens
         ranking = Ranking(
             work.score(work.flow.slim(plan)), block, num_tokens + block.num_prefix_tokens,
-            tokens_left + block.num_prefix_tokens, work.paces[index],
+            tokens_left + block.num_prefix_tokens, work.allowed_widths[index],
         )  # fmt: skip
 
         def fewer_channels(removed: int) -> BlockPlan:
@@ -277,7 +277,7 @@ def _prune_block(walk: Walk, spending: _Spending) -> Walk:
     plans, drops = with_block(plan), list(walk.drops)
     drops[index] = (before - work.correct) / work.num_probe * 100
     work.advance(best.block)
-    return Walk(
+    return CascadeState(
         work=work, plans=tuple(plans), built=(*walk.built, best.block), drops=tuple(drops),
         notes=(*walk.notes, *best.notes),
     )  # fmt: skip
@@ -304,7 +304,7 @@ class _Work:
         sensitivity: list[BlockSensitivity] | None,
     ) -> None:  # fmt: skip
         self.model, self.anatomy, self.settings = model, anatomy, settings
-        self.paces = settings.paces or [multiples(block, 1) for block in anatomy.blocks]
+        self.allowed_widths = settings.allowed_widths or [multiples(block, 1) for block in anatomy.blocks]
         self.probe, self.calibration = probe, calibration
         self.num_probe = len(probe)
         self.block_images = float(SENSITIVITY_PASSES * anatomy.depth * len(calibration))
@@ -313,7 +313,7 @@ class _Work:
             sensitivity = measure_sensitivity(
                 model, calibration, batch_size=settings.batch_size, precision=settings.precision
             )
-        self.flow = Flow(
+        self.flow = CalibrationStream(
             model, calibration, sensitivity,
             token_reduction=settings.token_reduction, cutoff_token=settings.cutoff_token,
             batch_size=settings.batch_size, precision=settings.precision,
@@ -399,7 +399,7 @@ class _Work:
                 return False
             if not left:
                 return True
-            give_way()
+            yield_device()
             before = self.is_right[probe.num_seen :][: self.settings.batch_size]
             self._run_batch(probe)
             likely = probe.num_right + int(self.is_right[probe.num_seen :].sum())
@@ -434,7 +434,7 @@ class _Work:
             self.block_images += 3 * (1 + len(self.later)) * len(self.calibration)
         elif settings.criterion != "random":
             self.block_images += len(self.calibration)
-        scene = Scene(
+        scene = ScoringInput(
             model=self.model, anatomy=self.anatomy.blocks[self.index], index=self.index,
             blocks=[block, *self.later], x=self.flow.x, x_low=self.x_low, targets=self.summaries[self.index],
             labels=self.calibration_labels, alpha=settings.alpha, batch_size=settings.batch_size,
@@ -455,7 +455,7 @@ class _Work:
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         self.block_images += len(x)
         with autocast(x.device, self.settings.precision):
-            return _cat(block(batch) for batch in in_turns(x.split(self.settings.batch_size)))
+            return _cat(block(batch) for batch in yielding_between(x.split(self.settings.batch_size)))
 
 
 class _WorkDown(_Work):

@@ -116,7 +116,7 @@ def run_lottery(
     device, seed = next(model.parameters()).device, settings.training.seed
     rows: list[LotteryRow] = []
 
-    def compete(
+    def train_arm(
         arm: Arm, number: int, made: nn.Module, masks: Masks, after_step: Callable[[int], None] | None = None
     ) -> None:
         apply_masks(made, masks)
@@ -137,16 +137,16 @@ def run_lottery(
             early.update(_copied(made))
 
     masks = magnitude_masks(made, 0.0)
-    compete("dense", 0, made, masks, keep_early)
+    train_arm("dense", 0, made, masks, keep_early)
     for number in range(1, settings.rounds + 1):
         masks = magnitude_masks(made, settings.sparsity_after(number))  # what is gone is 0: it goes first again
         made.load_state_dict(early)
-        compete("ticket", number, made, masks)
+        train_arm("ticket", number, made, masks)
     # One draw for both, so that they differ by the scale alone; ~seed is never the seed that `model` was made from.
-    compete("random", settings.rounds, fresh(~seed).to(device), masks)
+    train_arm("random", settings.rounds, fresh(~seed).to(device), masks)
     scaled = fresh(~seed).to(device)
     scale_to_fan_in(scaled, masks)
-    compete("sparse-aware", settings.rounds, scaled, masks)
+    train_arm("sparse-aware", settings.rounds, scaled, masks)
     return LotteryResult(rows=tuple(rows), masks=masks)
 
 

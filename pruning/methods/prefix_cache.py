@@ -40,7 +40,7 @@ class _Kept(Generic[T]):
     num_bytes: int
 
 
-class Walks(Generic[T]):
+class PrefixCache(Generic[T]):
     """States of walks: those that were used last, of no more bytes together than a given number."""
 
     def __init__(self, max_bytes: int) -> None:

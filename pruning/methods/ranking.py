@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pruning.measure.cost import channel_macs
-from pruning.measure.widths import Pace
+from pruning.measure.widths import AllowedWidths
 from pruning.model.anatomy import BlockAnatomy
 from pruning.plan import BlockPlan, Indices
 from pruning.scores.channel import ChannelScores
@@ -23,11 +23,16 @@ class Ranking:
     """
 
     def __init__(
-        self, scores: ChannelScores, anatomy: BlockAnatomy, num_tokens_in: int, num_tokens_out: int, pace: Pace
+        self,
+        scores: ChannelScores,
+        anatomy: BlockAnatomy,
+        num_tokens_in: int,
+        num_tokens_out: int,
+        allowed: AllowedWidths,
     ) -> None:
-        """Token counts are with the prefix tokens; widths are rounded up to those of the pace."""
+        """Token counts are with the prefix tokens; widths are rounded up to those of the allowed."""
         self.scores = ChannelScores(qk=scores.qk.cpu(), v=scores.v.cpu(), hidden=scores.hidden.cpu())
-        self.pace = pace
+        self.allowed = allowed
         # With qk-norm the pairs stay whole: they are ranked above everything.
         qk = torch.full_like(self.scores.qk, float("inf")) if anatomy.has_qk_norm else self.scores.qk
         self._num_qk, self._num_v = qk.numel(), self.scores.v.numel()
@@ -56,26 +61,26 @@ class Ranking:
         # What a channel has to be worth to stay: as much as the last unit that goes.
         price = self._worth[removed[-1:]].sum().item() * self._channel_macs
         heads, qk_width, v_width = fit_heads(
-            self.scores.qk, self.scores.v, max(num_qk, self._min_qk), max(num_v, 1), self.pace, price
+            self.scores.qk, self.scores.v, max(num_qk, self._min_qk), max(num_v, 1), self.allowed, price
         )
         return BlockPlan(
             keep_heads=heads,
-            keep_qk=tuple(top(self.scores.qk[head], qk_width) for head in heads),
-            keep_v=tuple(top(self.scores.v[head], v_width) for head in heads),
-            keep_hidden=top(self.scores.hidden, self.pace.least_hidden(max(num_hidden, 1))),
+            keep_qk=tuple(top_indices(self.scores.qk[head], qk_width) for head in heads),
+            keep_v=tuple(top_indices(self.scores.v[head], v_width) for head in heads),
+            keep_hidden=top_indices(self.scores.hidden, self.allowed.least_hidden(max(num_hidden, 1))),
             num_tokens=num_tokens,
         )
 
 
 def fit_heads(
-    qk: Tensor, v: Tensor, num_qk: int, num_v: int, pace: Pace, price: float = 0.0
+    qk: Tensor, v: Tensor, num_qk: int, num_v: int, allowed: AllowedWidths, price: float = 0.0
 ) -> tuple[Indices, int, int]:
     """Heads and equal widths for so many channels: of all head counts that fit, the one that loses the least score.
 
     Args:
         qk, v: (H, D) scores.
         num_qk, num_v: channels to keep in the whole block, at least 1 each.
-        pace: both widths are rounded up to a pair of it.
+        allowed: both widths are rounded up to a pair of it.
         price: taken off for each channel that this rounding adds. With none, the most heads always win where one
             step of rounding is a whole head, and nothing is ever pruned.
 
@@ -86,9 +91,9 @@ def fit_heads(
     best: tuple[float, Indices, int, int] | None = None
     for count in range(-(-max(num_qk, num_v) // head_dim), num_heads + 1):
         asked = -(-num_qk // count), -(-num_v // count)
-        qk_width, v_width = pace.least_attention(*asked)
+        qk_width, v_width = allowed.least_attention(*asked)
         kept = qk.topk(qk_width, dim=1).values.sum(dim=1) + v.topk(v_width, dim=1).values.sum(dim=1)
-        heads = top(kept, count)
+        heads = top_indices(kept, count)
         score = kept[list(heads)].sum().item() - price * count * (qk_width + v_width - sum(asked))
         if best is None or score > best[0]:
             best = score, heads, qk_width, v_width
@@ -96,6 +101,6 @@ def fit_heads(
     return best[1:]
 
 
-def top(scores: Tensor, count: int) -> Indices:
+def top_indices(scores: Tensor, count: int) -> Indices:
     """The indices of the `count` largest scores, ascending; of equal scores the first stay. (n,)."""
     return tuple(scores.argsort(descending=True, stable=True)[:count].sort().values.tolist())

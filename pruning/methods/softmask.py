@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from pruning.data import Images
 from pruning.errors import TargetError
 from pruning.measure.cost import channel_macs, count_macs
-from pruning.measure.widths import Pace, multiples
-from pruning.methods.ranking import top
+from pruning.measure.widths import AllowedWidths, multiples
+from pruning.methods.ranking import top_indices
 from pruning.methods.width import Learned
 from pruning.model.anatomy import BlockAnatomy, blocks_of, classify, embed, examine, parts_of
 from pruning.model.gates import BlockGates, GatedBlock, Gates
@@ -83,20 +83,20 @@ class SoftMaskTraining:
     """One run, epoch by epoch; its state can be saved and loaded in between."""
 
     def __init__(
-        self, model: nn.Module, images: Images, settings: SoftMaskSettings, *, paces: Sequence[Pace] | None = None,
-        precision: Precision = "float32",
+        self, model: nn.Module, images: Images, settings: SoftMaskSettings, *,
+        allowed_widths: Sequence[AllowedWidths] | None = None, precision: Precision = "float32",
     ) -> None:  # fmt: skip
         """
         Args:
             model: dense, in eval mode, on the device to work on; it is left as it was.
-            paces: of each block, the widths that it may have; by default any.
+            allowed_widths: of each block, the widths that it may have; by default any.
 
         Raises:
             TargetError: no width is as small as the target (says which is the smallest).
         """
         self.settings, self.precision = settings, precision
         self.teacher, self.anatomy = model, examine(model)
-        self.paces = list(paces or [multiples(block, 1) for block in self.anatomy.blocks])
+        self.allowed_widths = list(allowed_widths or [multiples(block, 1) for block in self.anatomy.blocks])
         self.device = next(model.parameters()).device
         self.trained = copy.deepcopy(model).requires_grad_(True)
         self.gates = [SoftGates(each, self.device) for each in self.anatomy.blocks]
@@ -160,13 +160,13 @@ class SoftMaskTraining:
         """What stays above the thresholds."""
         return Plan(
             blocks=tuple(
-                _above(gates(), each, pace, of_channels, of_hidden)
-                for gates, each, pace in zip(self.gates, self.anatomy.blocks, self.paces, strict=True)
+                _above(gates(), each, allowed, of_channels, of_hidden)
+                for gates, each, allowed in zip(self.gates, self.anatomy.blocks, self.allowed_widths, strict=True)
             ),
             token_reduction="none",
         )
 
-    def _settled(self) -> Plan:
+    def _plan_at_target(self) -> Plan:
         """The plan of the lowest threshold that fits the target.
 
         A channel goes with those of the other heads, so one step may be a large one; what it leaves of the target is
@@ -189,7 +189,7 @@ class SoftMaskTraining:
         assert self.is_done, "the training is not at its end"
         for index, gates in enumerate(self.gates):
             check_finite(index, dict(gates.named_parameters()))
-        plan, whole = self._settled(), folded(self.trained, [gates() for gates in self.gates])
+        plan, whole = self._plan_at_target(), folded(self.trained, [gates() for gates in self.gates])
         return Learned(plan=plan, model=apply_plan(whole, plan).requires_grad_(False).eval())
 
     def state(self) -> dict[str, Any]:
@@ -233,7 +233,9 @@ def folded(model: nn.Module, gates: Sequence[BlockGates]) -> nn.Module:
     return made
 
 
-def _above(gates: BlockGates, anatomy: BlockAnatomy, pace: Pace, of_channels: float, of_hidden: float) -> BlockPlan:
+def _above(
+    gates: BlockGates, anatomy: BlockAnatomy, allowed: AllowedWidths, of_channels: float, of_hidden: float
+) -> BlockPlan:
     """The units whose |gate| is above a threshold, as nearly as the widths allow.
 
     Of all that may be kept, that whose sum of |gate| - threshold is the largest. With any width allowed that is what
@@ -242,21 +244,21 @@ def _above(gates: BlockGates, anatomy: BlockAnatomy, pace: Pace, of_channels: fl
     qk, v, hidden = (each.detach().abs().double().cpu() for each in (gates.qk, gates.v, gates.hidden))
     if anatomy.has_qk_norm:  # the pairs of a head have no gates, and stay or go with its values
         qk = v.mean(dim=1, keepdim=True).expand_as(v)
-    pairs = torch.tensor(pace.attention)
+    pairs = torch.tensor(allowed.attention)
     # (pairs, H): what a head is worth with the widths of a pair; it stays if that is more than nothing.
     worth = (_best_sums(qk, of_channels)[:, pairs[:, 0]] + _best_sums(v, of_channels)[:, pairs[:, 1]]).T
     most = worth.amax(dim=1)
     of_pair = torch.where(most > 0, worth.clamp_min(0).sum(dim=1), most)
     best = int(of_pair.argmax())
-    qk_width, v_width = pace.attention[best]
-    heads = top(worth[best], max(1, int((worth[best] > 0).sum())))
-    widths = torch.tensor(pace.hidden)
-    num_hidden = pace.hidden[int(_best_sums(hidden[None], of_hidden)[0, widths].argmax())]
+    qk_width, v_width = allowed.attention[best]
+    heads = top_indices(worth[best], max(1, int((worth[best] > 0).sum())))
+    widths = torch.tensor(allowed.hidden)
+    num_hidden = allowed.hidden[int(_best_sums(hidden[None], of_hidden)[0, widths].argmax())]
     return BlockPlan(
         keep_heads=heads,
-        keep_qk=tuple(top(qk[head], qk_width) for head in heads),
-        keep_v=tuple(top(v[head], v_width) for head in heads),
-        keep_hidden=top(hidden, num_hidden),
+        keep_qk=tuple(top_indices(qk[head], qk_width) for head in heads),
+        keep_v=tuple(top_indices(v[head], v_width) for head in heads),
+        keep_hidden=top_indices(hidden, num_hidden),
         num_tokens=anatomy.num_patches,
     )
 

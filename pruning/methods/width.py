@@ -10,7 +10,7 @@ Where we differ:
 - What a ratio gets is the gradient of the gates at its edge, the next to close and the next to open: what one unit more
   or less does to the loss. The paper sums it over all open gates, which is what it does to the loss to scale the whole
   layer; the weights are at rest with respect to that, so little but noise is left (`ratio_gradient="open"`).
-- Once the target is reached, the thresholds move ever less, so that the weights can settle.
+- Once the target is reached, the thresholds move ever less, so that the weights can nearest_allowed.
 - Thresholds get the gradient of the sigmoid for both terms (the released code passes the loss's on unscaled), the share
   is counted in multiply-adds or parameters of what is really built, and in the last part of the training the widths are
   fixed, at the target exactly.
@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from pruning.data import Images
 from pruning.errors import TargetError
 from pruning.measure.cost import channel_macs, count_macs, count_params
-from pruning.measure.widths import Pace, multiples
-from pruning.methods.ranking import top
+from pruning.measure.widths import AllowedWidths, multiples
+from pruning.methods.ranking import top_indices
 from pruning.model.anatomy import TAIL_PREFIXES, BlockAnatomy, blocks_of, classify, embed, examine, parts_of
-from pruning.model.exits import ExitHead, tail_of, truncate
+from pruning.model.exits import ExitHead, exit_head_of, truncate
 from pruning.model.gates import BlockGates, FixedGates, GatedBlock, Gates, gates_of_plan
 from pruning.model.surgery import apply_plan, as_slim, keep_all_block, keep_all_plan
 from pruning.plan import BlockPlan, Plan
@@ -140,21 +140,21 @@ class LearnedGates(Gates):
         }
         return BlockGates(qk=masks["qk"], v=masks["v"] * masks["heads"][:, None], hidden=masks["hidden"])
 
-    def plan(self, anatomy: BlockAnatomy, pace: Pace, shifts: Mapping[str, float]) -> BlockPlan:
-        """What would stay if the thresholds were higher by so much; widths are rounded up to the pace's."""
+    def plan(self, anatomy: BlockAnatomy, allowed: AllowedWidths, shifts: Mapping[str, float]) -> BlockPlan:
+        """What would stay if the thresholds were higher by so much; widths are rounded up to allowed ones."""
         ratios = {
             kind: float((self.thresholds[kind].detach() + shifts[kind]).sigmoid()) if kind in self.thresholds else 1.0
             for kind in KINDS
         }
-        heads = top(self.scores["heads"].detach(), _count(ratios["heads"], anatomy.num_heads))
+        heads = top_indices(self.scores["heads"].detach(), _count(ratios["heads"], anatomy.num_heads))
         asked = (_count(ratios[kind], anatomy.head_dim) for kind in ("qk", "v"))
-        qk_width, v_width = pace.least_attention(*asked)
-        hidden = pace.least_hidden(_count(ratios["hidden"], anatomy.num_hidden))
+        qk_width, v_width = allowed.least_attention(*asked)
+        hidden = allowed.least_hidden(_count(ratios["hidden"], anatomy.num_hidden))
         return BlockPlan(
             keep_heads=heads,
-            keep_qk=tuple(top(self.scores["qk"][head].detach(), qk_width) for head in heads),
-            keep_v=tuple(top(self.scores["v"][head].detach(), v_width) for head in heads),
-            keep_hidden=top(self.scores["hidden"].detach(), hidden),
+            keep_qk=tuple(top_indices(self.scores["qk"][head].detach(), qk_width) for head in heads),
+            keep_v=tuple(top_indices(self.scores["v"][head].detach(), v_width) for head in heads),
+            keep_hidden=top_indices(self.scores["hidden"].detach(), hidden),
             num_tokens=anatomy.num_patches,
         )
 
@@ -181,20 +181,20 @@ class WidthTraining:
 
     def __init__(
         self, model: nn.Module, images: Images, settings: WidthSettings, *, heads: Mapping[int, ExitHead] | None = None,
-        paces: Sequence[Pace] | None = None, precision: Precision = "float32",
+        allowed_widths: Sequence[AllowedWidths] | None = None, precision: Precision = "float32",
     ) -> None:  # fmt: skip
         """
         Args:
             model: dense, in eval mode, on the device to work on; it is left as it was.
             heads: fitted classifiers of earlier exits, which are trained along.
-            paces: of each block, the widths that it may have; by default any.
+            allowed_widths: of each block, the widths that it may have; by default any.
 
         Raises:
             TargetError: no width is as small as the target (says which is the smallest).
         """
         self.settings, self.images, self.precision = settings, images, precision
         self.teacher, self.anatomy = model, examine(model)
-        self.paces = list(paces or [multiples(block, 1) for block in self.anatomy.blocks])
+        self.allowed_widths = list(allowed_widths or [multiples(block, 1) for block in self.anatomy.blocks])
         self.device = next(model.parameters()).device
         self.trained = copy.deepcopy(model).requires_grad_(True)
         slim = [
@@ -272,8 +272,10 @@ class WidthTraining:
     def _plans(self, shifts: Sequence[Mapping[str, float]]) -> list[BlockPlan]:
         """shifts: of each block's thresholds, by kind."""
         return [
-            gates.plan(each, pace, shift)
-            for gates, each, pace, shift in zip(self.gates, self.anatomy.blocks, self.paces, shifts, strict=True)
+            gates.plan(each, allowed, shift)
+            for gates, each, allowed, shift in zip(
+                self.gates, self.anatomy.blocks, self.allowed_widths, shifts, strict=True
+            )
         ]
 
     @property
@@ -296,7 +298,7 @@ class WidthTraining:
     def _come_to_rest(self, step: int) -> None:
         """The thresholds move ever less after the target was reached; at the end of the search the widths are fixed."""
         if step >= self.search_steps and self.plans is None:
-            self._fix(self._settled())
+            self._fix(self._plan_at_target())
         elif self.reached_step is not None:
             left = (self.search_steps - step) / (self.search_steps - self.reached_step)
             *_, of_thresholds = self.loop.optimizer.param_groups
@@ -349,7 +351,7 @@ class WidthTraining:
                 total = total + (1 - settings.distillation) * hard + settings.distillation * soft
         return total
 
-    def _settled(self) -> list[BlockPlan]:
+    def _plan_at_target(self) -> list[BlockPlan]:
         """The plans at the target, or just below it: thresholds are moved up together, as far as it allows.
 
         Thresholds that stand together pass a unit together, so what the target has no room for together is then tried
@@ -386,12 +388,12 @@ class WidthTraining:
         """The model of every exit, first to last; after the last epoch."""
         assert self.loop.is_done, "the training is not at its end"
         if self.plans is None:  # so few steps that all of them were search
-            self._fix(self._settled())
+            self._fix(self._plan_at_target())
         assert self.plans is not None
         learned = []
         for exit_block, tail in self.tails.items():
             plan = Plan(blocks=tuple(self.plans[:exit_block]), token_reduction="none")
-            whole = truncate(self.trained, exit_block, tail_of(tail))
+            whole = truncate(self.trained, exit_block, exit_head_of(tail))
             learned.append(Learned(plan=plan, model=apply_plan(whole, plan).requires_grad_(False).eval()))
         return learned
 
@@ -400,7 +402,7 @@ class WidthTraining:
         return {
             "loop": self.loop.state(),
             "weights": self.trained.state_dict(),
-            "tails": {block: tail_of(tail) for block, tail in self.tails.items()},
+            "tails": {block: exit_head_of(tail) for block, tail in self.tails.items()},
             "gates": [gates.state_dict() for gates in self.gates],
             "multipliers": (self.lagrangian.linear, self.lagrangian.square),
             "reached_step": self.reached_step,

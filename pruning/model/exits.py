@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.data import Images
-from pruning.device_sharing import in_turns
+from pruning.device_sharing import yielding_between
 from pruning.errors import PlanError
 from pruning.model.anatomy import TAIL_PREFIXES, Anatomy, blocks_of, classify, embed, examine, tail_tokens, with_blocks
 from pruning.precision import Precision, autocast
@@ -26,7 +26,7 @@ ExitHead = dict[str, Tensor]
 """The parameters of one exit's tail, by the names they have in the model."""
 
 
-def tail_of(model: nn.Module) -> ExitHead:
+def exit_head_of(model: nn.Module) -> ExitHead:
     """The model's own tail, copied."""
     state = model.state_dict()
     return {name: state[name].clone() for name in state if name.startswith(TAIL_PREFIXES)}
@@ -95,7 +95,7 @@ def fit_exits(
                 truncate(model, exit_block), features[exit_block], images.labels.to(logits.device), logits,
                 epochs=epochs, learning_rate=learning_rate, distillation=distillation, seed=seed,
             )  # fmt: skip
-    return heads | ({depth: tail_of(model)} if depth in exit_blocks else {})
+    return heads | ({depth: exit_head_of(model)} if depth in exit_blocks else {})
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ def _fit(
     generator = torch.Generator().manual_seed(seed)
     target = dense_logits.log_softmax(dim=1)
     for _ in range(epochs):
-        for chosen in in_turns(torch.randperm(len(features), generator=generator).split(size)):
+        for chosen in yielding_between(torch.randperm(len(features), generator=generator).split(size)):
             chosen = chosen.to(features.device)
             logits = classify(tail, features[chosen])
             hard = F.cross_entropy(logits, labels[chosen])
@@ -147,4 +147,4 @@ def _fit(
             ((1 - distillation) * hard + distillation * soft).backward()
             optimizer.step()
             schedule.step()
-    return tail_of(tail)
+    return exit_head_of(tail)

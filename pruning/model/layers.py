@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.model.tokens import Clues, Reduced, Reducer
+from pruning.model.tokens import AttentionState, Reduced, Reducer
 from pruning.model.windows import Downsample, Windows
 
 
@@ -149,15 +149,15 @@ class SlimBlock(nn.Module):
         mid = x + self.ls1(self.attn.proj(self.attend(x, size)[0]))
         return mid, mid + self.ls2(self.mlp(self.norm2(mid)))
 
-    def attend(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Clues]:
+    def attend(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, AttentionState]:
         """The input of the attention's projection (B, N, H*V), and what the reduction may look at."""
         q, k, v = self.attn.project(self.norm1(x))
         if self.reducer is not None and self.reducer.needs_map:
             mixed, attention = self.attn.mix_with_map(q, k, v, size)
-            return mixed, Clues(q=q, k=k, scale=self.attn.scale, size=size, attention=attention)
-        return self.attn.mix(q, k, v, size), Clues(q=q, k=k, scale=self.attn.scale, size=size, attention=None)
+            return mixed, AttentionState(q=q, k=k, scale=self.attn.scale, size=size, attention=attention)
+        return self.attn.mix(q, k, v, size), AttentionState(q=q, k=k, scale=self.attn.scale, size=size, attention=None)
 
-    def reduce(self, x: Tensor, clues: Clues) -> tuple[Tensor, Tensor | None, Reduced | None]:
+    def reduce(self, x: Tensor, clues: AttentionState) -> tuple[Tensor, Tensor | None, Reduced | None]:
         """The tokens that go on, their sizes, and what was done."""
         if self.reducer is None:
             return x, clues.size, None

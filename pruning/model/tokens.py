@@ -22,7 +22,7 @@ Schedule = Literal["constant", "decreasing"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clues:
+class AttentionState:
     """What a block's attention tells of its tokens."""
 
     q: Tensor
@@ -104,7 +104,7 @@ class Reducer(nn.Module, ABC):
             self.register_buffer("token_filter", token_filter(num_patches, cutoff), persistent=False)
 
     @abstractmethod
-    def choose(self, x: Tensor, clues: Clues) -> Reduced:
+    def choose(self, x: Tensor, clues: AttentionState) -> Reduced:
         """x: (B, N, C) tokens after the block's attention."""
 
     def _keep(self, patches: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class TokenDrop(Reducer):
 
     needs_map = has_filter = True
 
-    def choose(self, x: Tensor, clues: Clues) -> Reduced:
+    def choose(self, x: Tensor, clues: AttentionState) -> Reduced:
         assert clues.attention is not None
         scores = score_tokens(
             x, clues.attention, self.token_filter,
@@ -131,7 +131,7 @@ class TokenDrop(Reducer):
 class TokenFuse(Reducer):
     """Keeps the patches of most class attention; the others become one, weighted by it (EViT, Liang et al. 2022)."""
 
-    def choose(self, x: Tensor, clues: Clues) -> Reduced:
+    def choose(self, x: Tensor, clues: AttentionState) -> Reduced:
         attention = class_attention(clues, self.num_prefix_tokens, self.has_class_token)
         order = attention.argsort(dim=1, descending=True, stable=True)
         # The best of those that go is where the others go into; so its place, not its content, stays.
@@ -157,11 +157,11 @@ class TokenMerge(Reducer):
     Where more than half has to go, it is done again.
     """
 
-    def weights(self, x: Tensor, clues: Clues) -> Tensor | None:
+    def weights(self, x: Tensor, clues: AttentionState) -> Tensor | None:
         """(B, M), at least 0, or None for none; those of merged patches add up."""
         return None
 
-    def choose(self, x: Tensor, clues: Clues) -> Reduced:
+    def choose(self, x: Tensor, clues: AttentionState) -> Reduced:
         prefix = self.num_prefix_tokens
         size = torch.ones_like(x[..., :1]) if clues.size is None else clues.size
         keys, weight = clues.k.mean(dim=1), self.weights(x, clues)
@@ -188,14 +188,14 @@ class EnergyMerge(TokenMerge):
 
     has_filter = True
 
-    def weights(self, x: Tensor, clues: Clues) -> Tensor | None:
+    def weights(self, x: Tensor, clues: AttentionState) -> Tensor | None:
         return low_frequency_energy(x[:, self.num_prefix_tokens :], self.token_filter)
 
 
 class AttentionMerge(TokenMerge):
     """Merges what the class token hardly looks at first."""
 
-    def weights(self, x: Tensor, clues: Clues) -> Tensor | None:
+    def weights(self, x: Tensor, clues: AttentionState) -> Tensor | None:
         return class_attention(clues, self.num_prefix_tokens, self.has_class_token)
 
 
@@ -213,7 +213,7 @@ def merges(kind: TokenReduction) -> bool:
     return kind in REDUCERS and issubclass(REDUCERS[kind], TokenMerge)
 
 
-def class_attention(clues: Clues, num_prefix_tokens: int, has_class_token: bool) -> Tensor:
+def class_attention(clues: AttentionState, num_prefix_tokens: int, has_class_token: bool) -> Tensor:
     """Attention of the class token to every patch, mean over heads; of the mean patch query where there is none.
 
     One row of the map: fused attention stays fused. (B, M), at least 0.

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.data import Images
-from pruning.device_sharing import in_turns
+from pruning.device_sharing import yielding_between
 from pruning.model.anatomy import BlockAnatomy, blocks_of, embed, examine, parts_of, with_blocks
 from pruning.model.layers import SlimBlock
 from pruning.model.surgery import as_slim, check_plan, keep_all_block, slim_block
@@ -59,7 +59,7 @@ class Repaired:
     """Layers of which only the bias could be repaired, for want of images."""
 
 
-class Flow:
+class CalibrationStream:
     """The calibration images on their way through the blocks: as pruned so far, and dense, side by side."""
 
     def __init__(
@@ -94,10 +94,10 @@ class Flow:
         self._attentions: dict[tuple[object, ...], tuple[dict[str, Tensor], list[str]]] = {}
         block = as_slim(self.blocks[index], self.anatomy, is_last=False)
         with autocast(dense.device, self.precision):
-            mids, outs = zip(*(block.halves(x) for x in in_turns(dense.split(self.batch_size))), strict=True)
+            mids, outs = zip(*(block.halves(x) for x in yielding_between(dense.split(self.batch_size))), strict=True)
         self.dense_mid, self.dense_out = torch.cat(mids).float(), torch.cat(outs).float()
 
-    def copy(self) -> Flow:
+    def copy(self) -> CalibrationStream:
         """The images where they are now; nothing fitted for the current block."""
         made = copy.copy(self)
         made._factors, made._attentions = None, {}
@@ -181,18 +181,18 @@ class Flow:
         self.x, self.share = x, None
         self._enter(index, x)
 
-    def stages(self, block: nn.Module) -> Iterator[Stage]:
+    def stages(self, block: nn.Module) -> Iterator[BlockBatch]:
         """The images in batches, each halted after the attention of the current block."""
         if not isinstance(block, SlimBlock):
             block = as_slim(block, self.anatomy, is_last=self.index == len(self.blocks) - 1)
-        for start in in_turns(range(0, len(self.x), self.batch_size)):
-            yield Stage(self, block, slice(start, start + self.batch_size))
+        for start in yielding_between(range(0, len(self.x), self.batch_size)):
+            yield BlockBatch(self, block, slice(start, start + self.batch_size))
 
 
-class Stage:
+class BlockBatch:
     """A batch on its way through one slim block."""
 
-    def __init__(self, flow: Flow, block: SlimBlock, batch: slice) -> None:
+    def __init__(self, flow: CalibrationStream, block: SlimBlock, batch: slice) -> None:
         self.flow, self.block, self.batch = flow, block, batch
         self.x, size = block.enter(flow.x[batch])
         self.mixed, self.clues = block.attend(self.x, size)
@@ -227,7 +227,7 @@ class Stage:
         return block.pack(self.x + block.ls2(block.mlp(block.norm2(self.x))), self.size)
 
 
-def _repair_attention(flow: Flow, slim: SlimBlock, plan: BlockPlan) -> list[str]:
+def _repair_attention(flow: CalibrationStream, slim: SlimBlock, plan: BlockPlan) -> list[str]:
     """Refits queries and keys, then values and projection, in place."""
     anatomy, dense_block = flow.anatomy, flow.blocks[flow.index]
     dense, place = parts_of(dense_block), flow.sensitivity[flow.index].mid
@@ -261,7 +261,7 @@ def _repair_attention(flow: Flow, slim: SlimBlock, plan: BlockPlan) -> list[str]
     return _refit(slim.attn.proj, dense.proj, projection, torch.block_diag(*values), moments, place, gain, "projection")
 
 
-def _logit_factors(flow: Flow) -> tuple[Tensor, Tensor]:
+def _logit_factors(flow: CalibrationStream) -> tuple[Tensor, Tensor]:
     anatomy, block = flow.anatomy, as_slim(flow.blocks[flow.index], flow.anatomy, is_last=False)
     weights = flow.sensitivity[flow.index].mid.token_weights(flow.num_all_tokens, anatomy.num_prefix_tokens)
     zero = torch.zeros(anatomy.num_heads, anatomy.head_dim, anatomy.head_dim, dtype=torch.float64, device=flow.x.device)
@@ -276,14 +276,14 @@ def _logit_factors(flow: Flow) -> tuple[Tensor, Tensor]:
             of_keys = of_keys + (k.transpose(-2, -1) @ k).double().sum(dim=0) / k.shape[2]
     factors: tuple[list[Tensor], list[Tensor]] = ([], [])
     for queries, keys in zip(of_queries / len(flow.x), of_keys / len(flow.x), strict=True):
-        left, strength, right = torch.linalg.svd(power(queries, 0.5) @ power(keys, 0.5))
+        left, strength, right = torch.linalg.svd(matrix_power(queries, 0.5) @ matrix_power(keys, 0.5))
         root = strength.sqrt()[:, None]
-        factors[0].append(root * left.T @ power(queries, -0.5))
-        factors[1].append(root * right @ power(keys, -0.5))
+        factors[0].append(root * left.T @ matrix_power(queries, -0.5))
+        factors[1].append(root * right @ matrix_power(keys, -0.5))
     return torch.stack(factors[0]), torch.stack(factors[1])
 
 
-def _repair_mlp(flow: Flow, slim: SlimBlock, plan: BlockPlan) -> list[str]:
+def _repair_mlp(flow: CalibrationStream, slim: SlimBlock, plan: BlockPlan) -> list[str]:
     """Refits the second layer, in place, on the stream as the repaired attention leaves it."""
     dense, place = parts_of(flow.blocks[flow.index]), flow.sensitivity[flow.index].out
     kept_units = torch.tensor(plan.keep_hidden, device=flow.x.device)
@@ -398,16 +398,18 @@ def regression(seconds: dict[int | None, _Second], num_features: int, target: sl
 def _value_directions(covariance: Tensor, projection: Tensor, metric: Tensor, num_heads: int) -> Tensor:
     """(H, D, D): for every head its value directions, the one that counts most first."""
     head_dim = projection.shape[1] // num_heads
-    outer, directions = power(metric, 0.5), []
+    outer, directions = matrix_power(metric, 0.5), []
     for head in range(num_heads):
         own = slice(head * head_dim, (head + 1) * head_dim)
         inner = covariance[own, own]
-        vectors = torch.linalg.svd(outer @ projection[:, own].double() @ power(inner, 0.5), full_matrices=True)[2]
-        directions.append(vectors @ power(inner, -0.5))
+        vectors = torch.linalg.svd(outer @ projection[:, own].double() @ matrix_power(inner, 0.5), full_matrices=True)[
+            2
+        ]
+        directions.append(vectors @ matrix_power(inner, -0.5))
     return torch.stack(directions)
 
 
-def power(matrix: Tensor, exponent: float) -> Tensor:
+def matrix_power(matrix: Tensor, exponent: float) -> Tensor:
     """Of a symmetric matrix without negative eigenvalues; directions that are numerically zero stay zero."""
     values, vectors = torch.linalg.eigh(matrix)
     is_there = values > 1e-9 * values.amax().clamp_min(torch.finfo(matrix.dtype).tiny)
@@ -441,7 +443,7 @@ def _divided(drift: Tensor, gain: Tensor) -> Tensor:
     return torch.where(gain.abs() > 1e-6, drift / gain, 0.0)
 
 
-def samples(stage: Stage, weights: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def samples(stage: BlockBatch, weights: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For `Moments.add`: the parts side by side, the tokens' weights, and which are held out.
 
     Of the patches of a batch no more than `PATCH_SAMPLES` are taken, spread evenly, and count more.
@@ -491,7 +493,7 @@ def repaired_model(
     check_plan(plan, examine(model))
     if sensitivity is None:
         sensitivity = measure_sensitivity(model, images, batch_size=batch_size, precision=precision)
-    flow = Flow(
+    flow = CalibrationStream(
         model, images, sensitivity, token_reduction=plan.token_reduction, cutoff_token=plan.cutoff_token,
         batch_size=batch_size, precision=precision,
     )  # fmt: skip

@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pruning.device_sharing import in_turns
+from pruning.device_sharing import yielding_between
 from pruning.model.anatomy import parts_of
 from pruning.precision import autocast
-from pruning.scores.channel import ChannelScores, Scene
+from pruning.scores.channel import ChannelScores, ScoringInput
 
 
 @torch.no_grad()
-def score(scene: Scene) -> ChannelScores:
+def score(scene: ScoringInput) -> ChannelScores:
     """The standard deviation of a unit over all calibration tokens, times the norm of its outgoing weights.
 
         v_c: std(v_c) |proj_c|      hidden_c: std(act(fc1 x)_c) |fc2_c|      qk_c: scale std(q_c) std(k_c) |values|
@@ -32,7 +32,7 @@ def score(scene: Scene) -> ChannelScores:
     ]
     try:
         with autocast(scene.x.device, scene.precision):
-            for batch in in_turns(scene.x.split(scene.batch_size)):
+            for batch in yielding_between(scene.x.split(scene.batch_size)):
                 scene.blocks[0](batch)
     finally:
         for hook in hooks:

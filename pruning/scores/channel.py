@@ -16,11 +16,11 @@ from pruning.model.anatomy import BlockAnatomy
 from pruning.precision import Precision
 
 if TYPE_CHECKING:
-    from pruning.repair.compensation import Flow
+    from pruning.repair.compensation import CalibrationStream
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class ScoringInput:
     """What a criterion may look at when a block is scored. Activations are run through blocks, never indexed."""
 
     model: nn.Module
@@ -44,7 +44,7 @@ class Scene:
     batch_size: int
     precision: Precision
     seed: int
-    flow: Flow
+    flow: CalibrationStream
     """Gives the closed-form criterion what it is fitted on: the calibration images, at the block that is scored."""
 
 

@@ -24,7 +24,7 @@ from pruning.model.anatomy import parts_of
 from pruning.model.layers import SlimBlock
 from pruning.model.surgery import as_slim
 from pruning.precision import autocast
-from pruning.repair.compensation import Flow, power, samples
+from pruning.repair.compensation import CalibrationStream, matrix_power, samples
 from pruning.repair.moments import Moments
 from pruning.scores.channel import check_finite
 
@@ -39,7 +39,7 @@ RIDGE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockCurves:
+class RemovalCurves:
     """Losses by number removed, from 0 to all; none falls."""
 
     qk: Tensor
@@ -57,7 +57,7 @@ class BlockCurves:
 
 
 @torch.no_grad()
-def measure_curves(flow: Flow, block: nn.Module | None = None) -> BlockCurves:
+def measure_curves(flow: CalibrationStream, block: nn.Module | None = None) -> RemovalCurves:
     """Of the current block of a flow.
 
     Args:
@@ -83,20 +83,20 @@ def measure_curves(flow: Flow, block: nn.Module | None = None) -> BlockCurves:
     found = {"qk": energy, "v": values.covariance(), "hidden": hidden.covariance()}
     check_finite(flow.index, found)
     one = torch.ones(anatomy.width, device=flow.x.device)
-    outer = power(place.mid.metric, 0.5) @ (parts.ls1(one)[:, None] * parts.proj.weight).double()
+    outer = matrix_power(place.mid.metric, 0.5) @ (parts.ls1(one)[:, None] * parts.proj.weight).double()
     v, v_order = _value_curve(found["v"], outer, anatomy.num_heads)
-    outer = power(place.out.metric, 0.5) @ (parts.ls2(one)[:, None] * parts.fc2.weight).double()
-    loss, hidden_order = surgeon(found["hidden"], outer)
+    outer = matrix_power(place.out.metric, 0.5) @ (parts.ls2(one)[:, None] * parts.fc2.weight).double()
+    loss, hidden_order = obs_removal_curve(found["hidden"], outer)
     qk = torch.zeros(anatomy.head_dim + 1, dtype=torch.float64)
     if not anatomy.has_qk_norm:
         qk = _pair_curve(flow, slim, before)
-    return BlockCurves(
+    return RemovalCurves(
         qk=qk, v=v.cpu(), hidden=loss.cpu(), qk_order=energy.argsort(dim=1).cpu(), v_order=v_order.cpu(),
         hidden_order=hidden_order.cpu(),
     )  # fmt: skip
 
 
-def surgeon(covariance: Tensor, outer: Tensor, num_steps: int = NUM_STEPS) -> tuple[Tensor, Tensor]:
+def obs_removal_curve(covariance: Tensor, outer: Tensor, num_steps: int = NUM_STEPS) -> tuple[Tensor, Tensor]:
     """The greedy removal of a linear layer's inputs, the others refitted after every step.
 
     Args:
@@ -138,14 +138,14 @@ def _value_curve(covariance: Tensor, outer: Tensor, num_heads: int) -> tuple[Ten
     squares, orders = torch.zeros(head_dim, dtype=torch.float64, device=covariance.device), []
     for head in range(num_heads):
         own = slice(head * head_dim, (head + 1) * head_dim)
-        strengths = torch.linalg.svdvals(outer[:, own] @ power(covariance[own, own], 0.5))
+        strengths = torch.linalg.svdvals(outer[:, own] @ matrix_power(covariance[own, own], 0.5))
         squares[: len(strengths)] += strengths.square()
         orders.append((outer[:, own].square().sum(dim=0) * covariance[own, own].diagonal()).argsort())
     losses = torch.cat([squares.new_zeros(1), squares.flip(0).cumsum(0)]) / 2
     return losses, torch.stack(orders)
 
 
-def _pair_curve(flow: Flow, slim: SlimBlock, weights: Tensor) -> Tensor:
+def _pair_curve(flow: CalibrationStream, slim: SlimBlock, weights: Tensor) -> Tensor:
     """The error of a few widths, on one batch; between them the loss is interpolated geometrically."""
     head_dim, place = flow.anatomy.head_dim, flow.sensitivity[flow.index].mid
     query, key = flow.logit_factors()

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruning.model.anatomy import summary_token
-from pruning.scores.channel import ChannelScores, Scene
+from pruning.scores.channel import ChannelScores, ScoringInput
 from pruning.scores.taylor import taylor_scores
 
 
-def score(scene: Scene) -> ChannelScores:
+def score(scene: ScoringInput) -> ChannelScores:
     """The Taylor score of alpha * cross-entropy + (1 - alpha) * KL(softmax T || softmax T'), on filtered images.
 
     T is the summary token after the block in the dense model on the image as it is, T' that of the filtered image here.

@@ -6,10 +6,10 @@ H heads, D head width, C model width.
 from __future__ import annotations
 
 from pruning.model.anatomy import parts_of
-from pruning.scores.channel import ChannelScores, Scene
+from pruning.scores.channel import ChannelScores, ScoringInput
 
 
-def score(scene: Scene) -> ChannelScores:
+def score(scene: ScoringInput) -> ChannelScores:
     """The mean square of a unit's incoming weights: its row of qkv or fc1, both rows of a query/key pair."""
     parts = parts_of(scene.blocks[0])
     heads = 3, scene.anatomy.num_heads, scene.anatomy.head_dim

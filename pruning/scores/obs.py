@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pruning.scores.channel import ChannelScores, Scene
+from pruning.scores.channel import ChannelScores, ScoringInput
 from pruning.scores.curves import measure_curves
 
 
-def score(scene: Scene) -> ChannelScores:
+def score(scene: ScoringInput) -> ChannelScores:
     """What each channel adds to the loss when it goes as the next one of its kind: the slope of its block's curve.
 
     The loss of query/key pairs and of values is that of all heads together, and is shared out evenly among them.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pruning.scores.channel import ChannelScores, Scene
+from pruning.scores.channel import ChannelScores, ScoringInput
 
 
-def score(scene: Scene) -> ChannelScores:
+def score(scene: ScoringInput) -> ChannelScores:
     """Uniform in [0, 1), from the seed and the index of the block."""
     anatomy = scene.anatomy
     generator = torch.Generator().manual_seed(10_007 * scene.seed + scene.index)

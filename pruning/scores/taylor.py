@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruning.device_sharing import in_turns
+from pruning.device_sharing import yielding_between
 from pruning.model.anatomy import classify, parts_of
 from pruning.precision import autocast
-from pruning.scores.channel import ChannelScores, Scene
+from pruning.scores.channel import ChannelScores, ScoringInput
 
 Loss = Callable[[Tensor, Tensor, slice], Tensor]
 """The loss of a batch, summed over its images, from what leaves the block (B, N, C), the logits, and which images."""
 
 
-def score(scene: Scene) -> ChannelScores:
+def score(scene: ScoringInput) -> ChannelScores:
     """The Taylor score of the cross-entropy, on images as they are; see `taylor_scores`."""
 
     def loss(_after: Tensor, logits: Tensor, batch: slice) -> Tensor:
@@ -30,7 +30,7 @@ def score(scene: Scene) -> ChannelScores:
     return taylor_scores(scene, scene.x, loss)
 
 
-def taylor_scores(scene: Scene, x: Tensor, loss: Loss) -> ChannelScores:
+def taylor_scores(scene: ScoringInput, x: Tensor, loss: Loss) -> ChannelScores:
     """Sum over a channel's weights of (weight * mean gradient)^2; query and key of a pair add.
 
     The weights are the channel's row of qkv, or a hidden unit's row of fc1.
@@ -53,9 +53,9 @@ def taylor_scores(scene: Scene, x: Tensor, loss: Loss) -> ChannelScores:
     return ChannelScores(qk=q + k, v=v, hidden=hidden).checked(scene.index)
 
 
-def _mean_gradients(scene: Scene, x: Tensor, loss: Loss, weights: Sequence[Tensor]) -> list[Tensor]:
+def _mean_gradients(scene: ScoringInput, x: Tensor, loss: Loss, weights: Sequence[Tensor]) -> list[Tensor]:
     gradients = [torch.zeros_like(weight) for weight in weights]
-    for start in in_turns(range(0, len(x), scene.batch_size)):
+    for start in yielding_between(range(0, len(x), scene.batch_size)):
         batch = slice(start, start + scene.batch_size)
         with autocast(x.device, scene.precision):
             after = scene.blocks[0](x[batch])

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class Mailbox:
+class Exchange:
     """An actor: what lies in it by key, mostly a trial, until it is taken."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         """content: what lies in it from the start."""
         self._content = dict(content)
-        self._num_arrived = 0
+        self._num_ready_workers = 0
 
     def put(self, trial_id: str, content: Any) -> None:
         """Replaces what lies there."""
@@ -22,14 +22,14 @@ class Mailbox:
         """None if nothing lies there."""
         return self._content.pop(trial_id, None)
 
-    def arrive(self) -> None:
+    def worker_ready(self) -> None:
         """A worker is there."""
-        self._num_arrived += 1
+        self._num_ready_workers += 1
 
-    def num_arrived(self) -> int:
+    def num_ready_workers(self) -> int:
         """Workers that are there."""
-        return self._num_arrived
+        return self._num_ready_workers
 
-    def see(self, key: str) -> Any:
+    def peek(self, key: str) -> Any:
         """The same, but it stays there."""
         return self._content.get(key)

@@ -44,7 +44,7 @@ class StudySearcher(Searcher):
         first: Sequence[Candidate] | None = None, learned: Sequence[Outcome] = (), has_rungs: bool = False,
         ahead: int = 0, unfinished: Sequence[tuple[str, Candidate]] = (), accuracy: str = "top1",
         limits: Sequence[Limit] = (), dense: Measurement | None = None, deadline: float | None = None,
-        settle: Callable[[Candidate], Candidate] = lambda candidate: candidate,
+        nearest_allowed: Callable[[Candidate], Candidate] = lambda candidate: candidate,
         on_suggest: Callable[[str, Candidate], None] | None = None,
     ) -> None:  # fmt: skip
         """
@@ -59,11 +59,11 @@ class StudySearcher(Searcher):
             accuracy: the field of `Measurement` that is told, beside the speed-up.
             limits: what a model must keep, against what the dense one does.
             deadline: on the monotonic clock; no trial is suggested later.
-            settle: gives what is tried in the place of a candidate, where not all can be.
+            nearest_allowed: gives what is tried in the place of a candidate, where not all can be.
             on_suggest: called with the id and candidate of every trial that is about to start.
         """
         super().__init__()
-        self._space, self._settle = space, settle
+        self._space, self._nearest_allowed = space, nearest_allowed
         self._accuracy, self._limits, self._dense = accuracy, limits, dense
         self._distributions = distributions_of(space)
         if sampler == "auto":
@@ -93,7 +93,7 @@ class StudySearcher(Searcher):
         self._answers |= {candidate: None for _, candidate in unfinished}
         self._given = list(space.first_candidates() if first is None else first)
         if sampler == "grid":
-            self._given += space.grid(num_trials, seed)
+            self._given += space.full_grid(num_trials, seed)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Ray's FINISHED is a str
         """Ray's config of the next trial: its id, its candidate, whether it goes on where an earlier run stopped, and
@@ -132,7 +132,7 @@ class StudySearcher(Searcher):
     def _next(self) -> tuple[Trial | Candidate, Candidate] | None:
         """What to try next, that was not tried before or was stopped: for the study, and as a candidate."""
         while self._given:
-            candidate = self._settle(self._given.pop(0))
+            candidate = self._nearest_allowed(self._given.pop(0))
             if candidate not in self._answers:
                 return candidate, candidate
         for _ in range(0 if self._sampler == "grid" else MOST_REPEATS):
@@ -143,7 +143,7 @@ class StudySearcher(Searcher):
                 return trial, candidate
             self._tell(trial, self._answers[candidate])
         for _ in range(0 if self._sampler == "grid" else MOST_REPEATS):  # the sampler is stuck
-            candidate = self._sampling.submit(self._surrogate.anywhere).result()  # that thread draws from it too
+            candidate = self._sampling.submit(self._surrogate.sample_uniform).result()  # that thread draws from it too
             if candidate not in self._answers:
                 return candidate, candidate
         return None
@@ -155,7 +155,7 @@ class StudySearcher(Searcher):
 
     def _candidate_of(self, values: Mapping[str, Any]) -> Candidate:
         """What is tried when these values are suggested."""
-        return self._settle(self._space.of_values(self._space.on_grid(values)))
+        return self._nearest_allowed(self._space.of_values(self._space.snap(values)))
 
     def _sampled(self) -> Trial:
         """The next that the sampler suggests; the one after it is begun."""

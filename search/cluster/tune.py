@@ -2,7 +2,7 @@
 
 Workers: one actor for each slot of the cluster, reused from trial to trial (a fresh one costs 8 s of imports). The
 dense model and the images lie in the object store once, and every actor takes them from there. What a worker makes that
-is too large for Tune's results, trained weights and the states of trainings, it leaves in a mailbox, from which the
+is too large for Tune's results, trained weights and the states of trainings, it leaves in the exchange, from which the
 driver takes it: nodes need no shared disk.
 """
 
@@ -30,7 +30,7 @@ from ray import tune
 from ray.exceptions import RayError, RaySystemError, RayTaskError
 
 from pruning.errors import VitfrontError
-from search.cluster.exchange import Mailbox
+from search.cluster.exchange import Exchange
 from search.cluster.scheduler import NonDominatedHalving
 from search.cluster.searcher import StudySearcher
 from search.cluster.worker import StartTrial, TrialActor, run_task
@@ -43,7 +43,7 @@ from search.trial.trial import start_trial
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class TrialResources:
     """What a task or a trial takes of the cluster."""
 
     cpus: int
@@ -54,8 +54,8 @@ class Share:
 class _Bookkeeper(tune.Callback):
     """Turns the end of every trial into an outcome; a worker that died leaves one too."""
 
-    def __init__(self, recorder: Recorder, mailbox: Any, give_up: Callable[[], None]) -> None:
-        self._recorder, self._mailbox, self._give_up = recorder, mailbox, give_up
+    def __init__(self, recorder: Recorder, exchange: Any, give_up: Callable[[], None]) -> None:
+        self._recorder, self._exchange, self._give_up = recorder, exchange, give_up
         self.error: VitfrontError | None = None
         """Why an outcome could not be recorded."""
 
@@ -76,7 +76,7 @@ class _Bookkeeper(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        state = None if "outcomes" in result else ray.get(self._mailbox.take.remote(trial.config["id"]))
+        state = None if "outcomes" in result else ray.get(self._exchange.take.remote(trial.config["id"]))
         if state is not None:  # else the next epoch's is on its way
             candidate = Candidate.from_json(trial.config["candidate"])
             checkpoint = Checkpoint(id=trial.config["id"], candidate=candidate, state=state)
@@ -85,10 +85,10 @@ class _Bookkeeper(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         outcomes = [Outcome.from_json(each) for each in json.loads(trial.last_result["outcomes"])]
         has_weights = any(outcome.has_weights and outcome.same_as is None for outcome in outcomes)
-        weights = ray.get(self._mailbox.take.remote(trial.config["id"])) if has_weights else {}
+        weights = ray.get(self._exchange.take.remote(trial.config["id"])) if has_weights else {}
         self._tell(self._recorder.ended, outcomes, weights)
         for key in trial.last_result.get("trained", ()):  # only now: its worker may die before the weights are kept
-            ray.get(self._mailbox.put.remote(key, outcomes[0]))
+            ray.get(self._exchange.put.remote(key, outcomes[0]))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         failed = Outcome(
@@ -106,10 +106,10 @@ def _last_line(error_file: Path) -> str:
 
 
 def run_trials(
-    bench_ref: Any,
+    context_ref: Any,
     searcher: StudySearcher,
     num_trials: int,
-    share: Share,
+    resources: TrialResources,
     recorder: Recorder,
     states: Mapping[str, Mapping[str, Any]],
     known: Mapping[str, Measurement | Outcome],
@@ -120,7 +120,7 @@ def run_trials(
     """Runs trials until there are so many, or until the searcher has no more to suggest.
 
     Args:
-        bench_ref: reference to the bench.
+        context_ref: reference to the context.
         recorder: called in the driver; if it raises, no further trial starts.
         states: of the trials that an earlier run did not end, by id.
         known: what need not be measured or trained again; see `search.trial.context.known_from` and `trained_from`.
@@ -130,16 +130,16 @@ def run_trials(
     Raises:
         VitfrontError: what `recorder` raised.
     """
-    mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote({**states, **known})
-    bookkeeper = _Bookkeeper(recorder, mailbox, searcher.finish)
+    exchange: Any = ray.remote(Exchange).options(num_cpus=0).remote({**states, **known})
+    bookkeeper = _Bookkeeper(recorder, exchange, searcher.finish)
     trainable = tune.with_parameters(
-        TrialActor, bench=[bench_ref], mailbox=mailbox, cpus=share.cpus, start=start,
-        num_workers=min(num_trials, _num_slots(share)), num_trials=num_trials,
+        TrialActor, context=[context_ref], exchange=exchange, cpus=resources.cpus, start=start,
+        num_workers=min(num_trials, _num_slots(resources)), num_trials=num_trials,
     )  # fmt: skip
     # Tune keeps what it would resume by; we resume by the ledger.
     with tempfile.TemporaryDirectory(prefix="vitfront.", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(trainable, {"CPU": share.cpus, "GPU": share.gpus}),
+            tune.with_resources(trainable, {"CPU": resources.cpus, "GPU": resources.gpus}),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=scheduler,
@@ -161,10 +161,10 @@ def run_trials(
         raise bookkeeper.error
 
 
-def submit(function: Callable[..., Any], share: Share, *args: Any, num_returns: int = 1) -> Any:
+def submit(function: Callable[..., Any], resources: TrialResources, *args: Any, num_returns: int = 1) -> Any:
     """A task on the cluster, with as many torch threads as it has cores; gives a reference to each of its results."""
-    options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "num_returns": num_returns, "max_retries": 0}
-    return ray.remote(run_task).options(**options).remote(function, share.cpus, *args)
+    options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "num_returns": num_returns, "max_retries": 0}
+    return ray.remote(run_task).options(**options).remote(function, resources.cpus, *args)
 
 
 def fetch(reference: Any) -> Any:
@@ -185,17 +185,17 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
-def trial_share(config: Config) -> Share:
+def trial_resources(config: Config) -> TrialResources:
     """What the recipe gives a trial: one GPU, or the recipe's part of one, where the cluster has any."""
     gpus = config.resources.gpus_per_trial
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
-    return Share(cpus=config.resources.cpus_per_trial, gpus=gpus)
+    return TrialResources(cpus=config.resources.cpus_per_trial, gpus=gpus)
 
 
-def _num_slots(share: Share) -> int:
+def _num_slots(resources: TrialResources) -> int:
     """For trials, on the nodes that there are."""
-    there, wanted = ray.cluster_resources(), {"CPU": share.cpus, "GPU": share.gpus}
+    there, wanted = ray.cluster_resources(), {"CPU": resources.cpus, "GPU": resources.gpus}
     return max(1, min(int(there.get(kind, 0) // amount) for kind, amount in wanted.items() if amount))
 
 
@@ -205,8 +205,8 @@ def check_resources(config: Config) -> None:
     Raises:
         ConfigError: names the key and what there is.
     """
-    share = trial_share(config)
-    for key, wanted, kind in (("cpus_per_trial", share.cpus, "CPU"), ("gpus_per_trial", share.gpus, "GPU")):
+    resources = trial_resources(config)
+    for key, wanted, kind in (("cpus_per_trial", resources.cpus, "CPU"), ("gpus_per_trial", resources.gpus, "GPU")):
         there = ray.cluster_resources().get(kind, 0)
         if wanted > there:
             raise ConfigError(f"resources.{key}: {wanted:g} is more than this machine has, {there:g}")

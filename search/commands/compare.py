@@ -33,7 +33,7 @@ STEPS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
+class SweepTrace:
     """One sweep, trial by trial."""
 
     line: str
@@ -48,7 +48,7 @@ class Course:
         return max((v for v, end in zip(self.hypervolumes, self.seconds, strict=True) if end <= seconds), default=0.0)
 
 
-def read_course(runs: Path, name: str, dense: Measurement | None = None) -> Course:
+def read_trace(runs: Path, name: str, dense: Measurement | None = None) -> SweepTrace:
     """What a sweep found, against a dense model; by default its own.
 
     Raises:
@@ -66,7 +66,7 @@ def read_course(runs: Path, name: str, dense: Measurement | None = None) -> Cour
     if any(end <= 0 for _, end in ends.values()):
         raise SweepError(f"sweep {name!r} was recorded before the times of its trials were; run it again")
     volumes, seconds = zip(*ends.values(), strict=True)
-    return Course(line=re.sub(r"-\d+$", "", name), hypervolumes=volumes, seconds=seconds)
+    return SweepTrace(line=re.sub(r"-\d+$", "", name), hypervolumes=volumes, seconds=seconds)
 
 
 def dense_of(record: dict[str, Any]) -> Measurement:
@@ -91,20 +91,20 @@ def compare_sweeps(runs: Path, names: Sequence[str]) -> dict[str, Any]:
     """The curves of several sweeps: `by_trial` and `by_second`, and at which trials to read them.
 
     Raises:
-        SweepError: as `read_course`.
+        SweepError: as `read_trace`.
     """
     dense = dense_of(Folder(runs, names[0]).read_front())
-    courses = [read_course(runs, name, dense) for name in names]
-    lines: dict[str, list[Course]] = {}
-    for course in courses:
-        lines.setdefault(course.line, []).append(course)
+    courses = [read_trace(runs, name, dense) for name in names]
+    lines: dict[str, list[SweepTrace]] = {}
+    for trace in courses:
+        lines.setdefault(trace.line, []).append(trace)
     by_trial, by_second = [], []
     for line, some in lines.items():
-        count = min(len(course.hypervolumes) for course in some)
-        by_trial.append(_curve(line, range(1, count + 1), [course.hypervolumes[:count] for course in some]))
-        end = min(course.seconds[-1] for course in some)
+        count = min(len(trace.hypervolumes) for trace in some)
+        by_trial.append(_curve(line, range(1, count + 1), [trace.hypervolumes[:count] for trace in some]))
+        end = min(trace.seconds[-1] for trace in some)
         grid = [end * step / STEPS for step in range(STEPS + 1)]
-        by_second.append(_curve(line, grid, [[course.after(x) for x in grid] for course in some]))
+        by_second.append(_curve(line, grid, [[trace.after(x) for x in grid] for trace in some]))
     most = max(len(curve.x) for curve in by_trial)
     return {
         "by_trial": [asdict(curve) for curve in by_trial],

@@ -26,7 +26,7 @@ from search.trial.inputs import load_inputs
 from search.views.plots import lottery_html
 
 
-def hold_lottery(
+def run_lottery_seeds(
     config: Config,
     runs: Path,
     *,

@@ -65,9 +65,9 @@ def prune_once(
     torch.set_num_threads(config.resources.cpus_per_trial)  # as in a sweep: more are slower where cores are busy
     device = "cuda" if torch.cuda.is_available() else "cpu"
     exits = list(inputs.space.exit_blocks)
-    bench, dense = prepare(config, inputs.model.to(device), inputs.splits, exits, trained=inputs.trained)
+    context, dense = prepare(config, inputs.model.to(device), inputs.splits, exits, trained=inputs.trained)
     if not inputs.trained:
-        save_weights(bench.model.state_dict(), inputs.cache)
+        save_weights(context.model.state_dict(), inputs.cache)
     candidate = Candidate(
         cutoff_channel=cutoff_channel,
         cutoff_token=cutoff_token,
@@ -80,14 +80,14 @@ def prune_once(
         token_reduction=inputs.space.token_reduction[0],
         round_to=inputs.space.round_to[0],
     )
-    ended = run_to_end(bench, candidate, "t000")
+    ended = run_to_end(context, candidate, "t000")
     outcome = ended.outcomes[0]
     if outcome.state is not State.MEASURED or outcome.plan is None:
         raise VitfrontError(f"pruning failed: {outcome.reason}")
     if to is not None:
         description = Description(name=config.model.name, args=config.model.args, input=inputs.spec, plan=outcome.plan)
         save(ended.models[outcome.id], description, to)
-    return outcome, dense, block_rows(outcome, examine(bench.model))
+    return outcome, dense, block_rows(outcome, examine(context.model))
 
 
 def block_rows(outcome: Outcome, anatomy: Anatomy) -> list[dict[str, Any]]:

@@ -186,7 +186,7 @@ def replay_sweep(config: Config, runs: Path, recorded: Recorded, num_workers: in
     searcher = StudySearcher(
         recorded.space, known=(), sampler=config.search.sampler, seed=config.search.seed,
         num_trials=config.search.trials, has_rungs=factor > 1, accuracy=accuracy, limits=limits, dense=recorded.dense,
-        settle=recorded.nearest,
+        nearest_allowed=recorded.nearest,
     )  # fmt: skip
     with Ledger(folder.ledger) as book:
         write_atomically(folder.config, config.to_yaml())

@@ -33,7 +33,7 @@ from search.cluster.tune import (
     ray_running,
     run_trials,
     submit,
-    trial_share,
+    trial_resources,
 )
 from search.cluster.worker import StartTrial, confirm_remotely, prepare_remotely, time_remotely
 from search.config import Config, flat
@@ -51,8 +51,8 @@ from search.records.recorder import Observer, Recorder
 from search.records.tracking import Tracker, default_uri
 from search.space import Space
 from search.trial.context import (
-    Bench,
     Confirmation,
+    TrialContext,
     known_from,
     profile_images,
     profiled,
@@ -119,35 +119,35 @@ def _run(
 ) -> dict[str, Any]:  # fmt: skip
     # Everything gets a trial's share of the machine. More threads would not pay: on two cores of which another
     # process takes one, digits train in 65 s with one thread and in 220 s with two.
-    share = trial_share(config)
+    share = trial_resources(config)
     observer.stage("preparing the dense model" if inputs.trained else "training the dense model")
     kinds, shown = profiled(inputs.space), profile_images(inputs.space, inputs.splits)
     cache = ProfileCache(inputs.cache.parent, config, inputs.model.state_dict(), shown)
     known = cache.read(kinds) if inputs.trained else {}
-    bench_ref, dense_ref, proposed_ref = submit(prepare_remotely, share, config, inputs, known, num_returns=3)
+    context_ref, dense_ref, proposed_ref = submit(prepare_remotely, share, config, inputs, known, num_returns=3)
     dense = fetch(dense_ref)
     if not inputs.trained or len(known) < len(kinds):
-        bench: Bench = fetch(bench_ref)
+        context: TrialContext = fetch(context_ref)
         if not inputs.trained:
-            save_weights(bench.model.state_dict(), inputs.cache)
-            cache = ProfileCache(inputs.cache.parent, config, bench.model.state_dict(), shown)
-        cache.write(bench.profiles)
+            save_weights(context.model.state_dict(), inputs.cache)
+            cache = ProfileCache(inputs.cache.parent, config, context.model.state_dict(), shown)
+        cache.write(context.profiles)
 
     anatomy = examine(inputs.model)
     done = known_from(anatomy, dense, book.found) | trained_from(anatomy, book.found)
     outcomes, ended_by = run_search(
-        config, folder, inputs.space, bench_ref, dense, book, tracker, observer, proposed=fetch(proposed_ref),
+        config, folder, inputs.space, context_ref, dense, book, tracker, observer, proposed=fetch(proposed_ref),
         learned=learned, known=done,
     )  # fmt: skip
     accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
     observer.stage("measuring the front once more, quietly, and on test")
     different = [outcome for outcome in outcomes if outcome.same_as is None]
     candidates = contenders(acceptable(different, limits, dense), accuracy)
-    timings = fetch(submit(time_remotely, share, bench_ref, [outcome.plan for outcome in candidates]))
+    timings = fetch(submit(time_remotely, share, context_ref, [outcome.plan for outcome in candidates]))
     candidates = contenders(list(map(_timed, candidates, timings)), accuracy)  # beside trials timings are less certain
     plans = [outcome.plan for outcome in candidates if outcome.plan is not None]
     weights = [_read_weights(folder, outcome) for outcome in candidates]
-    found: Confirmation = fetch(submit(confirm_remotely, share, bench_ref, plans, weights))
+    found: Confirmation = fetch(submit(confirm_remotely, share, context_ref, plans, weights))
     confirmed = {o.id: replace(o, measurement=m) for o, m in zip(candidates, found.measured, strict=True)}
     final = [confirmed.get(outcome.id, outcome) for outcome in outcomes]
     kept = acceptable(list(confirmed.values()), limits, found.dense)
@@ -164,14 +164,14 @@ def _run(
 
 
 def run_search(
-    config: Config, folder: Folder, space: Space, bench_ref: Any, dense: Measurement, book: Ledger, tracker: Tracker,
+    config: Config, folder: Folder, space: Space, context_ref: Any, dense: Measurement, book: Ledger, tracker: Tracker,
     observer: Observer, *, proposed: Sequence[Candidate] = (), learned: Sequence[Outcome] = (),
     known: Mapping[str, Measurement | Outcome] | None = None, start: StartTrial = start_trial,
 ) -> tuple[list[Outcome], str]:  # fmt: skip
     """Runs the trials that a sweep lacks.
 
     Args:
-        bench_ref: Ray's reference to the bench.
+        context_ref: Ray's reference to the context.
         proposed: candidates to begin with.
         learned: outcomes of other sweeps; the search begins with their front.
         known: what need not be measured or trained again.
@@ -210,7 +210,7 @@ def run_search(
     try:
         with calling_on_interrupt(interrupt):
             run_trials(
-                bench_ref, searcher, search.trials - num_done, trial_share(config), recorder, states, known or {},
+                context_ref, searcher, search.trials - num_done, trial_resources(config), recorder, states, known or {},
                 scheduler, start=start,
             )  # fmt: skip
     finally:

@@ -32,12 +32,12 @@ from search.outcome import Candidate, Measurement, Outcome, State
 from search.records.files import write_atomically
 from search.records.ledger import Ledger
 from search.space import Space
-from search.trial.context import Bench, prepare
+from search.trial.context import TrialContext, prepare
 from search.trial.inputs import load_inputs
 from search.trial.trial import run_to_end
 from search.views.plots import study_html
 
-SETTLED: dict[str, Any] = {
+STUDY_DEFAULTS: dict[str, Any] = {
     "space.method": "cascade",
     "space.criterion": "lfs",
     "space.token_reduction": "none",
@@ -56,7 +56,8 @@ SETTLED: dict[str, Any] = {
 """What holds in every study that does not say otherwise: VTC-LFC's settings, for channels, of the whole depth."""
 
 QUICK_ROUNDS = 6
-"""Of the race with the dense model, where a study does not ask for the speed: it would be most of a variant's time."""
+"""Rounds of timing against the dense model in a study that does not ask for the speed: more would take most of a
+variant's time."""
 
 
 class _Part(BaseModel):
@@ -122,7 +123,7 @@ class Variant:
         return _hash(record)
 
     @property
-    def bench_id(self) -> str:
+    def context_id(self) -> str:
         """The same for all variants that share the dense model, its images and how it is measured."""
         return _hash(self.config.model_dump(mode="json", include={"model", "data", "exits", "measure"}))
 
@@ -159,7 +160,7 @@ def expand(study: Study, config: Config, anatomy: Anatomy) -> list[Variant]:
         ConfigError: a key or value does not fit the recipe or the model, or a parameter is left open.
     """
     variants: dict[str, Variant] = {}
-    settled = SETTLED if "speedup" in study.y else SETTLED | {"measure.num_rounds": QUICK_ROUNDS}
+    settled = STUDY_DEFAULTS if "speedup" in study.y else STUDY_DEFAULTS | {"measure.num_rounds": QUICK_ROUNDS}
     parts: Sequence[Series | None] = study.series or [None]
     for part in parts:
         each = study.each | (part.each if part else {})
@@ -253,17 +254,17 @@ def run_study(
             found[outcome.id] = outcome
             tell(f"{label}: {_described(outcome)}")
 
-        for bench_id in dict.fromkeys(variant.bench_id for variant in variants):
-            group = [variant for variant in variants if variant.bench_id == bench_id]
+        for context_id in dict.fromkeys(variant.context_id for variant in variants):
+            group = [variant for variant in variants if variant.context_id == context_id]
             left = [variant for variant in group if len(_outcomes_of(variant, found)) < (variant.trials or 1)]
             if not left:
                 continue
             tell(f"preparing the dense model for {len(left)} of {len(variants)} variants")
-            bench, dense = _prepared(left, runs)
-            if f"dense-{bench_id}" not in found:
-                record_outcome(_dense_outcome(bench, dense, f"dense-{bench_id}"), "dense")
+            context, dense = _prepared(left, runs)
+            if f"dense-{context_id}" not in found:
+                record_outcome(_dense_outcome(context, dense, f"dense-{context_id}"), "dense")
             for variant in left:
-                for outcome in _outcomes(replace(bench, config=variant.config), variant, found):
+                for outcome in _outcomes(replace(context, config=variant.config), variant, found):
                     record_outcome(outcome, _label(variant, study))
     record = _record(name, study, config, variants, found, len(inputs.splits.val))
     write_atomically(folder / "table.csv", csv_table(record["rows"]))
@@ -279,8 +280,8 @@ def _outcomes_of(variant: Variant, found: Mapping[str, Outcome]) -> list[Outcome
     return [outcome for key, outcome in found.items() if key.startswith(f"{variant.id}-")][: variant.trials]
 
 
-def _prepared(variants: Sequence[Variant], runs: Path) -> tuple[Bench, Measurement]:
-    """The bench of variants that share one, with all that any of them needs, and what its dense model does."""
+def _prepared(variants: Sequence[Variant], runs: Path) -> tuple[TrialContext, Measurement]:
+    """The context of variants that share one, with all that any of them needs, and what its dense model does."""
     config = variants[0].config
     inputs = load_inputs(config, runs)
     anatomy = examine(inputs.model)
@@ -294,18 +295,18 @@ def _prepared(variants: Sequence[Variant], runs: Path) -> tuple[Bench, Measureme
         "space.round_to": "auto" if paced else 1,
         "space.token_reduction": list(dict.fromkeys(kinds)) or "none",
     }
-    bench, dense = prepare(
+    context, dense = prepare(
         _changed(config, union, anatomy), inputs.model.to("cuda" if torch.cuda.is_available() else "cpu"),
         inputs.splits, exits, trained=inputs.trained,
     )  # fmt: skip
     if not inputs.trained:
-        save_weights(bench.model.state_dict(), inputs.cache)
-    return bench, dense
+        save_weights(context.model.state_dict(), inputs.cache)
+    return context, dense
 
 
-def _dense_outcome(bench: Bench, dense: Measurement, name: str) -> Outcome:
-    """The dense model as an outcome, so that a study that is done needs no bench to be told again."""
-    anatomy = examine(bench.model)
+def _dense_outcome(context: TrialContext, dense: Measurement, name: str) -> Outcome:
+    """The dense model as an outcome, so that a study that is done needs no context to be told again."""
+    anatomy = examine(context.model)
     candidate = Candidate(
         cutoff_channel=0.1, cutoff_token=0.85, drop_budget=(0.0,) * anatomy.depth, token_share=0.0, target_ratio=1.0,
         exit_block=anatomy.depth, token_reduction="none",
@@ -313,11 +314,11 @@ def _dense_outcome(bench: Bench, dense: Measurement, name: str) -> Outcome:
     return Outcome(id=name, state=State.MEASURED, candidate=candidate, plan=keep_all_plan(anatomy), measurement=dense)
 
 
-def _outcomes(bench: Bench, variant: Variant, found: Mapping[str, Outcome]) -> Iterator[Outcome]:
+def _outcomes(context: TrialContext, variant: Variant, found: Mapping[str, Outcome]) -> Iterator[Outcome]:
     """What is left of a variant, run now."""
-    anatomy = examine(bench.model)
+    anatomy = examine(context.model)
     if variant.trials is None:
-        yield run_to_end(bench, only_candidate(variant, anatomy), variant.id).outcomes[0]
+        yield run_to_end(context, only_candidate(variant, anatomy), variant.id).outcomes[0]
         return
     known = [replace(outcome, id=outcome.id.rsplit("-", 1)[1]) for outcome in _outcomes_of(variant, found)]
     searcher = StudySearcher(
@@ -328,7 +329,7 @@ def _outcomes(bench: Bench, variant: Variant, found: Mapping[str, Outcome]) -> I
         asked = searcher.suggest("the one")
         if not isinstance(asked, dict):  # nothing new is left to try
             break
-        outcome = run_to_end(bench, Candidate.from_json(asked["candidate"]), asked["id"]).outcomes[0]
+        outcome = run_to_end(context, Candidate.from_json(asked["candidate"]), asked["id"]).outcomes[0]
         searcher.on_trial_complete("the one", {"outcomes": json.dumps([outcome.to_json()])})
         yield replace(outcome, id=f"{variant.id}-{outcome.id}")
 
@@ -350,14 +351,14 @@ def _record(
     name: str, study: Study, config: Config, variants: Sequence[Variant], found: Mapping[str, Outcome], num_val: int
 ) -> dict[str, Any]:
     """What a study gives: all that its files show."""
-    dense = {variant.bench_id: _measured(found[f"dense-{variant.bench_id}"]) for variant in variants}
+    dense = {variant.context_id: _measured(found[f"dense-{variant.context_id}"]) for variant in variants}
     by_series: dict[str, list[Outcome]] = {}
     rows = []
     for variant in variants:
         own = _outcomes_of(variant, found)
         by_series.setdefault(variant.series, []).extend(own)
-        rows += [row_of(variant.series, variant.values, outcome, dense[variant.bench_id]) for outcome in own]
-    whole = dense[variants[0].bench_id]
+        rows += [row_of(variant.series, variant.values, outcome, dense[variant.context_id]) for outcome in own]
+    whole = dense[variants[0].context_id]
     lines = {metric: lines_of(rows, study.x, metric, front_only=study.front_only) for metric in study.y}
     told = [
         best_x(of, metric, study.x_label, study.series_label)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pruning.data import Splits
 from pruning.methods.allocation import Profile
 from pruning.plan import TokenReduction
-from pruning.scores.curves import BlockCurves
+from pruning.scores.curves import RemovalCurves
 from search.config import Config
 from search.errors import SweepError
 from search.records.files import write_by
@@ -78,5 +78,5 @@ def _save(profile: Profile, path: Path) -> None:
 
 def _from_plain(record: dict[str, Any]) -> Profile:
     """The profile of nested dicts and tensors, as `asdict` gives them."""
-    channels = tuple(BlockCurves(**curves) for curves in record["channels"])
+    channels = tuple(RemovalCurves(**curves) for curves in record["channels"])
     return Profile(**record | {"channels": channels, "tokens": tuple(map(tuple, record["tokens"]))})

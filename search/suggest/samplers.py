@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.outcome import Candidate
 from search.space import Choice, Parameter, Space
-from search.suggest.surrogate import Surrogate, Tried
+from search.suggest.surrogate import Observation, Surrogate
 
 Sampler = Literal["auto", "gp", "tpe", "nsga2", "random", "grid"]
 """auto: gp where the trials are not too many, else tpe. grid: as fine as the trials allow, in random order."""
@@ -85,7 +85,7 @@ class _GPSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        tried, running = list[Tried](), list[Candidate]()
+        tried, running = list[Observation](), list[Candidate]()
         for each in study.get_trials(deepcopy=False):
             if each.number == trial.number:
                 continue
@@ -97,14 +97,14 @@ class _GPSampler(BaseSampler):
             else:
                 values = (each.values[0], each.values[1]) if each.state == TrialState.COMPLETE else None
                 rungs = each.user_attrs.get(RUNGS, ())
-                tried.append(Tried(candidate=candidate, values=values, excesses=each.constraints, rungs=rungs))
+                tried.append(Observation(candidate=candidate, values=values, excesses=each.constraints, rungs=rungs))
         suggested = None
         is_early = all(each.values is None for each in tried)
         is_early |= sum(each.values is not None or len(each.rungs) > 0 for each in tried) < NUM_RANDOM
         if not self._is_exhausted and not is_early:
             suggested = self._surrogate.suggest(tried, running)
             self._is_exhausted = suggested is None
-        return self._space.values_of(suggested or self._surrogate.anywhere())
+        return self._space.values_of(suggested or self._surrogate.sample_uniform())
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

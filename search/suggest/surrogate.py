@@ -122,7 +122,7 @@ def _expected_excess(mean: Values, deviation: Values, level: Values) -> Values:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
+class Observation:
     """What came of a candidate."""
 
     candidate: Candidate
@@ -166,11 +166,11 @@ class Surrogate:
         self._logs: dict[str, Values] = {}
         """Of the last fits."""
 
-    def anywhere(self) -> Candidate:
+    def sample_uniform(self) -> Candidate:
         """A candidate from all of the space, each as likely."""
         return self._candidate_of({name: self._drawn(each) for name, each in self._parameters.items()})
 
-    def suggest(self, tried: Sequence[Tried], running: Sequence[Candidate]) -> Candidate | None:
+    def suggest(self, tried: Sequence[Observation], running: Sequence[Candidate]) -> Candidate | None:
         """The candidate with the largest expected gain, of those that were not tried, or stopped, and do not run; None
         if all that were looked at are. At least one must have been measured.
 
@@ -188,15 +188,15 @@ class Surrogate:
 
         best = [measured[row].candidate for row in non_dominated(np.array([each.values for each in measured]))]
         look_at(each.candidate for each in tried if each.is_stopped)
-        look_at(self.anywhere() for _ in range(NUM_ANYWHERE))
-        look_at(self._moved(best[index % len(best)]) for index in range(NUM_NEAR))
+        look_at(self.sample_uniform() for _ in range(NUM_ANYWHERE))
+        look_at(self._mutated(best[index % len(best)]) for index in range(NUM_NEAR))
         for _ in range(NUM_ROUNDS):
             best = sorted(gains, key=lambda each: -gains[each])[:NUM_MOVED]
-            look_at(self._moved(each) for each in best for _ in range(NUM_MOVES))
+            look_at(self._mutated(each) for each in best for _ in range(NUM_MOVES))
         return max(gains, key=lambda each: gains[each], default=None)
 
     def _expectations(
-        self, tried: Sequence[Tried], measured: Sequence[Tried], running: Sequence[Candidate]
+        self, tried: Sequence[Observation], measured: Sequence[Observation], running: Sequence[Candidate]
     ) -> Callable[[Values], Values]:
         """The expected gain of hypervolume at points, times the chance that the trial succeeds within the limits."""
         seen = [(each.candidate, 1.0, each.values) for each in measured]
@@ -275,7 +275,7 @@ class Surrogate:
             return parameter.values[self._rng.integers(len(parameter.values))]
         return parameter.at(self._rng.random())
 
-    def _moved(self, candidate: Candidate) -> Candidate:
+    def _mutated(self, candidate: Candidate) -> Candidate:
         """A neighbour: some of its parameters, two on average, moved a little."""
         values = self._space.values_of(candidate)
         chosen = self._rng.random(len(values)) < 2 / len(values)

@@ -18,8 +18,8 @@ from pruning.errors import VitfrontError
 from pruning.measure.accuracy import predict, top1, wilson_interval
 from pruning.measure.cost import count_macs, count_params
 from pruning.measure.retrieval import features, mean_average_precision, recall_at_1
-from pruning.measure.stopwatch import MIN_ROUNDS, Timing, device_id, device_name, keep_freed_memory, race
-from pruning.measure.widths import Pace, measure_paces
+from pruning.measure.stopwatch import MIN_ROUNDS, Timing, device_id, device_name, keep_freed_memory, time_against_dense
+from pruning.measure.widths import AllowedWidths, measure_allowed_widths
 from pruning.methods.allocation import Profile, measure_profile
 from pruning.methods.sparsity import sparsity_of
 from pruning.model.anatomy import Anatomy, examine
@@ -37,7 +37,7 @@ from search.trial.lease import Lease, lease_of
 
 Found = TypeVar("Found")
 
-GLANCE = 4
+SUBSAMPLE = 4
 """A first look at a candidate takes one image in so many."""
 
 
@@ -50,19 +50,19 @@ class Known(Protocol[Found]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class TrialContext:
     """What all trials of a sweep share, ready to prune and measure."""
 
     config: Config
     model: nn.Module
     """Dense, in eval mode."""
-    heads: dict[int, ExitHead]
+    exit_heads: dict[int, ExitHead]
     """The classifier of every exit."""
     splits: Splits
     precision: Precision
     profiles: dict[TokenReduction, Profile]
     """Of the whole dense model, for `method: global` and for proposals; by token reduction."""
-    paces: dict[TokenReduction, tuple[Pace, ...]]
+    allowed_widths: dict[TokenReduction, tuple[AllowedWidths, ...]]
     """Of every block of the dense model on this device, for `round_to: auto`; likewise."""
 
     sensitivities: dict[int, list[BlockSensitivity]]
@@ -75,7 +75,7 @@ class Bench:
 
     @property
     def lease(self) -> Lease:
-        """Of the device that the bench is on now."""
+        """Of the device that the context is on now."""
         return lease_on(self.device)
 
     @property
@@ -87,18 +87,20 @@ class Bench:
     def dense_macs(self) -> int:
         return count_macs(examine(self.model), keep_all_plan(examine(self.model)))
 
-    def to(self, device: torch.device | str) -> Bench:
-        heads = {block: {name: t.to(device) for name, t in head.items()} for block, head in self.heads.items()}
+    def to(self, device: torch.device | str) -> TrialContext:
+        exit_heads = {
+            block: {name: t.to(device) for name, t in head.items()} for block, head in self.exit_heads.items()
+        }
         sensitivities = {block: [each.to(device) for each in some] for block, some in self.sensitivities.items()}
-        return replace(self, model=self.model.to(device), heads=heads, sensitivities=sensitivities)
+        return replace(self, model=self.model.to(device), exit_heads=exit_heads, sensitivities=sensitivities)
 
-    def glance(self) -> Bench:
+    def subsampled(self) -> TrialContext:
         """The same with a part of the images, and short timings: what a first look at a candidate costs little on."""
         splits = _part_of(self.splits)
         timing = self.config.measure.model_copy(update={"num_rounds": MIN_ROUNDS})
         return replace(self, splits=splits, config=self.config.model_copy(update={"measure": timing}))
 
-    def without_rungs(self) -> Bench:
+    def without_rungs(self) -> TrialContext:
         """The same, for trials that nobody stops."""
         search = self.config.search.model_copy(update={"reduction_factor": 1.0})
         return replace(self, config=self.config.model_copy(update={"search": search}))
@@ -113,7 +115,7 @@ def _part_of(splits: Splits) -> Splits:
     """Every so many images."""
 
     def every(images: Images) -> Images:
-        return images.take(slice(None, None, GLANCE)) if len(images) >= GLANCE else images
+        return images.take(slice(None, None, SUBSAMPLE)) if len(images) >= SUBSAMPLE else images
 
     return replace(splits, calibration=every(splits.calibration), probe=every(splits.probe), val=every(splits.val))
 
@@ -126,7 +128,7 @@ def lease_on(device: torch.device) -> Lease:
 def prepare(
     config: Config, model: nn.Module, splits: Splits, exit_blocks: Sequence[int], *, trained: bool,
     profiles: Mapping[TokenReduction, Profile] | None = None,
-) -> tuple[Bench, Measurement]:  # fmt: skip
+) -> tuple[TrialContext, Measurement]:  # fmt: skip
     """Trains the dense model if the recipe says so, fits the exits and measures the dense model: once a sweep.
 
     Args:
@@ -135,7 +137,7 @@ def prepare(
         profiles: known ones; if given, all of `profiled` are there in the end, else those that a trial needs.
 
     Returns:
-        The bench, and what the dense model does.
+        The context, and what the dense model does.
 
     Raises:
         VitfrontError: the training diverged, or the dense model's logits are not finite.
@@ -150,22 +152,22 @@ def prepare(
     if precision == "auto":
         with lease_on(device).exclusive():
             precision = fastest_precision(model, batch)
-    heads = fit_exits(
+    exit_heads = fit_exits(
         model, splits.training, exit_blocks,
         epochs=config.exits.epochs, learning_rate=config.exits.learning_rate,
         distillation=config.exits.distillation, precision=precision, seed=config.data.seed,
     )  # fmt: skip
     anatomy = examine(model)
     space = Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows)
-    bench = Bench(
-        config=config, model=model, heads=heads, splits=splits, precision=precision, profiles={}, paces={},
-        sensitivities={},
+    context = TrialContext(
+        config=config, model=model, exit_heads=exit_heads, splits=splits, precision=precision, profiles={},
+        allowed_widths={}, sensitivities={},
     )  # fmt: skip
-    timing, _ = _race(bench, [], config.measure.num_rounds)
-    dense = _measurement(bench, model, _dense_plan(bench), timing)
+    timing, _ = _time_against_dense(context, [], config.measure.num_rounds)
+    dense = _measurement(context, model, _dense_plan(context), timing)
     common: dict[str, Any] = {"batch_size": config.cascade.batch_size, "precision": precision}
     sensitivities = {
-        block: measure_sensitivity(truncate(model, block, heads[block]), splits.calibration, **common)
+        block: measure_sensitivity(truncate(model, block, exit_heads[block]), splits.calibration, **common)
         for block in (exit_blocks if set(space.method) - TOKENLESS else ())
     }
     known, shown = dict(profiles or {}), profile_images(space, splits)
@@ -176,11 +178,11 @@ def prepare(
                 sensitivity=sensitivities.get(anatomy.depth), **common,
             )  # fmt: skip
     with lease_on(device).exclusive():
-        paces = {
-            kind: measure_paces(model, config.measure.batch_size, token_reduction=kind, precision=precision)
+        allowed_widths = {
+            kind: measure_allowed_widths(model, config.measure.batch_size, token_reduction=kind, precision=precision)
             for kind in (_reductions(space) if "auto" in space.round_to else ())
         }
-    return replace(bench, profiles=known, paces=paces, sensitivities=sensitivities), dense
+    return replace(context, profiles=known, allowed_widths=allowed_widths, sensitivities=sensitivities), dense
 
 
 def profile_images(space: Space, splits: Splits) -> Splits:
@@ -203,7 +205,7 @@ def _reductions(space: Space) -> tuple[TokenReduction, ...]:
 
 
 def measure(
-    bench: Bench,
+    context: TrialContext,
     model: nn.Module,
     plan: Plan,
     known: Known[Measurement] | None = None,
@@ -218,14 +220,14 @@ def measure(
         has_weights: those of the model do not follow from its plan.
     """
     known = {} if known is None else known
-    shape, whole = keys_of(bench.anatomy, plan)
+    shape, whole = keys_of(context.anatomy, plan)
     same = None if has_weights else known.get(whole)
     if same is not None:
         return same
     timing: Timing | Measurement | None = known.get(shape)
     if timing is None:
-        _, (timing,) = _race(bench, [model], bench.config.measure.num_rounds)
-    found = _measurement(bench, model, plan, timing)
+        _, (timing,) = _time_against_dense(context, [model], context.config.measure.num_rounds)
+    found = _measurement(context, model, plan, timing)
     known[shape] = found
     if not has_weights:
         known[whole] = found
@@ -291,14 +293,14 @@ class Confirmation:
     """What the figures hold for: device, precision, threads, batch size, torch."""
 
 
-def time_shapes(bench: Bench, plans: Sequence[Plan]) -> list[Timing]:
+def time_shapes(context: TrialContext, plans: Sequence[Plan]) -> list[Timing]:
     """The speed of what each plan leaves, without its repair: equal shapes run equally fast, and are timed once."""
     by_shape = {plan.shape_hash: plan for plan in plans}
     models = [
-        apply_plan(truncate(bench.model, plan.exit_block, bench.heads[plan.exit_block]), plan)
+        apply_plan(truncate(context.model, plan.exit_block, context.exit_heads[plan.exit_block]), plan)
         for plan in by_shape.values()
     ]
-    _, timings = _race(bench, models, bench.config.measure.num_rounds)
+    _, timings = _time_against_dense(context, models, context.config.measure.num_rounds)
     found = dict(zip(by_shape, timings, strict=True))
     return [found[plan.shape_hash] for plan in plans]
 
@@ -307,73 +309,75 @@ CONFIRMING = 3
 """The front is timed for so many times the rounds of a trial."""
 
 
-def confirm(bench: Bench, plans: Sequence[Plan], weights: Sequence[Weights | None] = ()) -> Confirmation:
+def confirm(context: TrialContext, plans: Sequence[Plan], weights: Sequence[Weights | None] = ()) -> Confirmation:
     """Builds the models of several plans and measures them and the dense one again, in one longer run, on the images
     to confirm with if the recipe has any, and on `test`.
 
     Args:
         weights: of each model whose weights do not follow from its plan; by default of none.
     """
-    if bench.splits.confirm is not None:
-        bench = replace(bench, splits=replace(bench.splits, val=bench.splits.confirm))
+    if context.splits.confirm is not None:
+        context = replace(context, splits=replace(context.splits, val=context.splits.confirm))
     known = weights or [None] * len(plans)
-    models = [build(bench, plan, each) for plan, each in zip(plans, known, strict=True)]
-    dense_timing, timings = _race(bench, models, CONFIRMING * bench.config.measure.num_rounds)
-    measured = [_measurement(bench, bench.model, _dense_plan(bench), dense_timing)]
-    measured += [_measurement(bench, *each) for each in zip(models, plans, timings, strict=True)]
-    if bench.splits.test is not None:
-        tested = [_top1(bench, model, bench.splits.test) for model in (bench.model, *models)]
+    models = [build(context, plan, each) for plan, each in zip(plans, known, strict=True)]
+    dense_timing, timings = _time_against_dense(context, models, CONFIRMING * context.config.measure.num_rounds)
+    measured = [_measurement(context, context.model, _dense_plan(context), dense_timing)]
+    measured += [_measurement(context, *each) for each in zip(models, plans, timings, strict=True)]
+    if context.splits.test is not None:
+        tested = [_top1(context, model, context.splits.test) for model in (context.model, *models)]
         measured = [replace(old, top1_test=share) for old, share in zip(measured, tested, strict=True)]
     conditions: dict[str, str | int] = {
-        "device": device_name(bench.device),
-        "precision": bench.precision,
+        "device": device_name(context.device),
+        "precision": context.precision,
         "threads": torch.get_num_threads(),
-        "batch_size": bench.config.measure.batch_size,
+        "batch_size": context.config.measure.batch_size,
         "torch": torch.__version__,
     }
     return Confirmation(dense=measured[0], measured=measured[1:], models=models, conditions=conditions)
 
 
-def build(bench: Bench, plan: Plan, weights: Weights | None = None) -> nn.Module:
+def build(context: TrialContext, plan: Plan, weights: Weights | None = None) -> nn.Module:
     """The model of a plan, as its trial made it: cut, pruned, and repaired or with the weights that it had."""
-    shorter = truncate(bench.model, plan.exit_block, bench.heads[plan.exit_block])
+    shorter = truncate(context.model, plan.exit_block, context.exit_heads[plan.exit_block])
     if weights is None:
-        return repaired(bench, shorter, plan).model
+        return repaired(context, shorter, plan).model
     model = apply_plan(shorter, plan)
     model.load_state_dict(dict(weights))
     return model
 
 
-def repaired(bench: Bench, shorter: nn.Module, plan: Plan) -> RepairedModel:
+def repaired(context: TrialContext, shorter: nn.Module, plan: Plan) -> RepairedModel:
     """The dense model, cut at the plan's exit, pruned and repaired on the calibration images."""
     return repaired_model(
-        shorter, plan, bench.splits.calibration, bench.sensitivities[plan.exit_block],
-        batch_size=bench.config.cascade.batch_size, precision=bench.precision,
+        shorter, plan, context.splits.calibration, context.sensitivities[plan.exit_block],
+        batch_size=context.config.cascade.batch_size, precision=context.precision,
     )  # fmt: skip
 
 
-def _dense_plan(bench: Bench) -> Plan:
-    return keep_all_plan(examine(bench.model))
+def _dense_plan(context: TrialContext) -> Plan:
+    return keep_all_plan(examine(context.model))
 
 
-def _race(bench: Bench, models: Sequence[nn.Module], num_rounds: int) -> tuple[Timing, list[Timing]]:
-    batch = bench.timing_batch()
-    with bench.lease.exclusive():
-        return race(bench.model, models, batch, num_rounds=num_rounds, precision=bench.precision)
+def _time_against_dense(
+    context: TrialContext, models: Sequence[nn.Module], num_rounds: int
+) -> tuple[Timing, list[Timing]]:
+    batch = context.timing_batch()
+    with context.lease.exclusive():
+        return time_against_dense(context.model, models, batch, num_rounds=num_rounds, precision=context.precision)
 
 
-def _measurement(bench: Bench, model: nn.Module, plan: Plan, timing: Timing | Measurement) -> Measurement:
-    accuracy = _top1(bench, model, bench.splits.val)
-    low, high = wilson_interval(accuracy, len(bench.splits.val))
+def _measurement(context: TrialContext, model: nn.Module, plan: Plan, timing: Timing | Measurement) -> Measurement:
+    accuracy = _top1(context, model, context.splits.val)
+    low, high = wilson_interval(accuracy, len(context.splits.val))
     return Measurement(
         top1=accuracy,
         top1_low=low,
         top1_high=high,
         **speed_of(timing),
-        macs=count_macs(examine(bench.model), plan),
+        macs=count_macs(examine(context.model), plan),
         params=count_params(model),
         sparsity=sparsity_of(model),
-        **_retrieval(bench, model),
+        **_retrieval(context, model),
     )
 
 
@@ -383,33 +387,33 @@ def speed_of(timing: Timing | Measurement) -> dict[str, Any]:
     return {name: getattr(timing, name) for name in names}
 
 
-def accuracy(bench: Bench, model: nn.Module) -> float:
+def accuracy(context: TrialContext, model: nn.Module) -> float:
     """On val, by the metric that the recipe searches by."""
-    if bench.config.search.accuracy == "top1":
-        return _top1(bench, model, bench.splits.val)
-    return _retrieval(bench, model)[bench.config.search.accuracy]
+    if context.config.search.accuracy == "top1":
+        return _top1(context, model, context.splits.val)
+    return _retrieval(context, model)[context.config.search.accuracy]
 
 
-def _retrieval(bench: Bench, model: nn.Module) -> dict[str, float]:
+def _retrieval(context: TrialContext, model: nn.Module) -> dict[str, float]:
     """How well the val images find training images of their class, if the recipe searches by that; else nothing."""
-    if bench.config.search.accuracy == "top1":
+    if context.config.search.accuracy == "top1":
         return {}
-    shown = (bench.splits.val, bench.splits.calibration, bench.splits.probe)
-    queries, *gallery = (_features(bench, model, images) for images in shown)
-    labels = torch.cat([bench.splits.calibration.labels, bench.splits.probe.labels])
-    both = queries, bench.splits.val.labels, torch.cat(gallery), labels
+    shown = (context.splits.val, context.splits.calibration, context.splits.probe)
+    queries, *gallery = (_features(context, model, images) for images in shown)
+    labels = torch.cat([context.splits.calibration.labels, context.splits.probe.labels])
+    both = queries, context.splits.val.labels, torch.cat(gallery), labels
     return {"recall_at_1": recall_at_1(*both), "mean_average_precision": mean_average_precision(*both)}
 
 
-def _features(bench: Bench, model: nn.Module, images: Images) -> Tensor:
-    found = features(model, images, batch_size=bench.config.cascade.batch_size, precision=bench.precision)
+def _features(context: TrialContext, model: nn.Module, images: Images) -> Tensor:
+    found = features(model, images, batch_size=context.config.cascade.batch_size, precision=context.precision)
     if not found.isfinite().all():
         raise VitfrontError("the model's features are not finite")
     return found
 
 
-def _top1(bench: Bench, model: nn.Module, images: Images) -> float:
-    logits = predict(model, images, batch_size=bench.config.cascade.batch_size, precision=bench.precision)
+def _top1(context: TrialContext, model: nn.Module, images: Images) -> float:
+    logits = predict(model, images, batch_size=context.config.cascade.batch_size, precision=context.precision)
     if not logits.isfinite().all():
         raise VitfrontError("the model's logits are not finite")
     return top1(logits, images.labels)

@@ -6,7 +6,7 @@ frees it at once when its holder dies. A device of another node is another devic
 
 Two files, so that a writer is not starved by readers that come and go (a turnstile): a writer locks the gate, then the
 body, and holds both. A reader passes the gate and holds the body. While a writer waits for the readers that are in,
-nobody passes the gate, and those that are in find it locked, and leave, at their next `give_way`.
+nobody passes the gate, and those that are in find it locked, and leave, at their next `yield_device`.
 
 The files lie in the temporary folder, one folder a user. Processes that do not see each other's (containers) share a
 device without knowing; VITFRONT_LEASES names a folder for all of them.
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pruning.device_sharing import giving_way
+from pruning.device_sharing import calling_on_yield
 
 
 class Lease:
@@ -53,8 +53,8 @@ class Lease:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """For work; within it, `pruning.device_sharing.give_way` is this lease's."""
-        with self._held(fcntl.LOCK_SH), giving_way(self.give_way):
+        """For work; within it, `pruning.device_sharing.yield_device` is this lease's."""
+        with self._held(fcntl.LOCK_SH), calling_on_yield(self.yield_device):
             yield
 
     @contextmanager
@@ -63,7 +63,7 @@ class Lease:
         with self._held(fcntl.LOCK_EX):
             yield
 
-    def give_way(self) -> None:
+    def yield_device(self) -> None:
         """If somebody wants the device alone, lets it go until that is over. Some microseconds if nobody does."""
         if self._kind != fcntl.LOCK_SH or self._gate is None:  # a writer's own gate is locked by itself
             return

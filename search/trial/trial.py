@@ -1,4 +1,4 @@
-"""candidate -> outcomes. Knows no Ray: a function of a bench, which holds what all trials of a sweep share.
+"""candidate -> outcomes. Knows no Ray: a function of a context, which holds what all trials of a sweep share.
 
 A trial is an iterator. One that trains gives an `Epoch` after each, from whose state another process can go on. Where
 trials may be stopped (`search.reduction_factor`), it gives a `Rung` at every place where that can be. If it is not, it
@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_map_only
 from pruning.artifact import Weights
 from pruning.errors import TargetError, VitfrontError
 from pruning.measure.cost import count_macs, count_params
-from pruning.measure.widths import Pace, multiples
+from pruning.measure.widths import AllowedWidths, multiples
 from pruning.methods.allocation import allocate, scheduled
-from pruning.methods.cascade import CascadeSettings, Walk, cascade
+from pruning.methods.cascade import CascadeSettings, CascadeState, cascade
 from pruning.methods.finetune import FinetuneSettings, Finetuning
-from pruning.methods.prefix_cache import Walks
+from pruning.methods.prefix_cache import PrefixCache
 from pruning.methods.softmask import SoftMaskSettings, SoftMaskTraining
 from pruning.methods.sparsity import GradualMagnitude, MaskSchedule, Pattern, apply_masks, pattern_masks
 from pruning.methods.width import WidthSettings, WidthTraining
@@ -33,7 +33,7 @@ from pruning.model.surgery import apply_plan, keep_all_plan
 from pruning.plan import Plan
 from pruning.repair.compensation import REPAIR_PASSES
 from search.outcome import TOKENLESS, Candidate, Measurement, Outcome, State
-from search.trial.context import Bench, Known, accuracy, measure, repaired, trained_key
+from search.trial.context import Known, TrialContext, accuracy, measure, repaired, trained_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,27 +81,27 @@ class Ended:
 LAST_RUNG = 1 / 3
 """Of a training's epochs."""
 
-WALK_BYTES = 512 * 2**20
+PREFIX_CACHE_BYTES = 512 * 2**20
 """Of the activations of earlier cascades that a worker keeps: of digits some forty states, of a ViT-Tiny at 224 pixels
 with 256 probe images a handful."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
-    """What a worker remembers of earlier trials with the same bench, so that nothing is done twice."""
+class WorkerCache:
+    """What a worker remembers of earlier trials with the same context, so that nothing is done twice."""
 
-    walks: Walks[Walk] = field(default_factory=lambda: Walks(WALK_BYTES))
+    prefix_cache: PrefixCache[CascadeState] = field(default_factory=lambda: PrefixCache(PREFIX_CACHE_BYTES))
     known: Known[Measurement] = field(default_factory=dict[str, Measurement])
     trained: Known[Outcome] = field(default_factory=dict[str, Outcome])
     """By `trained_key`. Workers may share both."""
 
 
 def start_trial(
-    bench: Bench,
+    context: TrialContext,
     candidate: Candidate,
     trial_id: str,
     state: Mapping[str, Any] | None = None,
-    memory: Memory | None = None,
+    memory: WorkerCache | None = None,
 ) -> Iterator[Event | Ended]:
     """Runs one candidate, epoch by epoch; whatever goes wrong is in its outcome.
 
@@ -109,18 +109,18 @@ def start_trial(
         state: of an `Epoch` of the same trial, to go on from.
         memory: what comes of the candidate does not depend on it, but for the noise of a timing.
     """
-    memory = memory or Memory(walks=Walks(0))
-    course = _Course(state or {})
+    memory = memory or WorkerCache(prefix_cache=PrefixCache(0))
+    course = _TrialProgress(state or {})
     models: dict[str, nn.Module] = {}
     trained: dict[str, Outcome] = {}
     try:
         outcomes: list[Outcome] = []
-        for pruned in (yield from _prune(bench, candidate, course, memory)):
+        for pruned in (yield from _prune(context, candidate, course, memory)):
             is_own = not outcomes
             name = trial_id if is_own else f"{trial_id}.{pruned.plan.exit_block}"
             if pruned.same is None:
                 models[name] = pruned.model
-                found = measure(bench, pruned.model, pruned.plan, memory.known, has_weights=pruned.has_weights)
+                found = measure(context, pruned.model, pruned.plan, memory.known, has_weights=pruned.has_weights)
             else:
                 assert pruned.same.measurement is not None
                 found = pruned.same.measurement
@@ -133,7 +133,7 @@ def start_trial(
                     measurement=found,
                     block_drops=pruned.block_drops,
                     notes=pruned.notes,
-                    forward_passes=pruned.forward_passes * candidate.exit_block / len(blocks_of(bench.model)),
+                    forward_passes=pruned.forward_passes * candidate.exit_block / len(blocks_of(context.model)),
                     seconds=course.seconds if is_own else 0.0,
                     rungs=tuple(course.rungs) if is_own else (),
                     rung_spans=tuple(course.spans) if is_own else (),
@@ -161,10 +161,10 @@ def start_trial(
     yield Ended(outcomes=outcomes, models=models, trained=trained)
 
 
-def run_to_end(bench: Bench, candidate: Candidate, trial_id: str, memory: Memory | None = None) -> Ended:
+def run_to_end(context: TrialContext, candidate: Candidate, trial_id: str, memory: WorkerCache | None = None) -> Ended:
     """What comes of one candidate."""
-    with bench.lease.shared():
-        *_, ended = start_trial(bench, candidate, trial_id, memory=memory)
+    with context.lease.shared():
+        *_, ended = start_trial(context, candidate, trial_id, memory=memory)
     assert isinstance(ended, Ended)
     if memory is not None:
         for key, outcome in ended.trained.items():
@@ -185,7 +185,7 @@ class _Training(Protocol):
     def load(self, state: Mapping[str, Any]) -> None: ...
 
 
-class _Course:
+class _TrialProgress:
     """What a trial has done so far, in this process or in an earlier one."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
@@ -258,16 +258,16 @@ class _Pruned:
 
 
 def _prune(
-    bench: Bench, candidate: Candidate, course: _Course, memory: Memory
+    context: TrialContext, candidate: Candidate, course: _TrialProgress, memory: WorkerCache
 ) -> Generator[Event, None, list[_Pruned]]:
     """The models of a candidate: one, or one for each exit."""
-    shorter = truncate(bench.model, candidate.exit_block, bench.heads[candidate.exit_block])
+    shorter = truncate(context.model, candidate.exit_block, context.exit_heads[candidate.exit_block])
     if candidate.method == "learned":
-        return (yield from _learn_width(bench, candidate, shorter, course))
+        return (yield from _learn_width(context, candidate, shorter, course))
     before = course.before("distill")
-    has_rungs = bench.config.search.reduction_factor > 1 and candidate.method not in TOKENLESS
+    has_rungs = context.config.search.reduction_factor > 1 and candidate.method not in TOKENLESS
     if has_rungs and before is None:
-        yield course.rung(lambda: _glimpse(bench.glance(), candidate, shorter))
+        yield course.rung(lambda: _first_rung_values(context.subsampled(), candidate, shorter))
     if before is not None:  # only the shapes: the training brings the weights
         plan = Plan.from_json(before["plan"])
         pruned = _Pruned(
@@ -275,63 +275,63 @@ def _prune(
             forward_passes=before["forward_passes"], notes=tuple(before["notes"]),
         )  # fmt: skip
     elif candidate.method == "soft-mask":
-        pruned = yield from _prune_by_soft_mask(bench, candidate, shorter, course)
+        pruned = yield from _prune_by_soft_mask(context, candidate, shorter, course)
     elif candidate.method == "unstructured":
         pruned = _sparse(candidate, shorter)
     else:
-        pruned = _prune_without_training(bench, candidate, shorter, memory.walks)
+        pruned = _prune_without_training(context, candidate, shorter, memory.prefix_cache)
     if candidate.recovery == "none":
         return [pruned]
-    key = None if candidate.method in TOKENLESS else trained_key(bench.anatomy, pruned.plan)
+    key = None if candidate.method in TOKENLESS else trained_key(context.anatomy, pruned.plan)
     same = None if key is None else memory.trained.get(key)
     if same is not None:
         return [replace(pruned, has_weights=True, key=key, same=same)]
     if has_rungs and before is None:
-        yield course.rung(lambda: _values(bench, measure(bench, pruned.model, pruned.plan, memory.known)))
-    trained = yield from _distill(bench, candidate, pruned, course)
+        yield course.rung(lambda: _values(context, measure(context, pruned.model, pruned.plan, memory.known)))
+    trained = yield from _distill(context, candidate, pruned, course)
     return [replace(trained, key=key)]
 
 
-def _glimpse(glance: Bench, candidate: Candidate, shorter: nn.Module) -> tuple[float, float]:
+def _first_rung_values(subsampled: TrialContext, candidate: Candidate, shorter: nn.Module) -> tuple[float, float]:
     """What a part of the images tells."""
-    pruned = _prune_without_training(glance, candidate, shorter)
-    return _values(glance, measure(glance, pruned.model, pruned.plan))
+    pruned = _prune_without_training(subsampled, candidate, shorter)
+    return _values(subsampled, measure(subsampled, pruned.model, pruned.plan))
 
 
-def _values(bench: Bench, measurement: Measurement) -> tuple[float, float]:
+def _values(context: TrialContext, measurement: Measurement) -> tuple[float, float]:
     """Of the objectives."""
-    return getattr(measurement, bench.config.search.accuracy), measurement.speedup
+    return getattr(measurement, context.config.search.accuracy), measurement.speedup
 
 
 def _learn_width(
-    bench: Bench, candidate: Candidate, shorter: nn.Module, course: _Course
+    context: TrialContext, candidate: Candidate, shorter: nn.Module, course: _TrialProgress
 ) -> Generator[Event, None, list[_Pruned]]:
     """One model for each exit, the candidate's own first."""
-    settings = bench.config.learned
+    settings = context.config.learned
     size = {"macs": lambda model: count_macs(examine(model), keep_all_plan(examine(model))), "params": count_params}
-    left = size[settings.count](shorter) / size[settings.count](bench.model)
+    left = size[settings.count](shorter) / size[settings.count](context.model)
     training = WidthTraining(
-        shorter, bench.splits.training,
+        shorter, context.splits.training,
         WidthSettings(
-            target_ratio=min(1.0, candidate.target_ratio / left), seed=bench.config.data.seed, **settings.common()
+            target_ratio=min(1.0, candidate.target_ratio / left), seed=context.config.data.seed, **settings.common()
         ),
-        heads=bench.heads, paces=_paces(bench, candidate), precision=bench.precision,
+        heads=context.exit_heads, allowed_widths=_allowed_widths(context, candidate), precision=context.precision,
     )  # fmt: skip
     yield from course.train("learned", training, {})
     return [_Pruned(plan=each.plan, model=each.model, has_weights=True) for each in reversed(training.finish())]
 
 
 def _prune_by_soft_mask(
-    bench: Bench, candidate: Candidate, shorter: nn.Module, course: _Course
+    context: TrialContext, candidate: Candidate, shorter: nn.Module, course: _TrialProgress
 ) -> Generator[Event, None, _Pruned]:
-    left = count_macs(examine(shorter), keep_all_plan(examine(shorter))) / bench.dense_macs
+    left = count_macs(examine(shorter), keep_all_plan(examine(shorter))) / context.dense_macs
     training = SoftMaskTraining(
-        shorter, bench.splits.training,
+        shorter, context.splits.training,
         SoftMaskSettings(
-            target_ratio=min(1.0, candidate.target_ratio / left), seed=bench.config.data.seed,
-            **bench.config.soft_mask.common(),
+            target_ratio=min(1.0, candidate.target_ratio / left), seed=context.config.data.seed,
+            **context.config.soft_mask.common(),
         ),
-        paces=_paces(bench, candidate), precision=bench.precision,
+        allowed_widths=_allowed_widths(context, candidate), precision=context.precision,
     )  # fmt: skip
     yield from course.train("soft-mask", training, {})
     found = training.finish()
@@ -355,52 +355,59 @@ def _masks(candidate: Candidate) -> MaskSchedule:
     return lambda model, step, total_steps: pattern_masks(model, pattern) if step == 0 else None
 
 
-def _distill(bench: Bench, candidate: Candidate, pruned: _Pruned, course: _Course) -> Generator[Event, None, _Pruned]:
+def _distill(
+    context: TrialContext, candidate: Candidate, pruned: _Pruned, course: _TrialProgress
+) -> Generator[Event, None, _Pruned]:
     training = Finetuning(
-        pruned.model, bench.model, bench.splits.training,
-        FinetuneSettings(seed=bench.config.data.seed, **bench.config.distill.common()),
-        masks=_masks(candidate) if candidate.method == "unstructured" else None, precision=bench.precision,
+        pruned.model, context.model, context.splits.training,
+        FinetuneSettings(seed=context.config.data.seed, **context.config.distill.common()),
+        masks=_masks(candidate) if candidate.method == "unstructured" else None, precision=context.precision,
     )  # fmt: skip
-    last_rung = round(bench.config.distill.epochs * LAST_RUNG) if course.rungs else None
+    last_rung = round(context.config.distill.epochs * LAST_RUNG) if course.rungs else None
     for epoch in course.train("distill", training, pruned.to_state()):
         yield epoch
         if epoch.progress["epoch"] == last_rung:  # as fast as before
-            yield course.rung(lambda: (accuracy(bench, training.trained), course.rungs[-1][1]))
+            yield course.rung(lambda: (accuracy(context, training.trained), course.rungs[-1][1]))
     return replace(pruned, model=training.finish(), has_weights=True)
 
 
 def _prune_without_training(
-    bench: Bench, candidate: Candidate, shorter: nn.Module, walks: Walks[Walk] | None = None
+    context: TrialContext,
+    candidate: Candidate,
+    shorter: nn.Module,
+    prefix_cache: PrefixCache[CascadeState] | None = None,
 ) -> _Pruned:
     if candidate.method == "cascade":
-        return _prune_by_cascade(bench, candidate, shorter, walks)
-    return _prune_at_once(bench, candidate, shorter)
+        return _prune_by_cascade(context, candidate, shorter, prefix_cache)
+    return _prune_at_once(context, candidate, shorter)
 
 
-def _prune_by_cascade(bench: Bench, candidate: Candidate, shorter: nn.Module, walks: Walks[Walk] | None) -> _Pruned:
-    fixed = bench.config.cascade
+def _prune_by_cascade(
+    context: TrialContext, candidate: Candidate, shorter: nn.Module, prefix_cache: PrefixCache[CascadeState] | None
+) -> _Pruned:
+    fixed = context.config.cascade
     found = cascade(
         shorter,
-        bench.splits.probe,
-        bench.splits.calibration,
+        context.splits.probe,
+        context.splits.calibration,
         CascadeSettings(
             drop_budget=candidate.drop_budget[: candidate.exit_block],
-            target_macs=int(candidate.target_ratio * bench.dense_macs),
+            target_macs=int(candidate.target_ratio * context.dense_macs),
             cutoff_channel=candidate.cutoff_channel,
             cutoff_token=candidate.cutoff_token,
             criterion=candidate.criterion,
             token_reduction=candidate.token_reduction,
-            paces=_paces(bench, candidate),
+            allowed_widths=_allowed_widths(context, candidate),
             token_share=candidate.token_share,
             alpha=fixed.alpha,
             num_levels=fixed.num_levels,
             order=fixed.order,
             batch_size=fixed.batch_size,
-            precision=bench.precision,
-            seed=bench.config.data.seed,
+            precision=context.precision,
+            seed=context.config.data.seed,
         ),
-        sensitivity=bench.sensitivities[candidate.exit_block],
-        walks=walks,
+        sensitivity=context.sensitivities[candidate.exit_block],
+        prefix_cache=prefix_cache,
     )
     return _Pruned(
         plan=found.plan, model=found.model, block_drops=found.block_drops, forward_passes=found.forward_passes,
@@ -408,24 +415,24 @@ def _prune_by_cascade(bench: Bench, candidate: Candidate, shorter: nn.Module, wa
     )  # fmt: skip
 
 
-def _prune_at_once(bench: Bench, candidate: Candidate, shorter: nn.Module) -> _Pruned:
+def _prune_at_once(context: TrialContext, candidate: Candidate, shorter: nn.Module) -> _Pruned:
     """By a plan that is made before anything is pruned."""
-    anatomy, target = examine(shorter), int(candidate.target_ratio * bench.dense_macs)
+    anatomy, target = examine(shorter), int(candidate.target_ratio * context.dense_macs)
     if candidate.method == "constant" or candidate.method == "decreasing":
         plan = scheduled(anatomy, target, candidate.method, candidate.token_reduction, candidate.cutoff_token)
     else:
-        profile = replace(bench.profiles[candidate.token_reduction], cutoff_token=candidate.cutoff_token)
-        plan = allocate(profile, anatomy, target, candidate.token_share, _paces(bench, candidate))
-    found = repaired(bench, shorter, plan)
-    share = len(bench.splits.calibration) / len(bench.splits.probe)
+        profile = replace(context.profiles[candidate.token_reduction], cutoff_token=candidate.cutoff_token)
+        plan = allocate(profile, anatomy, target, candidate.token_share, _allowed_widths(context, candidate))
+    found = repaired(context, shorter, plan)
+    share = len(context.splits.calibration) / len(context.splits.probe)
     return _Pruned(plan=plan, model=found.model, forward_passes=REPAIR_PASSES * share, notes=found.notes)
 
 
-def _paces(bench: Bench, candidate: Candidate) -> tuple[Pace, ...]:
+def _allowed_widths(context: TrialContext, candidate: Candidate) -> tuple[AllowedWidths, ...]:
     """The widths that each block up to the exit may be given."""
     if candidate.round_to == "auto":
-        return bench.paces[candidate.token_reduction][: candidate.exit_block]
-    anatomy = examine(bench.model)
+        return context.allowed_widths[candidate.token_reduction][: candidate.exit_block]
+    anatomy = examine(context.model)
     return tuple(multiples(block, candidate.round_to) for block in anatomy.blocks[: candidate.exit_block])
 
 

@@ -8,7 +8,7 @@ from pruning.model.anatomy import Anatomy, examine
 from pruning.model.exits import truncate
 from search.outcome import Candidate
 from search.space import PAPER_CUTOFF_CHANNEL, PAPER_CUTOFF_TOKEN, PAPER_POINTS, Space
-from search.trial.context import Bench
+from search.trial.context import TrialContext
 
 NUM_TARGETS = 4
 """From the least on, each as many times the one before: even in the speed-up that they promise."""
@@ -17,21 +17,21 @@ ORDER = (2, 1, 3, 0)
 """Of the targets, the largest is 0: from the middle on, so that a short search sees it."""
 
 
-def propose(bench: Bench, space: Space) -> list[Candidate]:
+def propose(context: TrialContext, space: Space) -> list[Candidate]:
     """Candidates of the methods `cascade` and `global`, all within the space, those in the middle first.
 
     The largest target gets the last exit, the least one the first. `global` follows the profile by itself; the cascade
     gets VTC-LFC's 9.5 points, dealt to blocks and tokens as the profile's plan for that target pays there.
     """
-    profile, found = bench.profiles.get(space.token_reduction[0]), list[Candidate]()
+    profile, found = context.profiles.get(space.token_reduction[0]), list[Candidate]()
     if profile is None:
         return found
     low, high = space.target_ratio
     for step in ORDER:
         target_ratio = low ** ((step + 1) / NUM_TARGETS) * high ** (1 - (step + 1) / NUM_TARGETS)
         exit_block = space.exit_blocks[round((1 - step / (NUM_TARGETS - 1)) * (len(space.exit_blocks) - 1))]
-        shorter = examine(truncate(bench.model, exit_block, bench.heads[exit_block]))
-        dealt = _deal(profile, shorter, int(target_ratio * bench.dense_macs))
+        shorter = examine(truncate(context.model, exit_block, context.exit_heads[exit_block]))
+        dealt = _deal(profile, shorter, int(target_ratio * context.dense_macs))
         if dealt is None:
             continue
         budgets, tokens = dealt

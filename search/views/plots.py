@@ -274,7 +274,11 @@ def draw_lottery(arms: Sequence[ArmInfo], title: str) -> go.Figure:
         xaxis={"title": {"text": "share of the blocks' weights that are gone"}},
         yaxis={"title": {"text": "top-1 accuracy on val (%), seeds and mean"}},
         xaxis2={"title": {"text": "step, under the last mask"}},
-        yaxis2={"title": {"text": "gradient norm of the weights that stay"}, "type": "log", "exponentformat": "power"},
+        yaxis2={
+            "title": {"text": "gradient norm of the weights that stay"},
+            "type": "log",
+            "exponentformat": "power",
+        },
         plot_bgcolor="white",
         paper_bgcolor="white",
         font={"family": "Helvetica, Arial, sans-serif", "size": 14, "color": DENSE_COLOUR},

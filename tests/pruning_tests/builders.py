@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pruning.data import Images
 from pruning.model.anatomy import Anatomy, examine
 from pruning.plan import BlockPlan, Indices, Plan, TokenReduction
-from pruning.repair.compensation import Flow
+from pruning.repair.compensation import CalibrationStream
 from pruning.repair.sensitivity import measure_sensitivity
 from pruning.training import Jitter, TrainSettings, train
 
@@ -105,10 +105,12 @@ def plan(anatomy: Anatomy, *, seed: int = 0, num_tokens: Sequence[int] | None = 
     return Plan(blocks=tuple(blocks))
 
 
-def flow(model: nn.Module, images: Images, index: int, token_reduction: TokenReduction = "lfe") -> Flow:
+def flow(model: nn.Module, images: Images, index: int, token_reduction: TokenReduction = "lfe") -> CalibrationStream:
     """The images as they enter block `index` of a model that is not pruned."""
     sensitivity = measure_sensitivity(model, images)
-    made = Flow(model, images, sensitivity, token_reduction=token_reduction, cutoff_token=0.5, batch_size=4)
+    made = CalibrationStream(
+        model, images, sensitivity, token_reduction=token_reduction, cutoff_token=0.5, batch_size=4
+    )
     for block in made.blocks[:index]:
         made.advance(block)
     return made

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pruning.data import Images
-from pruning.device_sharing import give_way, giving_way, in_turns
+from pruning.device_sharing import calling_on_yield, yield_device, yielding_between
 from pruning.measure.accuracy import predict
-from pruning.measure.stopwatch import race
-from pruning.measure.widths import measure_paces
+from pruning.measure.stopwatch import time_against_dense
+from pruning.measure.widths import measure_allowed_widths
 from pruning.methods.allocation import measure_profile
 from pruning.methods.cascade import CascadeSettings, cascade
 from pruning.methods.finetune import FinetuneSettings, Finetuning
@@ -73,7 +73,7 @@ def test_work_between_two_turns_is_at_most_a_pass_of_a_batch(name: str) -> None:
 
     model, images = builders.model(depth=DEPTH), builders.images(NUM_IMAGES)
     whole_pass = BATCH * (4 * DEPTH + 1)
-    with giving_way(lambda: work.append(0)):
+    with calling_on_yield(lambda: work.append(0)):
         handle = register_module_forward_pre_hook(count)
         try:
             WORK[name](model, images)
@@ -84,8 +84,10 @@ def test_work_between_two_turns_is_at_most_a_pass_of_a_batch(name: str) -> None:
 
 
 TIMED: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {
-    "race": lambda model, batch: race(model, [model], batch, num_rounds=6, min_lap_s=1e-4),
-    "paces": lambda model, batch: measure_paces(model, len(batch), token_reduction="lfe", precision="float32"),
+    "time_against_dense": lambda model, batch: time_against_dense(model, [model], batch, num_rounds=6, min_lap_s=1e-4),
+    "allowed_widths": lambda model, batch: measure_allowed_widths(
+        model, len(batch), token_reduction="lfe", precision="float32"
+    ),
     "precision": lambda model, batch: fastest_precision(model, batch, repeats=1),
 }
 
@@ -93,7 +95,7 @@ TIMED: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {
 @pytest.mark.parametrize("name", TIMED)
 def test_nobody_gives_way_while_something_is_timed(name: str) -> None:
     turns: list[str] = []
-    with giving_way(lambda: turns.append("given")):
+    with calling_on_yield(lambda: turns.append("given")):
         TIMED[name](builders.model().requires_grad_(False), builders.batch(2))
     assert turns == []
 
@@ -101,18 +103,18 @@ def test_nobody_gives_way_while_something_is_timed(name: str) -> None:
 def test_batches_come_as_they_are_with_a_turn_before_each() -> None:
     seen: list[str] = []
     note = seen.append
-    with giving_way(lambda: note("turn")):
-        for batch in in_turns(iter("ab")):
+    with calling_on_yield(lambda: note("turn")):
+        for batch in yielding_between(iter("ab")):
             note(batch)
     assert seen == ["turn", "a", "turn", "b"]
 
 
 def test_way_is_given_by_the_innermost_and_by_nobody_outside() -> None:
     seen: list[str] = []
-    with giving_way(lambda: seen.append("outer")):
-        with pytest.raises(KeyError), giving_way(lambda: seen.append("inner")):
-            give_way()
+    with calling_on_yield(lambda: seen.append("outer")):
+        with pytest.raises(KeyError), calling_on_yield(lambda: seen.append("inner")):
+            yield_device()
             raise KeyError
-        give_way()
-    give_way()
+        yield_device()
+    yield_device()
     assert seen == ["inner", "outer"]

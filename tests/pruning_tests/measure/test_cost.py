@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pruning.measure.cost import block_macs, count_macs, count_params
 from pruning.model.anatomy import blocks_of, examine
 from pruning.model.surgery import apply_plan, keep_all_plan
-from pruning.model.tokens import REDUCERS, Clues
+from pruning.model.tokens import REDUCERS, AttentionState
 from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, BlockShape, Plan, TokenReduction
 from tests.pruning_tests import builders
 
@@ -100,7 +100,7 @@ def test_a_reduction_counts_as_by_torch(kind: TokenReduction, patches: int, left
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 3, patches + 1, 5, generator=generator)
     attention = (q @ k.transpose(2, 3)).softmax(dim=-1)
-    told = Clues(q=q, k=k, scale=1.0, size=None, attention=attention)
+    told = AttentionState(q=q, k=k, scale=1.0, size=None, attention=attention)
     x = torch.randn(1, patches + 1, 24, generator=generator)
     with FlopCounterMode(display=False) as counter:
         reducer.choose(x, told)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.errors import SettingError
-from pruning.measure.stopwatch import Timing, device_name, median_interval, race
+from pruning.measure.stopwatch import Timing, device_name, median_interval, time_against_dense
 
 
 class Work(nn.Module):
@@ -35,14 +35,14 @@ BATCH = torch.ones(4, 160, 160)
 
 def test_a_model_of_a_third_of_the_work_is_three_times_faster() -> None:
     # Laps far longer than a time slice: with short ones a busy machine interrupts the slower model alone.
-    dense, (third, double) = race(Work(12), [Work(4), Work(24)], BATCH, num_rounds=7, min_lap_s=0.06)
+    dense, (third, double) = time_against_dense(Work(12), [Work(4), Work(24)], BATCH, num_rounds=7, min_lap_s=0.06)
     assert 2.0 < third.speedup < 4.5
     assert 0.33 < double.speedup < 0.75
     assert dense.speedup == 1
 
 
 def test_a_timings_figures_agree_with_each_other() -> None:
-    dense, others = race(Work(4), [Work(1), Work(2)], BATCH, num_rounds=7, min_lap_s=0.001)
+    dense, others = time_against_dense(Work(4), [Work(1), Work(2)], BATCH, num_rounds=7, min_lap_s=0.001)
     for timing in (dense, *others):
         assert timing.speedup_low <= timing.speedup <= timing.speedup_high
         assert (timing.batch_size, timing.num_rounds) == (4, 7)
@@ -52,14 +52,14 @@ def test_a_timings_figures_agree_with_each_other() -> None:
 
 def test_the_dense_model_has_a_speedup_of_exactly_one() -> None:
     model = Work(1)
-    dense, (again,) = race(model, [model], BATCH, num_rounds=6, min_lap_s=0.0)
+    dense, (again,) = time_against_dense(model, [model], BATCH, num_rounds=6, min_lap_s=0.0)
     assert (dense.speedup, dense.speedup_low, dense.speedup_high) == (1.0, 1.0, 1.0)
     assert again.speedup > 0
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
-def test_after_a_race_freed_memory_is_used_again() -> None:
-    race(Work(1), [], BATCH, num_rounds=6, min_lap_s=0.0)
+def test_after_a_timing_freed_memory_is_used_again() -> None:
+    time_against_dense(Work(1), [], BATCH, num_rounds=6, min_lap_s=0.0)
     faults = [getrusage(RUSAGE_SELF).ru_minflt]
     for _ in range(40):
         torch.ones(16, 1024, 1024)  # of new pages it would be 16384 faults
@@ -68,16 +68,16 @@ def test_after_a_race_freed_memory_is_used_again() -> None:
 
 
 def test_the_dense_model_can_run_alone() -> None:
-    dense, others = race(Work(1), [], BATCH, num_rounds=6, min_lap_s=0.0)
+    dense, others = time_against_dense(Work(1), [], BATCH, num_rounds=6, min_lap_s=0.0)
     assert isinstance(dense, Timing) and others == []
 
 
 def test_all_models_run_equally_often_and_again_until_the_lap_is_long_enough() -> None:
     short, other = Work(1), Work(2)
-    race(short, [other], BATCH, num_rounds=6, min_lap_s=0.0)
+    time_against_dense(short, [other], BATCH, num_rounds=6, min_lap_s=0.0)
     assert (short.calls, other.calls) == (1 + 1 + 7, 1 + 7)  # first call, the one that is timed, a warm-up round, 6
     long, other = Work(1), Work(2)
-    race(long, [other], BATCH, num_rounds=6, min_lap_s=0.005)
+    time_against_dense(long, [other], BATCH, num_rounds=6, min_lap_s=0.005)
     assert other.calls > 1 + 7 and (other.calls - 1) % 7 == 0
     assert long.calls == other.calls + 1
 
@@ -85,7 +85,7 @@ def test_all_models_run_equally_often_and_again_until_the_lap_is_long_enough() -
 @pytest.mark.parametrize("num_rounds", [-1, 0, 5])
 def test_too_few_rounds_for_an_interval_are_refused(num_rounds: int) -> None:
     with pytest.raises(SettingError, match=f"{num_rounds} rounds give no 95 % interval; give 6 at least"):
-        race(Work(1), [], BATCH, num_rounds=num_rounds)
+        time_against_dense(Work(1), [], BATCH, num_rounds=num_rounds)
 
 
 def brute_force_rank(count: int) -> int:

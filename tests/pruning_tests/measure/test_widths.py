@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from pruning.measure import widths
 from pruning.measure.cost import count_macs
-from pruning.measure.widths import Pace, faster_than_larger, measure_paces, multiples
+from pruning.measure.widths import AllowedWidths, faster_than_larger, measure_allowed_widths, multiples
 from pruning.methods.allocation import SHARES, Profile, allocate
 from pruning.methods.cascade import CascadeSettings, cascade
 from pruning.model.anatomy import Anatomy, examine
 from pruning.model.layers import SlimBlock, SlimMlp
 from pruning.model.surgery import keep_all_plan
 from pruning.plan import TOKEN_REDUCTIONS, Plan, TokenReduction
-from pruning.scores.curves import BlockCurves
+from pruning.scores.curves import RemovalCurves
 from tests.pruning_tests import builders
 
 Widths = list[tuple[int, ...]]
@@ -147,7 +147,7 @@ def test_multiples_are_all_that_divide_and_the_dense_width_however_large_the_ste
     assert len(found.attention) == len(head) ** 2
     assert list(found.hidden) == hidden
     if round_to > 96:
-        assert found == Pace(attention=((8, 8),), hidden=(96,))
+        assert found == AllowedWidths(attention=((8, 8),), hidden=(96,))
 
 
 @pytest.mark.parametrize("round_to", [1, 2, 3, 8, 50])
@@ -157,17 +157,17 @@ def test_multiples_leave_normalised_queries_and_keys_whole(round_to: int) -> Non
     assert normed.hidden == plain.hidden
 
 
-def drawn_pace(seed: int, head_dim: int = 8, num_hidden: int = 96) -> Pace:
-    """A pace of no pattern, the dense widths among it."""
+def drawn_widths(seed: int, head_dim: int = 8, num_hidden: int = 96) -> AllowedWidths:
+    """Allowed widths of no pattern, the dense widths among it."""
     generator = random.Random(seed)
     pairs = generator.sample(squared(range(1, head_dim + 1)), 6)
     hidden = {*generator.sample(range(1, num_hidden), 5), num_hidden}
-    return Pace(attention=(*pairs, (head_dim, head_dim)), hidden=tuple(sorted(hidden)))
+    return AllowedWidths(attention=(*pairs, (head_dim, head_dim)), hidden=tuple(sorted(hidden)))
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_asked_widths_are_rounded_to_the_smallest_that_have_as_much(seed: int) -> None:
-    drawn = drawn_pace(seed)
+    drawn = drawn_widths(seed)
     for qk, v in squared(range(1, 9)):
         got = drawn.least_attention(qk, v)
         fits = [pair for pair in drawn.attention if min(pair[0] - qk, pair[1] - v) >= 0]
@@ -256,26 +256,26 @@ UseDevice = Callable[[Device], Device]
 
 def test_a_device_that_pads_heads_and_runs_in_tiles_is_offered_equal_pairs_and_full_tiles(use: UseDevice) -> None:
     use(Device(padded, in_tiles_of_64))
-    found = measure_paces(wide_model(), 2, token_reduction="none", repeats=TURNS)
-    assert found == (Pace(attention=((16, 16), (32, 32)), hidden=(64, 128, 192, 256)),) * 3
+    found = measure_allowed_widths(wide_model(), 2, token_reduction="none", repeats=TURNS)
+    assert found == (AllowedWidths(attention=((16, 16), (32, 32)), hidden=(64, 128, 192, 256)),) * 3
 
 
 def test_a_device_to_which_each_width_counts_is_offered_all_that_are_timed(use: UseDevice) -> None:
     use(Device(lambda qk, v: float(2 * qk + v), float))
-    (found, *_) = measure_paces(wide_model(), 2, token_reduction="none", repeats=TURNS)
+    (found, *_) = measure_allowed_widths(wide_model(), 2, token_reduction="none", repeats=TURNS)
     assert set(found.attention) == set(squared((8, 16, 24, 32)))
     assert found.hidden == tuple(range(8, 257, 8))
 
 
 def test_a_device_to_which_no_width_counts_is_offered_the_dense_ones(use: UseDevice) -> None:
     use(Device(lambda qk, v: 1.0, lambda hidden: 1.0))
-    found = measure_paces(wide_model(), 2, token_reduction="none", repeats=TURNS)
-    assert found == (Pace(attention=((32, 32),), hidden=(256,)),) * 3
+    found = measure_allowed_widths(wide_model(), 2, token_reduction="none", repeats=TURNS)
+    assert found == (AllowedWidths(attention=((32, 32),), hidden=(256,)),) * 3
 
 
 def test_normalised_queries_and_keys_are_timed_whole(use: UseDevice) -> None:
     use(Device(lambda qk, v: float(qk + v), float))
-    (found, *_) = measure_paces(wide_model(qk_norm=True), 2, token_reduction="none", repeats=TURNS)
+    (found, *_) = measure_allowed_widths(wide_model(qk_norm=True), 2, token_reduction="none", repeats=TURNS)
     assert set(found.attention) == {(32, v) for v in (8, 16, 24, 32)}
 
 
@@ -285,7 +285,7 @@ def test_widths_that_are_few_or_no_multiples_of_eight_have_the_dense_one_at_the_
 ) -> None:
     use(Device(lambda qk, v: float(qk + v), float))
     model = builders.model(embed_dim=64, num_heads=heads, mlp_ratio=hidden_ratio)
-    (found, *_) = measure_paces(model, 1, token_reduction="none", repeats=TURNS)
+    (found, *_) = measure_allowed_widths(model, 1, token_reduction="none", repeats=TURNS)
     head = 64 // heads
     assert found.hidden == (*range(8, most, 8), most)
     assert set(found.attention) == set(squared((*range(8, head, 8), head)))
@@ -305,7 +305,7 @@ def test_the_time_of_a_reduction_is_told_in_multiply_adds_beyond_those_that_are_
     use: UseDevice, kind: TokenReduction
 ) -> None:
     device = use(Device(padded, in_tiles_of_64, reduction=0.75))
-    (found, *_) = measure_paces(wide_model(), 2, token_reduction=kind, repeats=TURNS)
+    (found, *_) = measure_allowed_widths(wide_model(), 2, token_reduction=kind, repeats=TURNS)
     tokens, width = 17, 64
     block = 2 * (32 + 32) * tokens * (2 * width + tokens) + 2 * tokens * width * 256
     a_second = block / (2.0 + 4.0)  # two tiles of a head, four of hidden units
@@ -320,13 +320,15 @@ def test_a_reduction_that_takes_no_longer_than_is_counted_costs_nothing_more(
     use: UseDevice, kind: TokenReduction
 ) -> None:
     use(Device(padded, in_tiles_of_64, reduction=1e-4))
-    assert {each.reduction for each in measure_paces(wide_model(), 2, token_reduction=kind, repeats=TURNS)} == {0.0}
+    assert {
+        each.reduction for each in measure_allowed_widths(wide_model(), 2, token_reduction=kind, repeats=TURNS)
+    } == {0.0}
 
 
 def test_equal_blocks_are_timed_once(use: UseDevice) -> None:
     device = use(Device(padded, in_tiles_of_64))
     for number, depth in enumerate((1, 3), start=1):
-        found = measure_paces(wide_model(depth=depth), 1, token_reduction="none", repeats=2)
+        found = measure_allowed_widths(wide_model(depth=depth), 1, token_reduction="none", repeats=2)
         assert found == (found[0],) * depth
         # Four widths of queries and of values, 32 of hidden units; once to warm up and twice for the clock.
         assert device.calls == number * 3 * (4 * 4 + 32)
@@ -339,12 +341,12 @@ def swin(**args: Any) -> nn.Module:
     return builders.randomised(named)
 
 
-def test_the_blocks_of_a_stage_have_one_pace_and_another_stage_another(use: UseDevice) -> None:
+def test_the_blocks_of_a_stage_share_their_widths_and_another_stage_another(use: UseDevice) -> None:
     use(Device(lambda qk, v: float(qk + v), in_tiles_of_64))
-    found = measure_paces(swin(), 2, token_reduction="none", repeats=TURNS)
+    found = measure_allowed_widths(swin(), 2, token_reduction="none", repeats=TURNS)
     pairs = tuple(squared((8, 16)))
-    assert found[:2] == (Pace(attention=pairs, hidden=(64, 128)),) * 2
-    assert found[2:] == (Pace(attention=pairs, hidden=(64, 128, 192, 256)),) * 2
+    assert found[:2] == (AllowedWidths(attention=pairs, hidden=(64, 128)),) * 2
+    assert found[2:] == (AllowedWidths(attention=pairs, hidden=(64, 128, 192, 256)),) * 2
 
 
 def test_the_least_of_the_turns_counts_and_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +373,7 @@ def test_a_model_is_left_as_it_was(family: str, precision: Any, learns: bool) ->
     model = (swin() if family == "swin" else builders.model(family)).requires_grad_(learns).train(learns)
     before, modes = builders.state(model), [module.training for module in model.modules()]
     kind: TokenReduction = "none" if family == "swin" else "attention-merge"
-    found = measure_paces(model, 2, token_reduction=kind, precision=precision, repeats=1)
+    found = measure_allowed_widths(model, 2, token_reduction=kind, precision=precision, repeats=1)
     assert len(found) == examine(model).depth
     assert builders.same_state(model, before)
     assert modes == [module.training for module in model.modules()]
@@ -382,10 +384,10 @@ def test_a_model_is_left_as_it_was(family: str, precision: Any, learns: bool) ->
 
 @pytest.mark.parametrize("family", ["vit", "average_pooling", "registers", "distilled", "qk_norm", "no_qkv_bias"])
 @pytest.mark.parametrize("kind", ["none", *TOKEN_REDUCTIONS])
-def test_what_this_machine_is_faster_with_has_the_form_of_a_pace(family: str, kind: TokenReduction) -> None:
+def test_what_this_machine_is_faster_with_has_the_form_of_allowed_widths(family: str, kind: TokenReduction) -> None:
     model = builders.model(family, embed_dim=48)  # heads of 16, 192 hidden units
     dense = examine(model).blocks[0]
-    found = measure_paces(model, 2, token_reduction=kind, repeats=2)
+    found = measure_allowed_widths(model, 2, token_reduction=kind, repeats=2)
     assert found == (found[0],) * 3
     (pairs, hidden, reduction) = found[0].attention, found[0].hidden, found[0].reduction
     assert (dense.head_dim, dense.head_dim) in pairs and len(set(pairs)) == len(pairs)
@@ -395,7 +397,7 @@ def test_what_this_machine_is_faster_with_has_the_form_of_a_pace(family: str, ki
     assert reduction >= 0 and (kind != "none" or reduction == 0)
 
 
-# What is planned with a pace
+# What is planned with allowed widths
 
 
 MIDDLE = builders.anatomy(depth=4, embed_dim=48, img_size=56)  # heads of 16, 192 hidden units, 49 patches
@@ -414,7 +416,7 @@ def invented(anatomy: Anatomy, kind: TokenReduction = "attention", seed: int = 0
         return torch.rand(*shape, generator=generator).argsort(dim=-1)
 
     channels = tuple(
-        BlockCurves(
+        RemovalCurves(
             qk=rising(block.head_dim, 0.02), v=rising(block.head_dim, 0.05), hidden=rising(block.num_hidden, 0.04),
             qk_order=order(block.num_heads, block.head_dim), v_order=order(block.num_heads, block.head_dim),
             hidden_order=order(block.num_hidden),
@@ -428,8 +430,8 @@ def invented(anatomy: Anatomy, kind: TokenReduction = "attention", seed: int = 0
     )  # fmt: skip
 
 
-def check_widths(plan: Plan, paces: Sequence[Pace]) -> None:
-    for block, each in zip(plan.blocks, paces, strict=True):
+def check_widths(plan: Plan, allowed_widths: Sequence[AllowedWidths]) -> None:
+    for block, each in zip(plan.blocks, allowed_widths, strict=True):
         assert (block.shape.qk_width, block.shape.v_width) in each.attention
         assert block.shape.num_hidden in each.hidden
 
@@ -440,13 +442,13 @@ def num_reductions(plan: Plan, num_patches: int) -> int:
 
 @pytest.mark.parametrize("token_share", [0.0, 0.3, 0.5])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_plan_of_all_blocks_has_the_widths_of_each_blocks_own_pace(token_share: float, seed: int) -> None:
+def test_a_plan_of_all_blocks_has_the_widths_that_its_block_may_have(token_share: float, seed: int) -> None:
     profile, whole = invented(MIDDLE, seed=seed), count_macs(MIDDLE, keep_all_plan(MIDDLE))
-    paces = [drawn_pace(10 * seed + index, head_dim=16, num_hidden=192) for index in range(4)]
+    allowed_widths = [drawn_widths(10 * seed + index, head_dim=16, num_hidden=192) for index in range(4)]
     narrowed = 0
     for share in (0.75, 0.85, 0.95, 1.0) if token_share == 0 else (0.3, 0.5, 0.7, 1.0):
-        plan = allocate(profile, MIDDLE, int(share * whole), token_share, paces)
-        check_widths(plan, paces)
+        plan = allocate(profile, MIDDLE, int(share * whole), token_share, allowed_widths)
+        check_widths(plan, allowed_widths)
         assert count_macs(MIDDLE, plan) <= share * whole
         narrowed += sum((block.shape.qk_width, block.shape.num_hidden) != (16, 192) for block in plan.blocks)
     assert narrowed
@@ -458,8 +460,8 @@ def test_the_longer_a_reduction_takes_the_fewer_blocks_reduce_tokens() -> None:
     a_block = whole // 4
     counts = {}
     for time in (0.0, 0.02, 0.1, 0.5, 2.0, 100.0):
-        paces = [replace(each, reduction=time * a_block) for each in by_eight]
-        plan = allocate(profile, MIDDLE, int(0.6 * whole), 0.5, paces)
+        allowed_widths = [replace(each, reduction=time * a_block) for each in by_eight]
+        plan = allocate(profile, MIDDLE, int(0.6 * whole), 0.5, allowed_widths)
         assert count_macs(MIDDLE, plan) <= 0.6 * whole  # of which the time of the reduction is no part
         counts[time] = num_reductions(plan, 49)
     assert list(counts.values()) == sorted(counts.values(), reverse=True)
@@ -470,39 +472,40 @@ def test_the_longer_a_reduction_takes_the_fewer_blocks_reduce_tokens() -> None:
 def test_multiply_adds_of_a_plan_are_those_of_its_widths_whatever_its_reductions_take() -> None:
     """A target that is reached with all the tokens is reached with the same plan, however long a reduction takes."""
     profile, whole = invented(MIDDLE), count_macs(MIDDLE, keep_all_plan(MIDDLE))
-    paces = [replace(multiples(block, 8), reduction=1e9) for block in MIDDLE.blocks]
-    never = [replace(each, reduction=0.0) for each in paces]
+    allowed_widths = [replace(multiples(block, 8), reduction=1e9) for block in MIDDLE.blocks]
+    never = [replace(each, reduction=0.0) for each in allowed_widths]
     none = replace(profile, token_reduction="none")
     for share in (0.6, 0.8, 1.0):
-        slow = allocate(profile, MIDDLE, int(share * whole), 0.5, paces)
+        slow = allocate(profile, MIDDLE, int(share * whole), 0.5, allowed_widths)
         without = allocate(none, MIDDLE, int(share * whole), 0.5, never)
         assert slow.blocks == without.blocks
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "obs"])
 @pytest.mark.parametrize("budgets", [(100.0, 100.0, 100.0), (10.0, 0.0, 20.0)])
-def test_a_cascade_has_the_widths_of_each_blocks_own_pace(criterion: str, budgets: tuple[float, ...]) -> None:
+def test_a_cascade_has_the_widths_that_its_block_may_have(criterion: str, budgets: tuple[float, ...]) -> None:
     model, probe, calibration = builders.toy_model(), builders.toy_images(60, seed=11), builders.toy_images(32, seed=12)
-    paces = tuple(drawn_pace(index) for index in range(3))
+    allowed_widths = tuple(drawn_widths(index) for index in range(3))
     settings = CascadeSettings(
-        drop_budget=budgets, target_macs=0, criterion=criterion, token_reduction="attention", paces=paces, num_levels=7,
-        batch_size=32,
+        drop_budget=budgets, target_macs=0, criterion=criterion, token_reduction="attention",
+        allowed_widths=allowed_widths, num_levels=7, batch_size=32,
     )  # fmt: skip
     result = cascade(model, probe, calibration, settings)
-    check_widths(result.plan, paces)
+    check_widths(result.plan, allowed_widths)
     assert all(drop <= budget + 1e-9 for drop, budget in zip(result.block_drops, budgets, strict=True))
     if min(budgets) == 100:  # as far as it goes
-        least = [(min(each.attention, key=sum), each.hidden[0]) for each in paces]
+        least = [(min(each.attention, key=sum), each.hidden[0]) for each in allowed_widths]
         shapes = [block.shape for block in result.plan.blocks]
         assert [((shape.qk_width, shape.v_width), shape.num_hidden) for shape in shapes] == least
 
 
 def test_a_cascade_that_is_offered_the_dense_widths_alone_prunes_heads_and_tokens_alone() -> None:
     model, images = builders.toy_model(), builders.toy_images(40, seed=3)
-    paces = tuple(multiples(block, 96) for block in examine(model).blocks)
+    allowed_widths = tuple(multiples(block, 96) for block in examine(model).blocks)
     result = cascade(
         model, images, images,
-        CascadeSettings(drop_budget=(100.0,) * 3, target_macs=0, criterion="magnitude", paces=paces, num_levels=4),
+        CascadeSettings(drop_budget=(100.0,) * 3, target_macs=0, criterion="magnitude", allowed_widths=allowed_widths,
+                        num_levels=4),
     )  # fmt: skip
     for block in result.plan.blocks:
         assert (block.shape.qk_width, block.shape.v_width, block.shape.num_hidden) == (8, 8, 96)

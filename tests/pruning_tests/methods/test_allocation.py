@@ -16,7 +16,7 @@ from torch import Tensor
 from pruning.data import Images
 from pruning.errors import SettingError
 from pruning.measure.cost import count_macs
-from pruning.measure.widths import Pace, multiples
+from pruning.measure.widths import AllowedWidths, multiples
 from pruning.methods.allocation import (
     SHARES,
     Profile,
@@ -31,7 +31,7 @@ from pruning.model.anatomy import Anatomy, BlockAnatomy, blocks_of, classify, em
 from pruning.model.surgery import apply_plan, check_plan, keep_all_block, keep_all_plan
 from pruning.model.tokens import Schedule, schedule
 from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, Plan, TokenReduction
-from pruning.scores.curves import BlockCurves
+from pruning.scores.curves import RemovalCurves
 from tests.pruning_tests import builders
 
 T = TypeVar("T")
@@ -45,13 +45,13 @@ def of_widths(depth: int, **widths: Any) -> Anatomy:
 TINY = of_widths(2, width=8, num_heads=2, head_dim=4, num_hidden=8, num_patches=4)
 """Two blocks of few widths: all plans can be tried."""
 
-UNEVEN = Pace(attention=((1, 2), (4, 1), (3, 3), (4, 4)), hidden=(1, 5, 6, 8))
+UNEVEN = AllowedWidths(attention=((1, 2), (4, 1), (3, 3), (4, 4)), hidden=(1, 5, 6, 8))
 
 MIDDLE = of_widths(4, num_hidden=48, head_dim=16, num_patches=49)
 WHOLE = keep_all_block(MIDDLE.blocks[0])
 
 
-def paces(anatomy: Anatomy, round_to: int) -> list[Pace]:
+def allowed_widths(anatomy: Anatomy, round_to: int) -> list[AllowedWidths]:
     return [multiples(block, round_to) for block in anatomy.blocks]
 
 
@@ -72,7 +72,7 @@ def invented(anatomy: Anatomy, *, seed: int = 0, kind: TokenReduction = "lfe") -
     for block in anatomy.blocks:
         worth = float(10 ** (-1 - torch.rand((), generator=generator)))
         channels.append(
-            BlockCurves(
+            RemovalCurves(
                 qk=rising(block.head_dim, generator, worth / 2),
                 v=rising(block.head_dim, generator, worth),
                 hidden=rising(block.num_hidden, generator, worth / 3),
@@ -116,7 +116,7 @@ def slow_cost(profile: Profile, anatomy: Anatomy, plan: Plan, token_share: float
     return total
 
 
-def every_plan(anatomy: Anatomy, profile: Profile, pace: Pace) -> list[Plan]:
+def every_plan(anatomy: Anatomy, profile: Profile, allowed: AllowedWidths) -> list[Plan]:
     def block(dense: BlockAnatomy, pair: tuple[int, int], units: int, tokens: int) -> BlockPlan:
         return BlockPlan(
             keep_heads=tuple(range(dense.num_heads)),
@@ -130,7 +130,7 @@ def every_plan(anatomy: Anatomy, profile: Profile, pace: Pace) -> list[Plan]:
     blocks = [
         [
             block(dense, *each)
-            for each in product(pace.attention, pace.hidden, range(least[dense], dense.num_patches + 1))
+            for each in product(allowed.attention, allowed.hidden, range(least[dense], dense.num_patches + 1))
         ]
         for dense in anatomy.blocks
     ]
@@ -147,15 +147,15 @@ def every_plan(anatomy: Anatomy, profile: Profile, pace: Pace) -> list[Plan]:
 @pytest.mark.parametrize("token_share", [0.3, 0.5])
 @pytest.mark.parametrize("kind", ["lfe", "attention"])
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("pace", [multiples(TINY.blocks[0], 2), UNEVEN], ids=["multiples", "uneven"])
+@pytest.mark.parametrize("allowed", [multiples(TINY.blocks[0], 2), UNEVEN], ids=["multiples", "uneven"])
 def test_at_a_price_no_plan_undercuts_cost_plus_price_times_macs(
-    kind: TokenReduction, token_share: float, seed: int, pace: Pace
+    kind: TokenReduction, token_share: float, seed: int, allowed: AllowedWidths
 ) -> None:
     profile = invented(TINY, seed=seed, kind=kind)
-    plans = every_plan(TINY, profile, pace)
+    plans = every_plan(TINY, profile, allowed)
     costs = torch.tensor([slow_cost(profile, TINY, plan, token_share) for plan in plans], dtype=torch.float64)
     macs = torch.tensor([count_macs(TINY, plan) for plan in plans], dtype=torch.float64)
-    search, shapes = _Search(profile, TINY, token_share, [pace] * 2), set()
+    search, shapes = _Search(profile, TINY, token_share, [allowed] * 2), set()
     for price in (0.0, 1e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 1e-2):
         plan = search.plan(price)
         total = slow_cost(profile, TINY, plan, token_share) + price * count_macs(TINY, plan)
@@ -165,7 +165,7 @@ def test_at_a_price_no_plan_undercuts_cost_plus_price_times_macs(
 
     # So no plan of any price that is within a target is better than what `allocate` gives for it.
     for target in torch.linspace(float(macs.min()) + 1, float(macs.max()), 7).int().tolist():
-        plan = allocate(profile, TINY, target, token_share, [pace] * 2)
+        plan = allocate(profile, TINY, target, token_share, [allowed] * 2)
         own, size = slow_cost(profile, TINY, plan, token_share), count_macs(TINY, plan)
         assert size <= target
         assert own <= min(cost for hull_size, cost in hull_points(macs, costs) if hull_size <= target) + 1e-9
@@ -239,9 +239,9 @@ def lower_hull(macs: Tensor, costs: Tensor, target: float) -> float:
 @pytest.mark.parametrize(("kind", "token_share"), [("lfe", 0.0), ("lfe-merge", 0.3), ("lfe", 0.5), ("merge", 1.0)])
 def test_no_random_plan_of_the_same_size_costs_less(kind: TokenReduction, token_share: float) -> None:
     profile, generator = invented(MIDDLE, seed=3, kind=kind), torch.Generator().manual_seed(0)
-    search = _Search(profile, MIDDLE, token_share, paces(MIDDLE, 8))
+    search = _Search(profile, MIDDLE, token_share, allowed_widths(MIDDLE, 8))
     found = [
-        allocate(profile, MIDDLE, int(share * whole_macs(MIDDLE)), token_share, paces(MIDDLE, 8))
+        allocate(profile, MIDDLE, int(share * whole_macs(MIDDLE)), token_share, allowed_widths(MIDDLE, 8))
         for share in torch.linspace(0.35, 0.98, 25).tolist()
         if token_share > 0 or share > 0.55
     ]
@@ -268,8 +268,8 @@ def drawn(search: _Search, generator: torch.Generator) -> Plan:
         return grid[int(torch.randint(len(grid), (), generator=generator))]
 
     blocks, entering = [], search.anatomy.blocks[0].num_patches
-    for dense, pace in zip(search.anatomy.blocks, search.paces, strict=True):
-        qk, v = some(pace.attention)
+    for dense, allowed in zip(search.anatomy.blocks, search.allowed_widths, strict=True):
+        qk, v = some(allowed.attention)
         stays = float(torch.rand((), generator=generator)) < 0.4
         entering = entering if stays else some([count for count in search.counts if count <= entering])
         blocks.append(
@@ -277,7 +277,7 @@ def drawn(search: _Search, generator: torch.Generator) -> Plan:
                 keep_all_block(dense, entering),
                 keep_qk=(tuple(range(qk)),) * dense.num_heads,
                 keep_v=(tuple(range(v)),) * dense.num_heads,
-                keep_hidden=tuple(range(some(pace.hidden))),
+                keep_hidden=tuple(range(some(allowed.hidden))),
             )
         )
     return Plan(blocks=tuple(blocks), token_reduction=search.profile.token_reduction)
@@ -306,7 +306,7 @@ def test_targets_are_met_closely_and_more_multiply_adds_never_cost_more(
 
 @pytest.mark.parametrize("target", [1.0, 1.5])
 def test_where_all_fits_all_stays(target: float) -> None:
-    plan = allocate(invented(MIDDLE), MIDDLE, int(target * whole_macs(MIDDLE)), 0.5, paces(MIDDLE, 8))
+    plan = allocate(invented(MIDDLE), MIDDLE, int(target * whole_macs(MIDDLE)), 0.5, allowed_widths(MIDDLE, 8))
     assert plan.blocks == keep_all_plan(MIDDLE).blocks
 
 
@@ -328,7 +328,9 @@ def test_token_share_0_keeps_all_tokens_and_1_all_channels_and_between_tokens_go
 def test_widths_are_multiples_of_round_to_or_whole(round_to: int) -> None:
     seen = set()
     for share in (0.4, 0.5, 0.7, 0.9):
-        plan = allocate(invented(MIDDLE), MIDDLE, int(share * whole_macs(MIDDLE)), 0.4, paces(MIDDLE, round_to))
+        plan = allocate(
+            invented(MIDDLE), MIDDLE, int(share * whole_macs(MIDDLE)), 0.4, allowed_widths(MIDDLE, round_to)
+        )
         for block in plan.blocks:
             shape = block.shape
             for width, most in ((shape.qk_width, 16), (shape.v_width, 16), (shape.num_hidden, 48)):
@@ -339,7 +341,7 @@ def test_widths_are_multiples_of_round_to_or_whole(round_to: int) -> None:
 
 def test_channels_that_stay_are_the_last_of_the_orders() -> None:
     profile = invented(MIDDLE)
-    plan = allocate(profile, MIDDLE, int(0.5 * whole_macs(MIDDLE)), 0.5, paces(MIDDLE, 4))
+    plan = allocate(profile, MIDDLE, int(0.5 * whole_macs(MIDDLE)), 0.5, allowed_widths(MIDDLE, 4))
     narrowed = 0
     for curves, block in zip(profile.channels, plan.blocks, strict=True):
         shape = block.shape
@@ -360,7 +362,7 @@ def test_a_model_with_qk_norm_keeps_its_query_key_channels() -> None:
 
 @pytest.mark.parametrize("token_share", [0.0, 0.5, 1.0])
 def test_a_target_that_no_plan_reaches_is_refused_and_the_least_one_named(token_share: float) -> None:
-    profile, by_eight = invented(MIDDLE), paces(MIDDLE, 8)
+    profile, by_eight = invented(MIDDLE), allowed_widths(MIDDLE, 8)
     with pytest.raises(SettingError, match="no plan has 1000 multiply-adds or fewer") as refused:
         allocate(profile, MIDDLE, 1000, token_share, by_eight)
     least = int(str(refused.value).split()[-1])
@@ -383,7 +385,7 @@ def test_the_prediction_is_the_sum_over_units_and_removals() -> None:
     profile = invented(MIDDLE, seed=5)
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
-        plan = drawn(_Search(profile, MIDDLE, 0.5, paces(MIDDLE, 8)), generator)
+        plan = drawn(_Search(profile, MIDDLE, 0.5, allowed_widths(MIDDLE, 8)), generator)
         expected = slow_cost(profile, MIDDLE, plan, 0.5)
         assert sum(map(sum, block_costs(profile, MIDDLE, plan))) == pytest.approx(expected, rel=1e-9)
 

@@ -16,15 +16,15 @@ from pruning.errors import SettingError
 from pruning.measure.accuracy import predict
 from pruning.measure.cost import count_macs
 from pruning.measure.widths import multiples
-from pruning.methods.cascade import CascadeResult, CascadeSettings, Walk, cascade
-from pruning.methods.prefix_cache import Threshold, Walks
+from pruning.methods.cascade import CascadeResult, CascadeSettings, CascadeState, cascade
+from pruning.methods.prefix_cache import PrefixCache, Threshold
 from pruning.model.anatomy import blocks_of, embed, examine, with_blocks
 from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
 from pruning.plan import TOKEN_REDUCTIONS, Plan, TokenReduction
 from pruning.repair.compensation import repaired_model
 from pruning.repair.sensitivity import measure_sensitivity
 from pruning.scores import lfs
-from pruning.scores.channel import ChannelScores, Scene
+from pruning.scores.channel import ChannelScores, ScoringInput
 from pruning.scores.criteria import CRITERIA
 from pruning.spectrum import low_pass
 from tests.pruning_tests import builders
@@ -218,7 +218,7 @@ def test_each_block_drops_the_channels_of_least_score_on_filtered_images(alpha: 
         dense = list(blocks_of(model)[index:])
         with torch.no_grad():
             x = dense[0](x)
-        scene = Scene(
+        scene = ScoringInput(
             model=model, anatomy=examine(model).blocks[index], index=index, blocks=dense, x=x, x_low=low,
             targets=x[:, 0], labels=labels, alpha=alpha, batch_size=64, precision="float32", seed=0,
             flow=None,  # type: ignore[arg-type]  # LFS does not look at it
@@ -251,8 +251,8 @@ def test_every_criterion_and_token_reduction_keeps_to_its_budgets(
     criterion: str, token_reduction: TokenReduction
 ) -> None:
     model, budgets = builders.toy_model(), (6.0, 0.0, 12.0)
-    paces = tuple(multiples(block, 2) for block in examine(model).blocks)
-    given = settings(*budgets, criterion=criterion, token_reduction=token_reduction, paces=paces)
+    allowed_widths = tuple(multiples(block, 2) for block in examine(model).blocks)
+    given = settings(*budgets, criterion=criterion, token_reduction=token_reduction, allowed_widths=allowed_widths)
     result = cascade(model, PROBE, CALIBRATION, given)
     assert all(drop <= budget + 1e-9 for drop, budget in zip(result.block_drops, budgets, strict=True))
     assert num_correct(model) - num_correct(result.model) == round(sum(result.block_drops) * len(PROBE) / 100)
@@ -278,7 +278,7 @@ def test_top_down_keeps_to_its_budgets_on_models_that_are_dense_below_and_pruned
 ) -> None:
     model, budgets, probed = builders.toy_model(), (6.0, 0.0, 12.0), []
 
-    def watched(scene: Scene) -> ChannelScores:
+    def watched(scene: ScoringInput) -> ChannelScores:
         probed.append((scene.index, len(scene.blocks)))
         below = embed(model, next(CALIBRATION.batches(len(CALIBRATION)))[0])
         with torch.no_grad():
@@ -332,14 +332,14 @@ def test_top_down_with_a_token_reduction_is_refused() -> None:
         cascade(builders.toy_model(), PROBE, CALIBRATION, settings(1, 1, 1, order="top-down"))
 
 
-class Watched(Walks[Walk]):
+class Watched(PrefixCache[CascadeState]):
     """Tells where each cascade began: after so many blocks, or -1 for anew."""
 
     def __init__(self, max_bytes: int = 10**9) -> None:
         super().__init__(max_bytes)
         self.starts: list[int] = []
 
-    def farthest(self, settings: Hashable, thresholds: Sequence[Threshold]) -> Walk | None:
+    def farthest(self, settings: Hashable, thresholds: Sequence[Threshold]) -> CascadeState | None:
         found = super().farthest(settings, thresholds)
         self.starts.append(-1 if found is None else len(found.built))
         return found
@@ -370,31 +370,34 @@ SERIES: list[tuple[tuple[float, ...], dict[str, Any], int]] = [
 
 
 def test_cascades_that_go_on_from_earlier_ones_give_what_they_give_alone() -> None:
-    model, walks = builders.toy_model(), Watched()
+    model, prefix_cache = builders.toy_model(), Watched()
     for budgets, other, _ in SERIES:
         given = settings(*budgets, **other)
-        found = cascade(model, PROBE, CALIBRATION, given, walks=walks)
+        found = cascade(model, PROBE, CALIBRATION, given, prefix_cache=prefix_cache)
         assert same(found, cascade(model, PROBE, CALIBRATION, given))
         with torch.no_grad():
             for parameter in found.model.parameters():  # nothing that is kept
                 parameter.fill_(3)
-    assert walks.starts == [start for *_, start in SERIES]
+    assert prefix_cache.starts == [start for *_, start in SERIES]
 
 
 def test_a_model_cut_at_another_exit_begins_anew() -> None:
-    walks = Watched()
+    prefix_cache = Watched()
     for depth in (2, 3):
-        cascade(builders.toy_model(depth=depth), PROBE, CALIBRATION, settings(*[3.0] * depth), walks=walks)
-    assert walks.starts == [-1, -1]
+        cascade(
+            builders.toy_model(depth=depth), PROBE, CALIBRATION, settings(*[3.0] * depth), prefix_cache=prefix_cache
+        )
+    assert prefix_cache.starts == [-1, -1]
 
 
 def test_walks_too_large_to_keep_change_nothing() -> None:
-    walks = Watched(1000)
+    prefix_cache = Watched(1000)
     one, other = (
-        cascade(builders.toy_model(), PROBE, CALIBRATION, settings(5, 3, 5), walks=each) for each in (walks, walks)
+        cascade(builders.toy_model(), PROBE, CALIBRATION, settings(5, 3, 5), prefix_cache=each)
+        for each in (prefix_cache, prefix_cache)
     )
     assert same(one, other)
-    assert (walks.starts, walks.num_bytes) == ([-1, -1], 0)
+    assert (prefix_cache.starts, prefix_cache.num_bytes) == ([-1, -1], 0)
 
 
 def test_a_sensitivity_that_is_given_is_taken() -> None:

@@ -1,10 +1,10 @@
-"""What walks remember, against asking all over again."""
+"""What prefix_cache remember, against asking all over again."""
 
 from __future__ import annotations
 
 import random
 
-from pruning.methods.prefix_cache import Threshold, Walks
+from pruning.methods.prefix_cache import PrefixCache, Threshold
 
 
 def asked(value: float, others: list[int]) -> tuple[Threshold, list[bool]]:
@@ -21,38 +21,38 @@ def test_a_threshold_knows_which_numbers_would_have_given_the_same_answers() -> 
         assert same == [value for value in range(10) if threshold.low <= value < threshold.high]
 
 
-def walk(walks: Walks[str], target: float, steps: int, *, num_bytes: int = 1, settings: str = "a") -> None:
+def walk(prefix_cache: PrefixCache[str], target: float, steps: int, *, num_bytes: int = 1, settings: str = "a") -> None:
     """Asks the target for 10, 20, ... and keeps the state after each step."""
     threshold = Threshold(target)
     for step in range(steps):
         threshold.reaches(10 * (step + 1))
-        walks.keep(settings, [threshold], step, f"{target} after {step}", num_bytes)
+        prefix_cache.keep(settings, [threshold], step, f"{target} after {step}", num_bytes)
 
 
 def test_the_state_after_the_most_steps_that_are_the_same_is_found() -> None:
-    walks = Walks[str](100)
-    walk(walks, 25, 4)  # 10 and 20 are reached, 30 and 40 are not
+    prefix_cache = PrefixCache[str](100)
+    walk(prefix_cache, 25, 4)  # 10 and 20 are reached, 30 and 40 are not
     for target, expected in ((27, "25 after 3"), (35, "25 after 1"), (15, "25 after 0"), (5, None)):
-        assert walks.farthest("a", [Threshold(target)]) == expected
-    assert walks.farthest("b", [Threshold(25)]) is None
+        assert prefix_cache.farthest("a", [Threshold(target)]) == expected
+    assert prefix_cache.farthest("b", [Threshold(25)]) is None
 
 
 def test_a_threshold_that_goes_on_from_a_state_knows_what_was_asked_before() -> None:
-    walks = Walks[str](100)
-    walk(walks, 25, 4)
+    prefix_cache = PrefixCache[str](100)
+    walk(prefix_cache, 25, 4)
     threshold = Threshold(27)
-    walks.farthest("a", [threshold])
+    prefix_cache.farthest("a", [threshold])
     assert (threshold.low, threshold.high) == (20, 30)
 
 
 def test_what_was_used_last_is_kept_within_the_bytes() -> None:
-    walks = Walks[str](10)
+    prefix_cache = PrefixCache[str](10)
     for number, settings in enumerate("abc"):
-        walk(walks, 5, 1, num_bytes=5, settings=settings)
-        assert walks.num_bytes == 5 * min(number + 1, 2)
-        walks.farthest("b", [Threshold(5)])
-    assert [walks.farthest(settings, [Threshold(5)]) is None for settings in "abc"] == [True, False, False]
-    walk(walks, 5, 1, num_bytes=5, settings="d")
-    assert walks.farthest("b", [Threshold(5)]) is None  # c was looked for later
-    walk(walks, 5, 1, num_bytes=11, settings="e")
-    assert walks.num_bytes == 0
+        walk(prefix_cache, 5, 1, num_bytes=5, settings=settings)
+        assert prefix_cache.num_bytes == 5 * min(number + 1, 2)
+        prefix_cache.farthest("b", [Threshold(5)])
+    assert [prefix_cache.farthest(settings, [Threshold(5)]) is None for settings in "abc"] == [True, False, False]
+    walk(prefix_cache, 5, 1, num_bytes=5, settings="d")
+    assert prefix_cache.farthest("b", [Threshold(5)]) is None  # c was looked for later
+    walk(prefix_cache, 5, 1, num_bytes=11, settings="e")
+    assert prefix_cache.num_bytes == 0

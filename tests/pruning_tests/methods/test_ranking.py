@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pruning.measure.cost import block_macs
-from pruning.measure.widths import Pace, multiples
-from pruning.methods.ranking import Ranking, fit_heads, top
+from pruning.measure.widths import AllowedWidths, multiples
+from pruning.methods.ranking import Ranking, fit_heads, top_indices
 from pruning.model.anatomy import examine
 from pruning.model.surgery import apply_plan
 from pruning.plan import BlockPlan, BlockShape, Plan
@@ -157,7 +157,7 @@ def test_ties_go_by_position_and_always_alike() -> None:
     assert plans[0] == BlockPlan(
         keep_heads=(0, 1, 2), keep_qk=((0,),) * 3, keep_v=((0,),) * 3, keep_hidden=tuple(range(94)), num_tokens=16
     )
-    assert top(torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0]), 2) == (1, 2)
+    assert top_indices(torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0]), 2) == (1, 2)
 
 
 def test_a_block_whose_scores_are_all_zero_is_still_planned() -> None:
@@ -207,9 +207,9 @@ def test_channels_that_rounding_adds_are_paid_for() -> None:
     assert fit_heads(qk, v, 1, 1, any_width, price=4.5) == ((0, 1), 1, 1)
 
 
-def test_widths_are_the_least_that_the_pace_has_and_need_be_no_multiples() -> None:
+def test_widths_are_the_least_that_are_allowed_and_need_be_no_multiples() -> None:
     qk = v = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
-    pace = Pace(attention=((1, 4), (3, 2), (4, 4)), hidden=(5, 7, HIDDEN))
+    allowed = AllowedWidths(attention=((1, 4), (3, 2), (4, 4)), hidden=(5, 7, HIDDEN))
     asked = {
         (1, 1): (1, 4),
         (2, 1): (3, 2),
@@ -217,14 +217,14 @@ def test_widths_are_the_least_that_the_pace_has_and_need_be_no_multiples() -> No
         (2, 3): (4, 4),
         (4, 1): (4, 4),
     }  # 3 + 2 is as much as 1 + 4
-    assert {pair: fit_heads(qk, v, *pair, pace)[1:] for pair in asked} == asked
-    ranking = Ranking(random_scores(0), ANATOMY, TOKENS, TOKENS, replace(pace, attention=((D, D),)))
+    assert {pair: fit_heads(qk, v, *pair, allowed)[1:] for pair in asked} == asked
+    ranking = Ranking(random_scores(0), ANATOMY, TOKENS, TOKENS, replace(allowed, attention=((D, D),)))
     assert ranking.plan(ranking.max_removed, 16).shape.num_hidden == 5
 
 
 def test_top_keeps_the_largest_in_ascending_order() -> None:
-    assert top(torch.tensor([0.1, 0.9, 0.5, 0.7]), 3) == (1, 2, 3)
-    assert top(torch.tensor([0.1, 0.9]), 1) == (1,)
+    assert top_indices(torch.tensor([0.1, 0.9, 0.5, 0.7]), 3) == (1, 2, 3)
+    assert top_indices(torch.tensor([0.1, 0.9]), 1) == (1,)
 
 
 def test_normalised_queries_and_keys_stay_whole() -> None:

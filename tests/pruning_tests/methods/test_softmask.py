@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pruning.errors import SettingError, VitfrontError
 from pruning.measure.cost import count_macs
-from pruning.measure.widths import Pace, multiples
+from pruning.measure.widths import AllowedWidths, multiples
 from pruning.methods.softmask import SoftMaskSettings, SoftMaskTraining, _above, folded, weighted_mean
 from pruning.model.anatomy import blocks_of, classify, embed, examine
 from pruning.model.gates import BlockGates, FixedGates, GatedBlock, gates_of_plan
@@ -99,12 +99,14 @@ def test_the_smaller_model_does_what_the_trained_one_does_with_the_gates_that_st
 # The choice
 
 
-def brute_force(gates: BlockGates, pace: Pace, of_channels: float, of_hidden: float) -> tuple[float, BlockPlan]:
+def brute_force(
+    gates: BlockGates, allowed: AllowedWidths, of_channels: float, of_hidden: float
+) -> tuple[float, BlockPlan]:
     """Of all choices of heads, widths and channels the one with the largest sum of |gate| - threshold."""
     num_heads, head_dim = gates.qk.shape
     best: tuple[float, BlockPlan] | None = None
     for count, (qk_width, v_width), num_hidden in itertools.product(
-        range(1, num_heads + 1), pace.attention, pace.hidden
+        range(1, num_heads + 1), allowed.attention, allowed.hidden
     ):
         for heads in itertools.combinations(range(num_heads), count):
             chosen = [
@@ -144,9 +146,9 @@ def test_the_choice_is_that_of_brute_force(threshold: float, round_to: int, seed
         v=torch.randn(3, 3, generator=generator),
         hidden=torch.randn(5, generator=generator),
     )
-    pace = multiples(anatomy, round_to)
-    _, plan = brute_force(gates, pace, threshold, 0.5 * threshold)
-    assert _above(gates, anatomy, pace, threshold, 0.5 * threshold) == plan
+    allowed = multiples(anatomy, round_to)
+    _, plan = brute_force(gates, allowed, threshold, 0.5 * threshold)
+    assert _above(gates, anatomy, allowed, threshold, 0.5 * threshold) == plan
 
 
 def test_where_all_heads_keep_equally_many_it_is_what_lies_above_one_threshold() -> None:
@@ -172,7 +174,7 @@ def test_what_a_large_step_of_the_heads_leaves_of_the_target_is_filled_with_hidd
             gates.qk.fill_(0.5)
             gates.v.fill_(0.5)
             gates.hidden.copy_(torch.rand(gates.hidden.shape, generator=generator))
-    plan = training._settled()
+    plan = training._plan_at_target()
     assert {block.shape.v_width * block.shape.num_heads for block in plan.blocks} == {1}
     assert 0.49 <= count_macs(training.anatomy, plan) / training.whole <= 0.5
     kept = [gates.hidden[list(block.keep_hidden)] for gates, block in zip(training.gates, plan.blocks, strict=True)]
@@ -200,14 +202,14 @@ def test_target_is_hit_from_below_within_a_hundredth(family: str, target: float)
     assert learned.model(batch_of(family)).isfinite().all()
 
 
-def test_widths_are_those_of_the_pace() -> None:
+def test_widths_are_those_that_are_allowed() -> None:
     model = builders.toy_model()
-    paces = [multiples(block, 4) for block in examine(model).blocks]
-    learned = trained(model, paces=paces).finish()
+    allowed_widths = [multiples(block, 4) for block in examine(model).blocks]
+    learned = trained(model, allowed_widths=allowed_widths).finish()
     assert count_macs(examine(model), learned.plan) <= 0.6 * count_macs(examine(model), keep_all_plan(examine(model)))
-    for block, pace in zip(learned.plan.blocks, paces, strict=True):
-        assert (block.shape.qk_width, block.shape.v_width) in pace.attention
-        assert block.shape.num_hidden in pace.hidden
+    for block, allowed in zip(learned.plan.blocks, allowed_widths, strict=True):
+        assert (block.shape.qk_width, block.shape.v_width) in allowed.attention
+        assert block.shape.num_hidden in allowed.hidden
 
 
 # Training

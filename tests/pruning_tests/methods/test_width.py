@@ -148,7 +148,7 @@ def test_the_end_is_at_the_target_wherever_the_thresholds_stand(seed: int) -> No
     for gates in training.gates:
         for threshold in gates.thresholds.values():
             threshold.data.fill_(torch.randn((), generator=generator) * [3.0, 60.0][seed % 2])
-    share = training._size(training._settled()) / training.whole
+    share = training._size(training._plan_at_target()) / training.whole
     assert SETTINGS.target_ratio - 0.01 <= share <= SETTINGS.target_ratio
 
 
@@ -197,13 +197,13 @@ def test_the_dense_model_is_left_as_it_was() -> None:
     assert builders.same_state(model, before)
 
 
-def test_widths_are_those_of_the_pace() -> None:
+def test_widths_are_those_that_are_allowed() -> None:
     anatomy = examine(builders.toy_model())
-    paces = [multiples(block, 4) for block in anatomy.blocks]
-    _, (learned,) = trained(replace(SETTINGS, target_ratio=0.5), paces=paces)
-    for block, pace in zip(learned.plan.blocks, paces, strict=True):
-        assert (block.shape.qk_width, block.shape.v_width) in pace.attention
-        assert block.shape.num_hidden in pace.hidden
+    allowed_widths = [multiples(block, 4) for block in anatomy.blocks]
+    _, (learned,) = trained(replace(SETTINGS, target_ratio=0.5), allowed_widths=allowed_widths)
+    for block, allowed in zip(learned.plan.blocks, allowed_widths, strict=True):
+        assert (block.shape.qk_width, block.shape.v_width) in allowed.attention
+        assert block.shape.num_hidden in allowed.hidden
 
 
 @pytest.mark.parametrize("stop_after", [1, 2])

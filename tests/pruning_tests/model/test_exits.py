@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pruning.errors import PlanError
 from pruning.measure.accuracy import predict, top1
 from pruning.model.anatomy import blocks_of, classify, embed, examine
-from pruning.model.exits import fit_exits, tail_of, truncate
+from pruning.model.exits import exit_head_of, fit_exits, truncate
 from tests.pruning_tests import builders
 
 IMAGES, OTHERS = builders.toy_images(200, seed=21), builders.toy_images(160, seed=22)
@@ -41,7 +41,7 @@ def test_a_truncated_model_runs_its_first_blocks_and_its_tail(family: str, exit_
 def test_the_tail_is_every_parameter_after_the_blocks(family: str) -> None:
     model = builders.model(family)
     before = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.", "blocks.")
-    assert tail_of(model).keys() == {name for name in model.state_dict() if not name.startswith(before)}
+    assert exit_head_of(model).keys() == {name for name in model.state_dict() if not name.startswith(before)}
 
 
 @pytest.mark.parametrize("family", ["vit", "distilled", "average_pooling"])
@@ -75,7 +75,7 @@ def test_fitting_exits_leaves_the_model_and_all_but_the_tail_as_they_were(family
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     shorter, plain = truncate(model, 2, head).state_dict(), truncate(model, 2).state_dict()
     other = {name for name in plain if not torch.equal(shorter[name], plain[name])}
-    assert other == set(head) == set(tail_of(model))
+    assert other == set(head) == set(exit_head_of(model))
 
 
 def test_the_same_seed_gives_the_same_heads_and_one_exit_does_not_change_another() -> None:
@@ -92,9 +92,9 @@ def test_a_truncated_model_shares_no_memory() -> None:
     model = builders.model()
     before = builders.state(model)
     with torch.no_grad():
-        for parameter in truncate(model, 2, tail_of(model)).parameters():
+        for parameter in truncate(model, 2, exit_head_of(model)).parameters():
             parameter.fill_(5)
-    for tensor in tail_of(model).values():
+    for tensor in exit_head_of(model).values():
         tensor.fill_(5)
     assert builders.same_state(model, before)
 

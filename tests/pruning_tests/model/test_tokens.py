@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pruning.model.anatomy import Anatomy, BlockAnatomy, blocks_of, examine
 from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
-from pruning.model.tokens import REDUCERS, Clues, Reduced, Reducer, class_attention, merges, schedule
+from pruning.model.tokens import REDUCERS, AttentionState, Reduced, Reducer, class_attention, merges, schedule
 from pruning.plan import TOKEN_REDUCTIONS, Plan, TokenReduction
 from tests.pruning_tests import builders, reference
 
@@ -35,13 +35,13 @@ def stream(count: int, *, images: int = 3, width: int = 6, seed: int = 0) -> Ten
     return torch.randn(images, count, width, generator=torch.Generator().manual_seed(seed))
 
 
-def clues_of(q: Tensor, k: Tensor, size: Tensor | None = None) -> Clues:
+def clues_of(q: Tensor, k: Tensor, size: Tensor | None = None) -> AttentionState:
     logits = SCALE * q @ k.transpose(-2, -1)
     logits = logits if size is None else logits + size.log().transpose(1, 2)[:, None]
-    return Clues(q=q, k=k, scale=SCALE, size=size, attention=logits.softmax(dim=-1))
+    return AttentionState(q=q, k=k, scale=SCALE, size=size, attention=logits.softmax(dim=-1))
 
 
-def clues(count: int, *, images: int = 3, heads: int = 2, size: Tensor | None = None, seed: int = 1) -> Clues:
+def clues(count: int, *, images: int = 3, heads: int = 2, size: Tensor | None = None, seed: int = 1) -> AttentionState:
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, images, heads, count, 5, generator=generator)
     return clues_of(q, k, size)

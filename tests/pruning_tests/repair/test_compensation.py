@@ -21,9 +21,9 @@ from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, Plan, TokenReduction
 from pruning.repair.compensation import (
     PATCH_SAMPLES,
     RIDGES,
-    Flow,
+    CalibrationStream,
     _Second,
-    power,
+    matrix_power,
     regression,
     repaired_model,
     samples,
@@ -50,10 +50,10 @@ def edited(model: nn.Module, block: BlockPlan, index: int = 1) -> Plan:
 
 def flow_at(
     model: nn.Module, index: int, images: Images, kind: TokenReduction = "lfe", *, batch_size: int = 64
-) -> Flow:
+) -> CalibrationStream:
     """All blocks before are whole."""
     sensitivity = measure_sensitivity(model, images, batch_size=batch_size)
-    flow = Flow(model, images, sensitivity, token_reduction=kind, cutoff_token=0.85, batch_size=batch_size)
+    flow = CalibrationStream(model, images, sensitivity, token_reduction=kind, cutoff_token=0.85, batch_size=batch_size)
     for block in blocks_of(model)[:index]:
         flow.advance(block)
     return flow
@@ -249,7 +249,7 @@ def test_logit_factors_share_the_strength_between_queries_and_keys_the_strongest
     assert strength.shape == (3, 8) and (strength.diff(dim=1) <= 0).all() and (strength >= 0).all()
 
 
-def strengths(flow: Flow, q: Tensor, k: Tensor) -> Tensor:
+def strengths(flow: CalibrationStream, q: Tensor, k: Tensor) -> Tensor:
     """(H, D): how much each of the factors' combinations counts, on the flow's own queries and keys (B, H, N, D)."""
     weights = flow.sensitivity[flow.index].mid.token_weights(q.shape[2], flow.anatomy.num_prefix_tokens).double()
     centred = k - k.mean(dim=2, keepdim=True)
@@ -378,9 +378,11 @@ def test_features_that_never_vary_give_no_slope_or_a_finite_one() -> None:
 def test_powers_of_a_matrix_of_full_rank_are_those_of_its_eigenvalues() -> None:
     root = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     matrix = root @ root.T + torch.eye(5)
-    torch.testing.assert_close(power(matrix, 0.5) @ power(matrix, 0.5), matrix)
-    torch.testing.assert_close(power(matrix, -0.5) @ matrix @ power(matrix, -0.5), torch.eye(5, dtype=torch.float64))
-    assert power(torch.zeros(3, 3, dtype=torch.float64), -0.5).isfinite().all()
+    torch.testing.assert_close(matrix_power(matrix, 0.5) @ matrix_power(matrix, 0.5), matrix)
+    torch.testing.assert_close(
+        matrix_power(matrix, -0.5) @ matrix @ matrix_power(matrix, -0.5), torch.eye(5, dtype=torch.float64)
+    )
+    assert matrix_power(torch.zeros(3, 3, dtype=torch.float64), -0.5).isfinite().all()
 
 
 # Samples
@@ -478,7 +480,7 @@ def test_the_second_mlp_layer_regresses_what_it_loses_and_what_the_stream_has_lo
     metric = gain.double()[:, None] * place.metric * gain.double()
     for seed in range(6):
         plans = builders.plan(anatomy, seed=seed).blocks
-        flow = Flow(model, images, sensitivity, token_reduction="lfe", cutoff_token=0.85)
+        flow = CalibrationStream(model, images, sensitivity, token_reduction="lfe", cutoff_token=0.85)
         first = flow.repaired(plans[0]).block
         flow.advance(first)
         slim: Any = flow.repaired(replace(plans[1], keep_hidden=kept)).block
@@ -517,7 +519,9 @@ def test_every_family_is_repaired_under_every_token_reduction(family: str, kind:
     plan = replace(builders.plan(anatomy, seed=1, num_tokens=(16, 9, 4)), token_reduction=kind)
     plan = replace(plan, blocks=(replace(plan.blocks[0], num_tokens=13), *plan.blocks[1:]))
     sensitivity = measure_sensitivity(model, images)
-    flow = Flow(model, images, sensitivity, token_reduction=kind, cutoff_token=plan.cutoff_token, batch_size=3)
+    flow = CalibrationStream(
+        model, images, sensitivity, token_reduction=kind, cutoff_token=plan.cutoff_token, batch_size=3
+    )
     for block, count in zip(plan.blocks, (13, 9, 4), strict=True):
         repaired = flow.repaired(block)
         assert isinstance(repaired.block, SlimBlock)

@@ -14,7 +14,7 @@ from pruning.measure.widths import multiples
 from pruning.methods.ranking import Ranking
 from pruning.model.anatomy import blocks_of, embed, examine, summary_token
 from pruning.model.surgery import as_slim
-from pruning.scores.channel import ChannelScores, Scene
+from pruning.scores.channel import ChannelScores, ScoringInput
 from pruning.scores.criteria import CRITERIA
 from pruning.spectrum import low_pass
 from tests.pruning_tests import builders
@@ -26,7 +26,7 @@ every_criterion = pytest.mark.parametrize("name", sorted(CRITERIA))
 every_criterion_that_looks = pytest.mark.parametrize("name", LOOKING)
 
 
-def scene(family: str = "vit", index: int = 1, *, num_images: int = 6) -> Scene:
+def scene(family: str = "vit", index: int = 1, *, num_images: int = 6) -> ScoringInput:
     """A tiny model, and what enters one of its blocks."""
     model, images = builders.model(family), builders.images(num_images)
     anatomy = examine(model).blocks[index]
@@ -36,7 +36,7 @@ def scene(family: str = "vit", index: int = 1, *, num_images: int = 6) -> Scene:
         for block in blocks_of(model)[:index]:
             x, x_low = block(x), block(x_low)
         targets = summary_token(anatomy, blocks_of(model)[index](x))
-    return Scene(
+    return ScoringInput(
         model=model, anatomy=anatomy, index=index, blocks=list(blocks_of(model)[index:]), x=x, x_low=x_low,
         targets=targets, labels=images.labels, alpha=0.1, batch_size=4, precision="float32", seed=0,
         flow=builders.flow(model, images, index),

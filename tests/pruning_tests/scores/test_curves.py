@@ -11,9 +11,9 @@ from torch import Tensor
 from pruning.model.anatomy import blocks_of, parts_of
 from pruning.model.surgery import keep_all_block
 from pruning.plan import TokenReduction
-from pruning.repair.compensation import Flow
+from pruning.repair.compensation import CalibrationStream
 from pruning.repair.sensitivity import measure_sensitivity
-from pruning.scores.curves import RIDGE, BlockCurves, _value_curve, interpolated, measure_curves, surgeon
+from pruning.scores.curves import RIDGE, RemovalCurves, _value_curve, interpolated, measure_curves, obs_removal_curve
 from tests.pruning_tests import builders
 
 
@@ -41,7 +41,7 @@ def least_loss(covariance: Tensor, outer: Tensor, gone: list[int]) -> float:
 @pytest.mark.parametrize("seed", range(6))
 def test_every_unit_that_goes_is_the_one_of_least_true_loss(seed: int) -> None:
     covariance, outer = problem(9, seed=seed)
-    losses, order = surgeon(covariance, outer, num_steps=9)
+    losses, order = obs_removal_curve(covariance, outer, num_steps=9)
     assert losses.shape == (10,) and losses.dtype == torch.float64 and losses[0] == 0
     gone: list[int] = []
     for unit in order.tolist():
@@ -56,7 +56,7 @@ def test_every_unit_that_goes_is_the_one_of_least_true_loss(seed: int) -> None:
 @pytest.mark.parametrize("num_steps", [1, 3, 5, 100])
 def test_where_several_go_at_once_the_loss_after_each_step_is_the_true_one(num_steps: int) -> None:
     covariance, outer = problem(17, seed=3)
-    losses, order = surgeon(covariance, outer, num_steps=num_steps)
+    losses, order = obs_removal_curve(covariance, outer, num_steps=num_steps)
     assert losses.shape == (18,) and sorted(order.tolist()) == list(range(17))
     assert (losses.diff() >= 0).all() and losses[0] == 0
     chunk = max(1, 17 // num_steps)
@@ -70,7 +70,7 @@ def test_copies_and_dead_units_go_first_and_for_nothing() -> None:
     x = torch.randn(400, 6, generator=generator, dtype=torch.float64)
     x = torch.cat([x, x[:, :2], torch.zeros(400, 2, dtype=torch.float64)], dim=1)
     outer = torch.randn(5, 10, generator=generator, dtype=torch.float64)
-    losses, order = surgeon(x.T @ x / 400, outer, num_steps=10)
+    losses, order = obs_removal_curve(x.T @ x / 400, outer, num_steps=10)
     first = set(order[:4].tolist())
     assert {8, 9} <= first and len(first & {0, 6}) == len(first & {1, 7}) == 1
     assert losses[4] < 1e-3 * losses[5]
@@ -78,7 +78,7 @@ def test_copies_and_dead_units_go_first_and_for_nothing() -> None:
 
 def test_a_layer_that_is_never_used_loses_nothing_at_any_width() -> None:
     for covariance, outer in ((torch.zeros(5, 5).double(), problem(5)[1]), (problem(5)[0], torch.zeros(3, 5).double())):
-        losses, order = surgeon(covariance, outer)
+        losses, order = obs_removal_curve(covariance, outer)
         assert losses.max() < 1e-9 and losses.isfinite().all()
         assert sorted(order.tolist()) == list(range(5))
 
@@ -144,9 +144,11 @@ def test_between_two_points_lies_a_power_law_which_gives_a_power_law_back() -> N
 # A whole block
 
 
-def flow_of(family: str, count: int = 24, kind: TokenReduction = "merge", index: int = 1, batch_size: int = 64) -> Flow:
+def flow_of(
+    family: str, count: int = 24, kind: TokenReduction = "merge", index: int = 1, batch_size: int = 64
+) -> CalibrationStream:
     model, images = builders.toy_model(family), builders.toy_images(count, seed=2)
-    flow = Flow(
+    flow = CalibrationStream(
         model, images, measure_sensitivity(model, images), token_reduction=kind, cutoff_token=0.85,
         batch_size=batch_size,
     )  # fmt: skip
@@ -155,7 +157,7 @@ def flow_of(family: str, count: int = 24, kind: TokenReduction = "merge", index:
     return flow
 
 
-def check(curves: BlockCurves, *, has_qk: bool = True) -> None:
+def check(curves: RemovalCurves, *, has_qk: bool = True) -> None:
     for curve, count in ((curves.qk, 8), (curves.v, 8), (curves.hidden, 96)):
         assert curve.shape == (count + 1,) and curve.isfinite().all()
         assert curve[0] == 0 and (curve.diff() >= 0).all()
@@ -221,7 +223,9 @@ def test_the_loss_of_fewer_pairs_is_measured_at_eighths_of_the_width() -> None:
             for channel in range(3, 8):
                 qkv.weight[24 + 8 * head + channel] = qkv.weight[24 + 8 * head + channel % 3]
                 qkv.bias[24 + 8 * head + channel] = 1.0  # for nothing: added to all keys
-    flow = Flow(model, images, measure_sensitivity(model, images), token_reduction="lfe", cutoff_token=0.85)
+    flow = CalibrationStream(
+        model, images, measure_sensitivity(model, images), token_reduction="lfe", cutoff_token=0.85
+    )
     curve = measure_curves(flow).qk
     assert curve[5] < 1e-4 * curve[6]
     assert 0 < curve[6] < curve[7] < curve[8]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pruning.model.anatomy import blocks_of, classify, embed, examine
 from pruning.scores import lfs
-from pruning.scores.channel import ChannelScores, Scene
+from pruning.scores.channel import ChannelScores, ScoringInput
 from pruning.spectrum import low_pass
 from tests.pruning_tests import builders
 
@@ -38,7 +38,7 @@ class Case:
         return after[:, 0] if of_block.has_class_token else after[:, of_block.num_prefix_tokens :].mean(dim=1)
 
     def score(self, *, alpha: float = ALPHA, batch_size: int = 32) -> ChannelScores:
-        scene = Scene(
+        scene = ScoringInput(
             model=self.model,
             anatomy=self.anatomy,
             index=self.index,

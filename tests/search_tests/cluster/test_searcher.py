@@ -77,7 +77,7 @@ def candidates(source: StudySearcher, space: Space = SPACE) -> list[Candidate]:
 
 
 def sampled(trial: FrozenTrial | Trial, space: Space) -> Candidate:
-    return space.of_values(space.on_grid(trial.params))
+    return space.of_values(space.snap(trial.params))
 
 
 def tell(source: StudySearcher, number: int, outcome: Outcome) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import t
 
-from search.commands.compare import compare_sweeps, read_course
+from search.commands.compare import compare_sweeps, read_trace
 from search.errors import SweepError
 from search.front import front_record
 from search.outcome import Outcome
@@ -45,17 +45,17 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_hypervolume_after_each_trial_and_at_each_time(runs: Path) -> None:
-    course = read_course(runs, "gp-0")
-    assert course.line == "gp"
-    assert course.hypervolumes == pytest.approx((0.2, 0.2, 0.5))
-    assert course.seconds == (1.0, 2.0, 4.0)
-    assert [course.after(seconds) for seconds in (0.5, 1.0, 3.9, 4.0, 9.0)] == pytest.approx([0.0, 0.2, 0.2, 0.5, 0.5])
+    trace = read_trace(runs, "gp-0")
+    assert trace.line == "gp"
+    assert trace.hypervolumes == pytest.approx((0.2, 0.2, 0.5))
+    assert trace.seconds == (1.0, 2.0, 4.0)
+    assert [trace.after(seconds) for seconds in (0.5, 1.0, 3.9, 4.0, 9.0)] == pytest.approx([0.0, 0.2, 0.2, 0.5, 0.5])
 
 
 def test_exits_of_one_trial_count_as_one(tmp_path: Path) -> None:
     write(tmp_path, "x", [outcome("t000", 0.6, 2.0, 1.0), outcome("t000.2", 0.5, 3.0, 1.0)])
-    course = read_course(tmp_path, "x")
-    assert course.hypervolumes == pytest.approx((0.3,))
+    trace = read_trace(tmp_path, "x")
+    assert trace.hypervolumes == pytest.approx((0.3,))
 
 
 def test_names_that_differ_in_a_number_are_one_line_with_an_interval(runs: Path) -> None:

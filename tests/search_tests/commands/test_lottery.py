@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from pruning.measure.accuracy import predict, top1
 from pruning.methods.lottery import Arm, LotteryRow
 from pruning.training import train
-from search.commands.lottery import hold_lottery, lottery_csv, seeded_model, summaries
+from search.commands.lottery import lottery_csv, run_lottery_seeds, seeded_model, summaries
 from search.config import Config
 from search.trial.inputs import load_inputs
 from search.views.plots import draw_lottery, lottery_html, lottery_info
@@ -47,7 +47,7 @@ def config(**changes: Any) -> Config:
 
 
 def hold(config: Config, runs: Path, **other: Any) -> dict[str, Any]:
-    return hold_lottery(config, runs, **({"sparsity": 0.75, "rounds": 1, "rewind_step": 0, "seeds": 1} | other))
+    return run_lottery_seeds(config, runs, **({"sparsity": 0.75, "rounds": 1, "rewind_step": 0, "seeds": 1} | other))
 
 
 def row(arm: Arm, number: int, seed: int, share: float, norms: tuple[float, ...] = (1.0,)) -> LotteryRow:

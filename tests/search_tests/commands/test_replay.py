@@ -41,7 +41,7 @@ OUTCOMES = [outcome(number, SPACE.choose(Chooser(seed=number))) for number in ra
 
 def searcher(recorded: Recorded, **other: Any) -> StudySearcher:
     settings: dict[str, Any] = {"known": (), "sampler": "random", "seed": 0, "dense": recorded.dense}
-    return StudySearcher(recorded.space, **settings | {"settle": recorded.nearest} | other)
+    return StudySearcher(recorded.space, **settings | {"nearest_allowed": recorded.nearest} | other)
 
 
 def searched(recorded: Recorded, num_trials: int, num_workers: int = 2, **other: Any) -> list[Outcome]:

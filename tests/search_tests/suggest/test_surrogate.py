@@ -15,7 +15,7 @@ from search.config import SpaceConfig
 from search.front import hypervolume
 from search.outcome import Candidate
 from search.space import Space
-from search.suggest.surrogate import GaussianProcess, Surrogate, Tried, expected_gain
+from search.suggest.surrogate import GaussianProcess, Observation, Surrogate, expected_gain
 
 SPACE = Space(SpaceConfig(exit_block=(2, 3), method=("cascade", "global")), depth=3)
 FRONT = np.array([[0.9, 1.2], [0.8, 2.0], [0.7, 1.9], [0.6, 2.5], [0.4, 3.0]])
@@ -92,7 +92,7 @@ def test_expected_gain_of_what_is_certain_is_its_gain() -> None:
 
 def surrogate(**other: Any) -> Surrogate:
     settings: dict[str, Any] = {"reference": (0.5, 1.0), "seed": 0} | other
-    return Surrogate(SPACE, lambda values: SPACE.of_values(SPACE.on_grid(values)), **settings)
+    return Surrogate(SPACE, lambda values: SPACE.of_values(SPACE.snap(values)), **settings)
 
 
 def tried(
@@ -100,8 +100,8 @@ def tried(
     values: tuple[float, float] | None = None,
     rungs: tuple[tuple[float, float], ...] = (),
     **excesses: float,
-) -> Tried:
-    return Tried(candidate=candidate, values=values, excesses=excesses, rungs=rungs)
+) -> Observation:
+    return Observation(candidate=candidate, values=values, excesses=excesses, rungs=rungs)
 
 
 def made_up(candidate: Candidate) -> tuple[float, float]:
@@ -112,7 +112,7 @@ def made_up(candidate: Candidate) -> tuple[float, float]:
 
 def test_suggestions_are_new_and_go_where_the_gain_is() -> None:
     source = surrogate()
-    known = [tried(each, made_up(each)) for each in dict.fromkeys(source.anywhere() for _ in range(8))]
+    known = [tried(each, made_up(each)) for each in dict.fromkeys(source.sample_uniform() for _ in range(8))]
     for _ in range(25):
         suggested = source.suggest(known, [])
         assert suggested is not None
@@ -123,13 +123,13 @@ def test_suggestions_are_new_and_go_where_the_gain_is() -> None:
     assert sum(abs(each.token_share - 0.2) < 0.1 for each in late) >= 13
     assert sum(each.method == "cascade" for each in late) >= 13
     gained = hypervolume(np.array([each.values for each in known]), REFERENCE)
-    anywhere = [made_up(source.anywhere()) for _ in range(len(known))]
-    assert gained > hypervolume(np.array(anywhere), REFERENCE)
+    at_random = [made_up(source.sample_uniform()) for _ in range(len(known))]
+    assert gained > hypervolume(np.array(at_random), REFERENCE)
 
 
 def test_what_is_expected_of_running_candidates_is_no_gain_any_more() -> None:
     source = surrogate()
-    known = [tried(each, made_up(each)) for each in dict.fromkeys(source.anywhere() for _ in range(12))]
+    known = [tried(each, made_up(each)) for each in dict.fromkeys(source.sample_uniform() for _ in range(12))]
     running = list[Candidate]()
     for _ in range(6):
         suggested = surrogate().suggest(known, running)
@@ -143,7 +143,7 @@ def test_what_is_expected_of_running_candidates_is_no_gain_any_more() -> None:
 
 def test_what_fails_and_what_is_beyond_a_limit_is_avoided() -> None:
     rng = surrogate(seed=3)
-    some = list(dict.fromkeys(rng.anywhere() for _ in range(40)))
+    some = list(dict.fromkeys(rng.sample_uniform() for _ in range(40)))
     fails = [tried(each, None if each.target_ratio < 0.5 else made_up(each)) for each in some]
     limited = [tried(each, made_up(each), macs=0.5 - each.target_ratio) for each in some]
     free = [tried(each, made_up(each)) for each in some]
@@ -164,7 +164,7 @@ def test_what_fails_and_what_is_beyond_a_limit_is_avoided() -> None:
 def test_what_was_stopped_by_bad_luck_is_suggested_again_until_it_has_ended() -> None:
     """Where no neighbours can be tried in its place."""
     drawing = surrogate(seed=3)
-    some = list(dict.fromkeys(drawing.anywhere() for _ in range(40)))
+    some = list(dict.fromkeys(drawing.sample_uniform() for _ in range(40)))
     lucky = replace(some[0], token_share=0.2, target_ratio=0.3, method="cascade")
     found = made_up(lucky)
     table, known = [*some, lucky], [tried(each, made_up(each), rungs=(made_up(each),)) for each in some[:20]]
@@ -173,7 +173,7 @@ def test_what_was_stopped_by_bad_luck_is_suggested_again_until_it_has_ended() ->
         share, ratio = values["token_share"], values["target_ratio"]
         return min(table, key=lambda each: abs(each.token_share - share) + abs(each.target_ratio - ratio))
 
-    def suggested(*others: Tried, running: Sequence[Candidate] = ()) -> Candidate | None:
+    def suggested(*others: Observation, running: Sequence[Candidate] = ()) -> Candidate | None:
         return Surrogate(SPACE, nearest, reference=(0.5, 1.0), seed=0).suggest([*known, *others], running)
 
     stopped = tried(lucky, rungs=(found,))
@@ -186,9 +186,9 @@ def test_what_was_stopped_by_bad_luck_is_suggested_again_until_it_has_ended() ->
 def test_what_was_seen_at_rungs_tells_of_the_end_but_is_not_taken_for_it() -> None:
     """Early accuracy is far too high everywhere, but highest where the end is as well."""
     drawing = surrogate(seed=3)
-    some = list(dict.fromkeys(drawing.anywhere() for _ in range(40)))
+    some = list(dict.fromkeys(drawing.sample_uniform() for _ in range(40)))
 
-    def known(with_rungs: bool) -> list[Tried]:
+    def known(with_rungs: bool) -> list[Observation]:
         found = []
         for number, each in enumerate(some):
             top1, speedup = made_up(each)

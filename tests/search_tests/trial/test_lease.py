@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pruning.device_sharing import give_way
+from pruning.device_sharing import yield_device
 from search.trial.lease import Lease, lease_of  # no torch: the processes start faster without
 
 
@@ -26,7 +26,7 @@ def serve(folder: Path, pipe: Any) -> None:
         if order == "leave":
             held.pop().close()
         elif order == "give way":
-            give_way()
+            yield_device()
         else:
             held.append(ExitStack())
             held[-1].enter_context(getattr(lease, order)())
@@ -241,9 +241,9 @@ def test_without_locks_work_goes_on_and_one_warning_says_so(tmp_path: Path) -> N
     with pytest.warns(RuntimeWarning, match="VITFRONT_LEASES"):
         held.enter_context(lease.shared())
     with held, lease.exclusive():  # warnings are errors: a second would raise
-        give_way()
+        yield_device()
     with lease.shared():
-        give_way()
+        yield_device()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="gives a folder to another user")
@@ -292,17 +292,17 @@ def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
 
     model, cpus = tiny.model(), torch.get_num_threads()
     in_training = watch(model.blocks[1], leases)
-    bench, _ = run_task(partial(prepare, trained=True), cpus, tiny.config(), model, tiny.splits(), [3])
+    context, _ = run_task(partial(prepare, trained=True), cpus, tiny.config(), model, tiny.splits(), [3])
     assert in_training == {"shared", "exclusive"}
-    in_races = watch(bench.model, leases)
+    in_races = watch(context.model, leases)
     other = tiny.model(1).eval()
     seen = watch(other, leases)
     plan = keep_all_plan(examine(other))
-    with bench.lease.shared():
-        measure(bench, other, plan)
+    with context.lease.shared():
+        measure(context, other, plan)
     assert in_races == {"exclusive"}
     assert seen == {"shared", "exclusive"}
-    run_task(confirm, cpus, bench, [plan])
+    run_task(confirm, cpus, context, [plan])
     assert in_races == {"shared", "exclusive"}
     assert state(leases, "cpu") == "free"
 
@@ -322,7 +322,7 @@ def test_an_actor_holds_the_device_within_a_step_and_not_between_two(leases: Pat
 
     actor: Any = TrialActor.__new__(TrialActor)  # without the setup, which takes Ray
     vars(actor).update(
-        bench=SimpleNamespace(lease=lease), events=events(), id="t000", mailbox=None, waited_s=0.0, free_since=0.0,
+        context=SimpleNamespace(lease=lease), events=events(), id="t000", exchange=None, waited_s=0.0, free_since=0.0,
         started=0.0, is_first=False, num_trials=1, num_workers=1,
     )  # fmt: skip
     for _ in range(2):

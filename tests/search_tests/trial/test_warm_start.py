@@ -15,7 +15,7 @@ from search.config import Config
 from search.errors import SweepError
 from search.records.profiles import ProfileCache
 from search.space import Space
-from search.trial.context import Bench, prepare, profiled
+from search.trial.context import TrialContext, prepare, profiled
 from search.trial.warm_start import NUM_TARGETS, propose
 from tests.search_tests import tiny
 
@@ -31,12 +31,12 @@ def space_of(config: Config, **other: Any) -> Space:
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
+def context() -> TrialContext:
     return prepare(config(), tiny.model(), tiny.splits(), EXITS, trained=True, profiles={})[0]
 
 
-def test_a_search_has_the_profiles_that_it_begins_with(bench: Bench) -> None:
-    assert set(bench.profiles) == {"lfe"}
+def test_a_search_has_the_profiles_that_it_begins_with(context: TrialContext) -> None:
+    assert set(context.profiles) == {"lfe"}
     alone, _ = prepare(config(), tiny.model(), tiny.splits(), EXITS, trained=True)
     assert alone.profiles == {}  # no trial of the cascade needs one
     assert profiled(space_of(config(token_reduction=["lfe", "merge"]))) == ("lfe",)
@@ -47,15 +47,15 @@ def test_a_search_has_the_profiles_that_it_begins_with(bench: Bench) -> None:
     assert profiled(space_of(config(method="learned"))) == ()
 
 
-def test_known_profiles_are_not_measured_again(bench: Bench) -> None:
-    known = replace(bench.profiles["lfe"], forward_passes=-1.0)
+def test_known_profiles_are_not_measured_again(context: TrialContext) -> None:
+    known = replace(context.profiles["lfe"], forward_passes=-1.0)
     again, _ = prepare(config(), tiny.model(), tiny.splits(), EXITS, trained=True, profiles={"lfe": known})
     assert again.profiles == {"lfe": known}
 
 
-def test_proposals_lie_along_the_front_and_within_the_space(bench: Bench) -> None:
+def test_proposals_lie_along_the_front_and_within_the_space(context: TrialContext) -> None:
     space = space_of(config(method=["cascade", "global"]))
-    found = propose(bench, space)
+    found = propose(context, space)
     assert all(space.holds(candidate) for candidate in found)
     assert len(set(found)) == len(found)
     for method in ("cascade", "global"):
@@ -69,11 +69,11 @@ def test_proposals_lie_along_the_front_and_within_the_space(bench: Bench) -> Non
         assert [candidate.exit_block for candidate in own] == [3, 3, 2, 2]
 
 
-def test_budgets_are_dealt_as_the_profile_pays(bench: Bench) -> None:
+def test_budgets_are_dealt_as_the_profile_pays(context: TrialContext) -> None:
     space = space_of(config(exit_block=3, drop_budget=[0.0, 100.0]))
-    profile, anatomy = bench.profiles["lfe"], examine(bench.model)
-    for candidate in propose(bench, space):
-        plan = allocate(profile, anatomy, int(candidate.target_ratio * bench.dense_macs))
+    profile, anatomy = context.profiles["lfe"], examine(context.model)
+    for candidate in propose(context, space):
+        plan = allocate(profile, anatomy, int(candidate.target_ratio * context.dense_macs))
         costs = block_costs(profile, anatomy, plan)
         total = sum(map(sum, costs))
         assert total > 0
@@ -81,14 +81,14 @@ def test_budgets_are_dealt_as_the_profile_pays(bench: Bench) -> None:
         assert candidate.token_share == pytest.approx(sum(tokens for _, tokens in costs) / total)
 
 
-def test_no_profile_and_targets_that_nothing_reaches_propose_nothing(bench: Bench) -> None:
-    assert propose(replace(bench, profiles={}), space_of(config())) == []
-    assert propose(bench, space_of(config(target_ratio=0.001))) == []
+def test_no_profile_and_targets_that_nothing_reaches_propose_nothing(context: TrialContext) -> None:
+    assert propose(replace(context, profiles={}), space_of(config())) == []
+    assert propose(context, space_of(config(target_ratio=0.001))) == []
 
 
-def test_first_candidates_are_the_dense_model_then_what_is_proposed(bench: Bench) -> None:
+def test_first_candidates_are_the_dense_model_then_what_is_proposed(context: TrialContext) -> None:
     space = space_of(config())
-    proposed = propose(bench, space)
+    proposed = propose(context, space)
     dense, *others = space.first_candidates(proposed)
     assert (dense.target_ratio, dense.exit_block) == (1.0, 3)
     assert others[: len(proposed)] == proposed
@@ -98,8 +98,8 @@ def test_first_candidates_are_the_dense_model_then_what_is_proposed(bench: Bench
 # On the disk
 
 
-def cache(folder: Path, bench: Bench, **changes: Any) -> ProfileCache:
-    given: dict[str, Any] = {"config": bench.config, "weights": bench.model.state_dict(), "splits": bench.splits}
+def cache(folder: Path, context: TrialContext, **changes: Any) -> ProfileCache:
+    given: dict[str, Any] = {"config": context.config, "weights": context.model.state_dict(), "splits": context.splits}
     return ProfileCache(folder, **given | changes)
 
 
@@ -113,39 +113,39 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def test_a_profile_comes_back_as_it_was(bench: Bench, tmp_path: Path) -> None:
-    assert cache(tmp_path / "new", bench).read(["lfe"]) == {}
-    cache(tmp_path / "new", bench).write(bench.profiles)
-    found = cache(tmp_path / "new", bench).read(["lfe", "merge"])
+def test_a_profile_comes_back_as_it_was(context: TrialContext, tmp_path: Path) -> None:
+    assert cache(tmp_path / "new", context).read(["lfe"]) == {}
+    cache(tmp_path / "new", context).write(context.profiles)
+    found = cache(tmp_path / "new", context).read(["lfe", "merge"])
     assert list(found) == ["lfe"]
     assert isinstance(found["lfe"], Profile)
-    assert same(found["lfe"], bench.profiles["lfe"])
+    assert same(found["lfe"], context.profiles["lfe"])
 
 
-def test_another_model_other_images_or_settings_have_other_profiles(bench: Bench, tmp_path: Path) -> None:
-    cache(tmp_path, bench).write(bench.profiles)
-    images = replace(bench.splits.probe, pixels=bench.splits.probe.pixels.flip(0))
+def test_another_model_other_images_or_settings_have_other_profiles(context: TrialContext, tmp_path: Path) -> None:
+    cache(tmp_path, context).write(context.profiles)
+    images = replace(context.splits.probe, pixels=context.splits.probe.pixels.flip(0))
     for changes in (
         {"weights": tiny.model(seed=1).state_dict()},
-        {"splits": replace(bench.splits, probe=images)},
+        {"splits": replace(context.splits, probe=images)},
         {"config": tiny.config(cascade__batch_size=3)},
     ):
-        assert cache(tmp_path, bench, **changes).read(["lfe"]) == {}
-    assert cache(tmp_path, bench, config=config(target_ratio=0.3)).read(["lfe"])  # the space does not matter
+        assert cache(tmp_path, context, **changes).read(["lfe"]) == {}
+    assert cache(tmp_path, context, config=config(target_ratio=0.3)).read(["lfe"])  # the space does not matter
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense"])
-def test_a_broken_file_is_named(bench: Bench, tmp_path: Path, content: bytes) -> None:
-    cache(tmp_path, bench).write(bench.profiles)
+def test_a_broken_file_is_named(context: TrialContext, tmp_path: Path, content: bytes) -> None:
+    cache(tmp_path, context).write(context.profiles)
     (path,) = tmp_path.iterdir()
     path.write_bytes(content)
     with pytest.raises(SweepError, match=rf"^{path} holds no profile; remove it, and it is made again$"):
-        cache(tmp_path, bench).read(["lfe"])
+        cache(tmp_path, context).read(["lfe"])
 
 
-def test_a_file_that_holds_another_class_is_not_unpickled(bench: Bench, tmp_path: Path) -> None:
-    cache(tmp_path, bench).write(bench.profiles)
+def test_a_file_that_holds_another_class_is_not_unpickled(context: TrialContext, tmp_path: Path) -> None:
+    cache(tmp_path, context).write(context.profiles)
     (path,) = tmp_path.iterdir()
-    torch.save({"made": bench.config}, path)
+    torch.save({"made": context.config}, path)
     with pytest.raises(SweepError, match="holds no profile"):
-        cache(tmp_path, bench).read(["lfe"])
+        cache(tmp_path, context).read(["lfe"])

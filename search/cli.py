@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from pruning.errors import VitfrontError
+
+if TYPE_CHECKING:  # commands import what they need when they run, so that --help is quick
+    from search.front import Front
+    from search.outcome import Measurement
 
 app = typer.Typer(
     help="Finds the pruned vision transformers with the best accuracy and the best measured throughput.",
@@ -57,11 +61,11 @@ def run(
     if replay is not None:
         from search.commands.replay import Recorded, replay_sweep
 
-        record = replay_sweep(config, runs, Recorded.read(replay, config))
+        found = replay_sweep(config, runs, Recorded.read(replay, config))
     else:
         with ProgressLine(err) as line:
-            record = run_sweep(config, runs, line, address=address)
-    _show_front(record, runs, as_json)
+            found = run_sweep(config, runs, line, address=address)
+    _show_front(found, runs, as_json)
 
 
 @app.command()
@@ -109,10 +113,11 @@ def front(
     as_json: AsJson = False,
 ) -> None:
     """Show the front of a sweep, or pick a point of it."""
-    from search.records.folder import Folder, select
+    from search.records.folder import Folder
 
-    record = select(Folder(runs, name).read_front(), pick, _bounds(at_least), _bounds(at_most))
-    _show_front(record, runs, as_json)
+    found, bounds = Folder(runs, name).read_front(), (_bounds(at_least), _bounds(at_most))
+    chosen = found.within(*bounds) if pick is None else replace(found, points=(found.pick(pick, *bounds),))
+    _show_front(chosen, runs, as_json)
 
 
 @app.command()
@@ -131,7 +136,9 @@ def export(
     if unknown:
         raise ConfigError(f"format {unknown[0]!r} is not known; give safetensors")
     point = folder.export(runs, name, pick, to)
-    out.print(f"{point['id']} (top-1 {point['top1']:.3f}, {point['speedup']:.2f} x dense) is in {to}", highlight=False)
+    model = point.measurement
+    assert model is not None
+    out.print(f"{point.id} (top-1 {model.top1:.3f}, {model.speedup:.2f} x dense) is in {to}", highlight=False)
 
 
 @app.command()
@@ -265,39 +272,39 @@ def _bounds(texts: list[str]) -> dict[str, float]:
     return bounds
 
 
-def _show_front(record: dict[str, Any], runs: Path, as_json: bool) -> None:
+def _show_front(front: Front, runs: Path, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(record))
+        print(json.dumps(front.to_json()))
         return
-    from search.front import ACCURACIES, accuracy_of
+    from search.goal import ACCURACIES
 
-    accuracy = accuracy_of(record)
-    others = {} if accuracy == "top1" else {accuracy: ACCURACIES[accuracy]}
-    dense, points = record["dense"], record["points"]
-    counts = f"{len(points)} models from {record['trials']} trials"
-    table = Table(title=f"Front of {record['name']}: {counts}; accuracy on val and test", title_justify="left")
+    goal, dense = front.goal, front.goal.dense
+    others = {} if goal.accuracy == "top1" else {goal.accuracy: ACCURACIES[goal.accuracy]}
+    counts = f"{len(front.points)} models from {front.trials} trials"
+    table = Table(title=f"Front of {front.name}: {counts}; accuracy on val and test", title_justify="left")
     for column in ("", *others.values(), "val", "test", "speed-up", "95 %", "images/s", "ms/batch", "MACs", "exit"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
 
-    def row(label: str, point: dict[str, Any], exit_block: str) -> None:
-        test = point["top1_test"]
+    def row(label: str, model: Measurement, exit_block: str) -> None:
         table.add_row(
             label,
-            *(f"{point[name]:.4f}" for name in others),
-            f"{point['top1']:.4f}",
-            "-" if test is None else f"{test:.4f}",
-            f"{point['speedup']:.2f}",
-            f"{point['speedup_low']:.2f}-{point['speedup_high']:.2f}",
-            f"{point['throughput_img_s']:,.0f}",
-            f"{point['latency_ms_p50']:.2f}",
-            f"{point['macs'] / dense['macs']:.0%}",
+            *(f"{getattr(model, name):.4f}" for name in others),
+            f"{model.top1:.4f}",
+            "-" if model.top1_test is None else f"{model.top1_test:.4f}",
+            f"{model.speedup:.2f}",
+            f"{model.speedup_low:.2f}-{model.speedup_high:.2f}",
+            f"{model.throughput_img_s:,.0f}",
+            f"{model.latency_ms_p50:.2f}",
+            f"{model.macs / dense.macs:.0%}",
             exit_block,
         )
 
     row("dense", dense, "")
-    for point in points:
-        mark = " knee" if point["id"] == record["knee"] else ""
-        row(point["id"] + mark, point, str(len(point["plan"]["blocks"])))
+    for point in front.points:
+        assert point.measurement is not None
+        assert point.plan is not None
+        mark = " knee" if point.id == front.knee else ""
+        row(point.id + mark, point.measurement, str(point.plan.exit_block))
     out.print(table)
     why = {
         "time": "the time was up",
@@ -305,16 +312,17 @@ def _show_front(record: dict[str, Any], runs: Path, as_json: bool) -> None:
         "interrupt": "it was interrupted",
         "exhaustion": "there was nothing new to try",
     }
-    if record.get("ended_by") in why:
-        out.print(f"ended after {record['trials']} trials: {why[record['ended_by']]}", highlight=False)
-    limits = " and ".join(record.get("limits", ()))
+    if front.ended_by in why:
+        out.print(f"ended after {front.trials} trials: {why[front.ended_by]}", highlight=False)
+    limits = " and ".join(limit.text for limit in goal.limits)
     if limits:
-        out.print(f"of the models with {limits}" if points else f"no model has {limits}", markup=False, highlight=False)
-    folder = runs / record["name"]
-    what = "models, tables and plans" if "conditions" in record else "outcomes and plans"  # of a replay
-    out.print(f"hypervolume {record['hypervolume']:.4f}; {what} are in {folder}", highlight=False)
-    if "idle_share" in record:
-        out.print(f"the workers waited for trials {record['idle_share']:.1%} of their time", highlight=False)
+        what = f"of the models with {limits}" if front.points else f"no model has {limits}"
+        out.print(what, markup=False, highlight=False)
+    folder = runs / front.name
+    what = "outcomes and plans" if front.conditions is None else "models, tables and plans"  # a replay has no models
+    out.print(f"hypervolume {front.hypervolume:.4f}; {what} are in {folder}", highlight=False)
+    if front.idle_share is not None:
+        out.print(f"the workers waited for trials {front.idle_share:.1%} of their time", highlight=False)
 
 
 def _say(text: str) -> None:

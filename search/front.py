@@ -1,197 +1,196 @@
-"""What is best when two things count: the front, its hypervolume, its knee, and the pick of one point. numpy only."""
-
-# n points, m objectives; inside this file every objective is maximised
+"""The front of a sweep: its record (front.json), how it is found among outcomes, and the pick of one point."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pruning.plan import Plan
 from search.errors import SweepError
-from search.limits import Limit, acceptable
-from search.outcome import Measurement, Outcome
-
-Values = NDArray[np.float64]
+from search.goal import ACCURACIES, Goal, metric_of
+from search.outcome import Candidate, Measurement, Outcome, State
+from search.pareto import hypervolume, knee, non_dominated
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
-    """One thing that counts."""
+class Front:
+    """The non-dominated models of a sweep with what they are compared with: the content of front.json."""
 
     name: str
-    """A field of `Measurement`."""
-    direction: str
-    """`maximize` or `minimize`."""
+    """Name of the sweep."""
+    goal: Goal
+    """Objectives, limits and dense model that the points are measured against."""
+    points: tuple[Outcome, ...]
+    """Measured outcomes, the slowest first; only their id, candidate, plan and measurement are kept."""
+    hypervolume: float
+    """Hypervolume of all acceptable outcomes above the goal's reference point."""
+    knee: str | None
+    """Id of the point after which more speed starts to cost much accuracy; None for an empty front."""
+    trials: int = 0
+    """Number of trials of the sweep."""
+    ended_by: str | None = None
+    """Reason why the search ended: trials, time, saturation, interrupt or exhaustion; None for a replay."""
+    idle_share: float | None = None
+    """Share of their time in which the workers waited for trials; None for a replay."""
+    conditions: Mapping[str, str | int] | None = None
+    """Device, precision, threads, batch size and torch version that the figures hold for; None for a replay."""
+
+    @classmethod
+    def of(cls, name: str, outcomes: Sequence[Outcome], goal: Goal, **ended: Any) -> Front:
+        """The front of the outcomes of a sweep; points that noise makes are left out.
+
+        Args:
+            ended: the fields from `trials` on.
+        """
+        points = distinct(front_of(outcomes, goal), goal)
+        return cls(
+            name=name, goal=goal, points=points, hypervolume=hypervolume_of(outcomes, goal),
+            knee=points[knee(goal.values(points))].id if points else None, **ended,
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """The record that front.json holds."""
+        record: dict[str, Any] = {
+            "name": self.name,
+            "objectives": [{"name": name, "direction": "maximize"} for name in self.goal.objectives],
+            "dense": asdict(self.goal.dense),
+            "reference_point": self.goal.reference_point,
+            "hypervolume": self.hypervolume,
+            "knee": self.knee,
+            "points": [_point_to_json(point) for point in self.points],
+            "limits": [limit.text for limit in self.goal.limits],
+            "trials": self.trials,
+        }
+        ended = {"ended_by": self.ended_by, "idle_share": self.idle_share, "conditions": self.conditions}
+        return record | {key: value for key, value in ended.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Front:
+        """The front that `to_json` wrote, in this or an earlier version.
+
+        Raises:
+            SweepError: the record is not of a front.
+        """
+        try:
+            (accuracy,) = (each["name"] for each in record["objectives"] if each["name"] in ACCURACIES)
+            return cls(
+                name=record["name"],
+                goal=Goal.of(_measurement(record["dense"]), accuracy, record.get("limits", ())),
+                points=tuple(map(_point_from_json, record["points"])),
+                hypervolume=record["hypervolume"],
+                knee=record["knee"],
+                trials=record.get("trials", 0),
+                ended_by=record.get("ended_by"),
+                idle_share=record.get("idle_share"),
+                conditions=record.get("conditions"),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SweepError(f"it is not a front: {type(error).__name__} {error}") from None
+
+    def within(self, at_least: Mapping[str, float], at_most: Mapping[str, float]) -> Front:
+        """The same front with only the points that keep every bound; see `within`."""
+        return replace(self, points=within(self.points, at_least, at_most))
+
+    def pick(
+        self, how: str, at_least: Mapping[str, float] | None = None, at_most: Mapping[str, float] | None = None
+    ) -> Outcome:
+        """One point out of those within the bounds.
+
+        Args:
+            how: `knee`, `fastest`, `most-accurate`, or the id of a point.
+            at_least: metric (a field of `Measurement`) -> smallest value allowed.
+            at_most: metric -> largest value allowed.
+
+        Raises:
+            SweepError: no such point or metric, or the bounds leave nothing; the message says what there is.
+        """
+        at_least, at_most = at_least or {}, at_most or {}
+        if not self.points:
+            raise SweepError("the front is empty: no trial was measured; run more trials, or look at why they failed")
+        points = within(self.points, at_least, at_most)
+        if not points:
+            raise SweepError(_why_nothing_is_left(self.points, at_least, at_most))
+        if how == "knee":
+            return points[knee(self.goal.values(points))]
+        if how == "fastest":
+            return max(points, key=lambda point: metric_of(point.measurement, "throughput_img_s"))
+        if how == "most-accurate":
+            return max(points, key=lambda point: metric_of(point.measurement, self.goal.accuracy))
+        for point in points:
+            if point.id == how:
+                return point
+        ids = ", ".join(point.id for point in points)
+        raise SweepError(f"no point {how!r} to pick; there are {ids}, and knee, fastest, most-accurate")
 
 
-ACCURACIES = {"top1": "top-1", "recall_at_1": "recall@1", "mean_average_precision": "mAP"}
-"""Field of `Measurement` -> how it is called in tables and pictures. A sweep searches by one of them."""
+def _point_to_json(point: Outcome) -> dict[str, Any]:
+    assert point.measurement is not None
+    assert point.plan is not None
+    asked = {"candidate": asdict(point.candidate), "plan": point.plan.to_json()}
+    return {"id": point.id} | asdict(point.measurement) | asked
 
 
-def objectives(accuracy: str) -> tuple[Objective, Objective]:
-    """What counts in a sweep.
+def _point_from_json(record: Mapping[str, Any]) -> Outcome:
+    return Outcome(
+        id=record["id"],
+        state=State.MEASURED,
+        candidate=Candidate.from_json(record["candidate"]),
+        plan=Plan.from_json(record["plan"]),
+        measurement=_measurement(record),
+    )
+
+
+def _measurement(record: Mapping[str, Any]) -> Measurement:
+    return Measurement(**{field.name: record[field.name] for field in fields(Measurement) if field.name in record})
+
+
+def front_of(outcomes: Sequence[Outcome], goal: Goal) -> tuple[Outcome, ...]:
+    """Returns the acceptable outcomes that no other dominates, the slowest first."""
+    acceptable = goal.acceptable(outcomes)
+    front = [acceptable[row] for row in non_dominated(goal.values(acceptable))]
+    return tuple(sorted(front, key=lambda outcome: metric_of(outcome.measurement, "throughput_img_s")))
+
+
+def contenders(outcomes: Sequence[Outcome], accuracy: str) -> tuple[Outcome, ...]:
+    """Returns the measured outcomes that may be on the front, given how well their speed-ups are known.
+
+    An outcome is out if another is at least as accurate and has a speed-up interval that lies above its own. Limits are
+    not looked at: a model close to one is judged by its final timing.
 
     Args:
-        accuracy: one of `ACCURACIES`, as everywhere below.
-    """
-    return Objective(name=accuracy, direction="maximize"), Objective(name="speedup", direction="maximize")
-
-
-def accuracy_of(record: Mapping[str, Any]) -> str:
-    """Which of `ACCURACIES` the sweep of a `front.json` was searched by."""
-    (accuracy,) = (each["name"] for each in record["objectives"] if each["name"] in ACCURACIES)
-    return str(accuracy)
-
-
-def non_dominated(values: Values) -> NDArray[np.intp]:
-    """Which points no other point beats.
-
-    A point dominates another if it is as good in every objective and better in one. Of equal points only the
-    first counts; a point with a NaN never does.
-
-    Args:
-        values: (n, m), all maximised; n = 0 is fine.
-
-    Returns:
-        Row numbers, ascending.
-    """
-    (rows,) = np.nonzero(~np.isnan(values).any(axis=1))
-    # Best first, objective by objective: no row is dominated by a later one. lexsort is stable, equal rows keep order.
-    order = rows[np.lexsort(-values[rows].T[::-1])]
-    front: list[int] = []
-    for row in order:
-        if not (values[front] >= values[row]).all(axis=1).any():
-            front.append(int(row))
-    return np.sort(np.array(front, dtype=np.intp))
-
-
-def selection_order(values: Values) -> NDArray[np.intp]:
-    """Rows, the best first: by non-dominated rank, within a rank by crowding distance (NSGA-II, Deb et al. 2002).
-
-    The first rank is the front, the next the front of the rest, and so on. The distance of a point is the perimeter of
-    the box between its neighbours of the same rank, each objective scaled to its range there; ends come first. Equal
-    points keep their order, each at a rank of its own; a point with a NaN comes last.
-
-    Args:
-        values: (n, m), all maximised.
-    """
-    is_number = ~np.isnan(values).any(axis=1)
-    rows = np.arange(len(values))
-    as_good = (values[:, None] >= values[None]).all(axis=2)  # (n, n): of a row against a column
-    beats = as_good & (~as_good.T | (rows[:, None] < rows[None]))
-    num_better, left, order = beats.sum(axis=0), rows[is_number], list[int]()
-    while len(left):
-        is_front = num_better[left] == 0
-        front, left = left[is_front], left[~is_front]
-        order += front[np.argsort(-_crowding(values[front]), kind="stable")].tolist()
-        num_better = num_better - beats[front].sum(axis=0)
-    return np.array([*order, *rows[~is_number]], dtype=np.intp)
-
-
-def _crowding(values: Values) -> Values:
-    """(n, m) -> (n,)"""
-    distance = np.zeros(len(values))
-    for column in values.T:
-        order = np.argsort(column, kind="stable")
-        span = column[order[-1]] - column[order[0]]
-        distance[order[[0, -1]]] = np.inf
-        if span > 0:
-            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / span
-    return distance
-
-
-def hypervolume(values: Values, reference: Values) -> float:
-    """Volume that the points dominate above the reference, exactly.
-
-    Points at or below the reference in any objective add nothing, nor do duplicates, dominated points and NaNs.
-
-    Args:
-        values: (n, m), all maximised, m >= 1; n = 0 gives 0.
-        reference: (m,).
-    """
-    gains = values - reference
-    gains = gains[(gains > 0).all(axis=1)]
-    return _volume(gains[non_dominated(gains)])
-
-
-def _volume(gains: Values) -> float:
-    """Volume of the union of the boxes from the origin to each point; (n, m), positive, non-dominated."""
-    if len(gains) == 0:
-        return 0.0
-    if gains.shape[1] == 1:
-        return float(gains.max())
-    gains = gains[np.argsort(-gains[:, -1])]
-    heights = -np.diff(gains[:, -1], append=0.0)
-    if gains.shape[1] == 2:  # a staircase: as the last objective falls, the first rises
-        return float(gains[:, 0] @ heights)
-    # Between two neighbouring heights, the slice is the union of all boxes at least as high.
-    tops = (gains[: count + 1, :-1] for count in range(len(gains)))
-    return sum(float(height) * _volume(top[non_dominated(top)]) for height, top in zip(heights, tops, strict=True))
-
-
-def knee(values: Values) -> int:
-    """The point of a front after which more of one objective costs much of the other.
-
-    Both objectives are scaled to [0, 1]; the knee is the point nearest to (1, 1), the best of both. The usual
-    distance above the line between the ends finds no knee on a front that sags below it, and would give an end.
-    Ties, and so a front of two points, go to the first objective (the more accurate model).
-
-    Args:
-        values: (n, 2), non-dominated, n >= 1.
-
-    Returns:
-        Its row.
-    """
-    low, high = values.min(axis=0), values.max(axis=0)
-    missing = (high - values) / np.where(high > low, high - low, 1.0)
-    distance = np.linalg.norm(missing, axis=1).round(12)  # rounded, so that a tie stays one
-    return int(np.lexsort((-values[:, 0], distance))[0])
-
-
-def front_of(outcomes: Sequence[Outcome], accuracy: str = "top1") -> tuple[Outcome, ...]:
-    """The measured outcomes that no other dominates, the slowest first."""
-    measured = [outcome for outcome in outcomes if outcome.measurement is not None]
-    front = [measured[row] for row in non_dominated(_values(measured, accuracy))]
-    return tuple(sorted(front, key=lambda outcome: _metric(outcome, "throughput_img_s")))
-
-
-def contenders(outcomes: Sequence[Outcome], accuracy: str = "top1") -> tuple[Outcome, ...]:
-    """The measured outcomes that may be on the front, given how well their speed-ups are known.
-
-    Out is who is beaten beyond the noise: by one at least as accurate whose speed-up interval lies above its own.
+        accuracy: the accuracy that counts, one of `ACCURACIES`.
     """
     measured = [outcome for outcome in outcomes if outcome.measurement is not None]
     names = ("speedup_low", "speedup_high", accuracy)
-    low, high, top = np.array([[_metric(outcome, name) for outcome in measured] for name in names])
+    low, high, top = np.array([[metric_of(outcome.measurement, name) for outcome in measured] for name in names])
     is_beaten = ((low > high[:, None]) & (top >= top[:, None])).any(axis=1)
     return tuple(outcome for outcome, beaten in zip(measured, is_beaten, strict=True) if not beaten)
 
 
-def distinct(front: Sequence[Outcome], dense: Measurement, accuracy: str = "top1") -> tuple[Outcome, ...]:
-    """The points of a front that noise does not make: without those that can be told neither from the dense model nor
-    from a point before them, in no objective.
+def distinct(front: Sequence[Outcome], goal: Goal) -> tuple[Outcome, ...]:
+    """Returns the points of a front without those that differ from the dense model, or from a point before them, by no
+    more than noise in every objective.
 
-    Two values are told apart if they differ by more than the root of the sum of their squared half-intervals.
+    Two values differ if they are apart by more than the root of the sum of their squared half-intervals.
 
     Args:
-        front: the slowest first, as `front_of` gives it; of points that are the same, the most accurate stays.
+        front: the slowest first, as `front_of` gives it; of points that do not differ, the most accurate stays.
     """
-    kept, found = [dense], list[Outcome]()
+    kept, points = [goal.dense], list[Outcome]()
     for outcome in front:
-        own = outcome.measurement
-        assert own is not None
-        if all(_differ(own, other, accuracy) or _differ(own, other, "speedup") for other in kept):
-            kept.append(own)
-            found.append(outcome)
-    return tuple(found)
+        measurement = outcome.measurement
+        assert measurement is not None
+        if all(any(_differ(measurement, other, name) for name in goal.objectives) for other in kept):
+            kept.append(measurement)
+            points.append(outcome)
+    return tuple(points)
 
 
 def _differ(one: Measurement, other: Measurement, metric: str) -> bool:
-    """Beyond the noise; a metric without an interval is taken to be exact."""
+    """Tells whether a metric differs beyond the noise; one without an interval is taken to be exact."""
     values = [getattr(each, metric) for each in (one, other)]
     noise = [
         (getattr(each, f"{metric}_high", value) - getattr(each, f"{metric}_low", value)) / 2
@@ -200,42 +199,29 @@ def _differ(one: Measurement, other: Measurement, metric: str) -> bool:
     return bool(abs(values[0] - values[1]) > np.hypot(*noise))
 
 
-def reference_point(dense: Measurement, accuracy: str = "top1") -> dict[str, float]:
-    """Where the hypervolume starts: half the accuracy of the dense model, at its speed.
-
-    A model slower than the dense one, or with less than half its accuracy, is worth nothing to anyone. Both come
-    from the dense model alone, so hypervolumes of one model and machine compare across sweeps.
-    """
-    return {accuracy: getattr(dense, accuracy) / 2, "speedup": 1.0}
+def hypervolume_of(outcomes: Sequence[Outcome], goal: Goal) -> float:
+    """Computes the hypervolume of all acceptable outcomes."""
+    return (0.0, *running_hypervolume(outcomes, goal))[-1]
 
 
-def hypervolume_of(outcomes: Sequence[Outcome], dense: Measurement, accuracy: str = "top1") -> float:
-    """Hypervolume of all measured outcomes."""
-    return (0.0, *running_hypervolume(outcomes, dense, accuracy))[-1]
-
-
-def running_hypervolume(
-    outcomes: Sequence[Outcome], dense: Measurement, accuracy: str = "top1", limits: Sequence[Limit] = ()
-) -> tuple[float, ...]:
-    """Hypervolume after each outcome, of those within the limits; it never falls."""
-    growing = GrowingFront(dense, accuracy, limits)
+def running_hypervolume(outcomes: Sequence[Outcome], goal: Goal) -> tuple[float, ...]:
+    """Computes the hypervolume of the acceptable outcomes after each outcome; it never falls."""
+    growing = GrowingFront(goal)
     return tuple(growing.add(outcome) for outcome in outcomes)
 
 
 class GrowingFront:
     """The front of outcomes that come one by one."""
 
-    def __init__(self, dense: Measurement, accuracy: str, limits: Sequence[Limit]) -> None:
-        start = reference_point(dense, accuracy)
-        self._reference = np.array([_oriented(objective, start[objective.name]) for objective in objectives(accuracy)])
-        self._dense, self._accuracy, self._limits = dense, accuracy, limits
-        self._values = _values([], accuracy)
+    def __init__(self, goal: Goal) -> None:
+        self._goal, self._reference = goal, np.array(goal.reference)
+        self._values = goal.values([])
         self._hypervolume = 0.0
 
     def add(self, outcome: Outcome) -> float:
-        """The hypervolume of all outcomes within the limits, this one included; it never falls."""
-        for each in acceptable([outcome], self._limits, self._dense):
-            values = _values([each], self._accuracy)
+        """Takes one more outcome and returns the hypervolume of all acceptable ones so far; it never falls."""
+        for acceptable in self._goal.acceptable([outcome]):
+            values = self._goal.values([acceptable])
             if not (self._values >= values).all(axis=1).any():
                 front = np.vstack((self._values, values))
                 self._values = front[non_dominated(front)]
@@ -243,32 +229,10 @@ class GrowingFront:
         return self._hypervolume
 
 
-def front_record(name: str, outcomes: Sequence[Outcome], dense: Measurement, accuracy: str = "top1") -> dict[str, Any]:
-    """What `front.json` holds: the distinct points of the front of the sweep `name`, the hypervolume of all of it, and
-    what it is compared with."""
-    front = distinct(front_of(outcomes, accuracy), dense, accuracy)
-    return {
-        "name": name,
-        "objectives": [asdict(objective) for objective in objectives(accuracy)],
-        "dense": asdict(dense),
-        "reference_point": reference_point(dense, accuracy),
-        "hypervolume": hypervolume_of(outcomes, dense, accuracy),
-        "knee": front[knee(_values(front, accuracy))].id if front else None,
-        "points": [_point(outcome) for outcome in front],
-    }
-
-
-def _point(outcome: Outcome) -> dict[str, Any]:
-    assert outcome.measurement is not None
-    assert outcome.plan is not None
-    asked = {"candidate": asdict(outcome.candidate), "plan": outcome.plan.to_json()}
-    return {"id": outcome.id} | asdict(outcome.measurement) | asked
-
-
 def within(
     front: Sequence[Outcome], at_least: Mapping[str, float], at_most: Mapping[str, float]
 ) -> tuple[Outcome, ...]:
-    """The measured outcomes that keep every bound; one whose metric was not taken does not keep it.
+    """Returns the measured outcomes that keep every bound; one whose metric was not taken does not keep it.
 
     Args:
         front: in any order, which stays.
@@ -284,47 +248,11 @@ def within(
             raise SweepError(f"no metric {metric!r}; there are {', '.join(known)}")
 
     def keeps(outcome: Outcome) -> bool:
-        return all(_metric(outcome, metric) >= bound for metric, bound in at_least.items()) and all(
-            _metric(outcome, metric) <= bound for metric, bound in at_most.items()
+        return all(metric_of(outcome.measurement, metric) >= bound for metric, bound in at_least.items()) and all(
+            metric_of(outcome.measurement, metric) <= bound for metric, bound in at_most.items()
         )
 
     return tuple(outcome for outcome in front if outcome.measurement is not None and keeps(outcome))
-
-
-def pick(
-    front: Sequence[Outcome],
-    how: str,
-    at_least: Mapping[str, float],
-    at_most: Mapping[str, float],
-    accuracy: str = "top1",
-) -> Outcome:
-    """One point of the front, out of those within the bounds.
-
-    Args:
-        front: non-dominated outcomes.
-        how: `knee`, `fastest`, `most-accurate`, or the id of a point.
-        at_least: as in `within`.
-        at_most: as in `within`.
-
-    Raises:
-        SweepError: no such point or metric, or the bounds leave nothing; it says what there is.
-    """
-    if not front:
-        raise SweepError("the front is empty: no trial was measured; run more trials, or look at why they failed")
-    left = within(front, at_least, at_most)
-    if not left:
-        raise SweepError(_why_nothing_is_left(front, at_least, at_most))
-    if how == "knee":
-        return left[knee(_values(left, accuracy))]
-    if how == "fastest":
-        return max(left, key=lambda outcome: _metric(outcome, "throughput_img_s"))
-    if how == "most-accurate":
-        return max(left, key=lambda outcome: _metric(outcome, accuracy))
-    for outcome in left:
-        if outcome.id == how:
-            return outcome
-    there = ", ".join(outcome.id for outcome in left)
-    raise SweepError(f"no point {how!r} to pick; there are {there}, and knee, fastest, most-accurate")
 
 
 def _why_nothing_is_left(front: Sequence[Outcome], at_least: Mapping[str, float], at_most: Mapping[str, float]) -> str:
@@ -333,22 +261,6 @@ def _why_nothing_is_left(front: Sequence[Outcome], at_least: Mapping[str, float]
     reached = []
     for metrics, best, word in ((at_least, max, "up to"), (at_most, min, "down to")):
         for metric in metrics:
-            values = [value for outcome in front if not np.isnan(value := _metric(outcome, metric))]
+            values = [value for point in front if not np.isnan(value := metric_of(point.measurement, metric))]
             reached.append(f"{metric} {word} {best(values):.4g}" if values else f"{metric} not measured")
     return f"no point of the front has {' and '.join(wanted)}; it reaches {', '.join(reached)}"
-
-
-def _metric(outcome: Outcome, name: str) -> float:
-    """NaN, which keeps no bound, if it was not taken."""
-    value = getattr(outcome.measurement, name)
-    return np.nan if value is None else float(value)
-
-
-def _values(outcomes: Sequence[Outcome], accuracy: str) -> Values:
-    """(n, m), one column an objective, maximised."""
-    columns = [[_oriented(each, _metric(outcome, each.name)) for outcome in outcomes] for each in objectives(accuracy)]
-    return np.array(columns, dtype=np.float64).T
-
-
-def _oriented(objective: Objective, value: float) -> float:
-    return value if objective.direction == "maximize" else -value

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from search.errors import ConfigError
-from search.outcome import Measurement, Outcome
+from search.outcome import Measurement
 
 RETRIEVAL = frozenset({"recall_at_1", "mean_average_precision"})
 """The metrics that are measured only where the recipe searches by one of them."""
@@ -63,12 +62,3 @@ def parse_limit(text: str) -> Limit:
             "metric >= dense - 0.01"
         ) from None
     return Limit(text=text.strip(), metric=metric, is_most=relation == "<=", share=share, offset=beside)
-
-
-def acceptable(outcomes: Sequence[Outcome], limits: Sequence[Limit], dense: Measurement) -> tuple[Outcome, ...]:
-    """The measured outcomes that pass no limit."""
-    return tuple(
-        outcome
-        for outcome in outcomes
-        if outcome.measurement is not None and all(limit.excess(outcome.measurement, dense) <= 0 for limit in limits)
-    )

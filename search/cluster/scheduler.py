@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from search.front import selection_order
 from search.outcome import Outcome
+from search.pareto import selection_order
 
 
 class NonDominatedHalving(FIFOScheduler):

@@ -18,9 +18,8 @@ from typing import Any
 from optuna.trial import Trial, TrialState, create_trial
 from ray.tune.search import Searcher
 
-from search.front import reference_point
-from search.limits import Limit
-from search.outcome import Candidate, Measurement, Outcome, State
+from search.goal import Goal
+from search.outcome import Candidate, Outcome, State
 from search.space import Space
 from search.suggest.samplers import MOST_GP_TRIALS, RUNGS, Sampler, create_study, distributions_of
 from search.suggest.surrogate import Surrogate
@@ -42,8 +41,8 @@ class StudySearcher(Searcher):
     def __init__(
         self, space: Space, *, known: Sequence[Outcome], sampler: Sampler, seed: int, num_trials: int = 0,
         first: Sequence[Candidate] | None = None, learned: Sequence[Outcome] = (), has_rungs: bool = False,
-        ahead: int = 0, unfinished: Sequence[tuple[str, Candidate]] = (), accuracy: str = "top1",
-        limits: Sequence[Limit] = (), dense: Measurement | None = None, deadline: float | None = None,
+        ahead: int = 0, unfinished: Sequence[tuple[str, Candidate]] = (), goal: Goal | None = None,
+        deadline: float | None = None,
         nearest_allowed: Callable[[Candidate], Candidate] = lambda candidate: candidate,
         on_suggest: Callable[[str, Candidate], None] | None = None,
     ) -> None:  # fmt: skip
@@ -56,22 +55,20 @@ class StudySearcher(Searcher):
             has_rungs: trials may be stopped.
             ahead: so many suggestions are made ready, in a thread, while trials run.
             unfinished: ids and candidates of trials that an earlier run did not end; they come first, as they were.
-            accuracy: the field of `Measurement` that is told, beside the speed-up.
-            limits: what a model must keep, against what the dense one does.
+            goal: objectives and limits; by default top-1 and speed-up without limits.
             deadline: on the monotonic clock; no trial is suggested later.
             nearest_allowed: gives what is tried in the place of a candidate, where not all can be.
             on_suggest: called with the id and candidate of every trial that is about to start.
         """
         super().__init__()
         self._space, self._nearest_allowed = space, nearest_allowed
-        self._accuracy, self._limits, self._dense = accuracy, limits, dense
+        self._goal, self._objectives = goal, goal.objectives if goal else ("top1", "speedup")
         self._distributions = distributions_of(space)
         if sampler == "auto":
             sampler = "gp" if num_trials <= MOST_GP_TRIALS else "tpe"
         self._has_rungs, self._sampler = has_rungs, sampler
-        start = None if dense is None else reference_point(dense, accuracy)
         self._surrogate = Surrogate(
-            space, self._candidate_of, None if start is None else (start[accuracy], start["speedup"]), seed + len(known)
+            space, self._candidate_of, None if goal is None else goal.reference, seed + len(known)
         )
         self._study = create_study(sampler, seed + len(known), space, self._surrogate)
         self._asked: dict[str, Trial | Candidate] = {}
@@ -215,11 +212,11 @@ class StudySearcher(Searcher):
         """Of the objectives; None if the outcome has not all of them."""
         if outcome.state is not State.MEASURED or outcome.measurement is None:
             return None
-        values = [getattr(outcome.measurement, name) for name in (self._accuracy, "speedup")]
+        values = [getattr(outcome.measurement, name) for name in self._objectives]
         return values if all(value is not None and math.isfinite(value) for value in values) else None
 
     def _excesses(self, outcome: Outcome) -> dict[str, float]:
         """How far it is beyond each limit, as Optuna wants constraints: 0 or less is within."""
-        if outcome.measurement is None or self._dense is None:
+        if outcome.measurement is None or self._goal is None:
             return {}
-        return {limit.text: limit.excess(outcome.measurement, self._dense) for limit in self._limits}
+        return self._goal.excesses(outcome.measurement)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import t
 
 from search.errors import SweepError
-from search.front import accuracy_of, running_hypervolume
-from search.limits import parse_limit
+from search.front import running_hypervolume
 from search.outcome import Measurement
 from search.records import ledger
 from search.records.folder import Folder
@@ -55,23 +54,16 @@ def read_trace(runs: Path, name: str, dense: Measurement | None = None) -> Sweep
         SweepError: there is no such sweep, it has no front yet, or it was recorded before times were.
     """
     folder = Folder(runs, name)
-    record, outcomes = folder.read_front(), ledger.read(folder.ledger)
-    against = dense or dense_of(record)
-    limits = [parse_limit(text) for text in record.get("limits", ())]
+    goal, outcomes = folder.read_front().goal, ledger.read(folder.ledger)
+    if dense is not None:
+        goal = replace(goal, dense=dense)
     ends: dict[str, tuple[float, float]] = {}
-    for outcome, volume in zip(
-        outcomes, running_hypervolume(outcomes, against, accuracy_of(record), limits), strict=True
-    ):
+    for outcome, volume in zip(outcomes, running_hypervolume(outcomes, goal), strict=True):
         ends[outcome.trial] = (volume, outcome.ended_s)
     if any(end <= 0 for _, end in ends.values()):
         raise SweepError(f"sweep {name!r} was recorded before the times of its trials were; run it again")
     volumes, seconds = zip(*ends.values(), strict=True)
     return SweepTrace(line=re.sub(r"-\d+$", "", name), hypervolumes=volumes, seconds=seconds)
-
-
-def dense_of(record: dict[str, Any]) -> Measurement:
-    """The dense model of a front's record."""
-    return Measurement(**record["dense"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +85,7 @@ def compare_sweeps(runs: Path, names: Sequence[str]) -> dict[str, Any]:
     Raises:
         SweepError: as `read_trace`.
     """
-    dense = dense_of(Folder(runs, names[0]).read_front())
+    dense = Folder(runs, names[0]).read_front().goal.dense
     courses = [read_trace(runs, name, dense) for name in names]
     lines: dict[str, list[SweepTrace]] = {}
     for trace in courses:

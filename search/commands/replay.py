@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +21,8 @@ from search.cluster.scheduler import NonDominatedHalving
 from search.cluster.searcher import StudySearcher
 from search.config import Config
 from search.errors import SweepError
-from search.front import front_record
-from search.limits import acceptable, parse_limit
+from search.front import Front
+from search.goal import Goal
 from search.outcome import Candidate, Measurement, Outcome, State, num_trials
 from search.records import ledger
 from search.records.files import write_atomically
@@ -67,7 +66,7 @@ class Recorded:
             ConfigError: the space does not fit its model.
         """
         folder = Folder(path.parent, path.name)
-        dense = Measurement(**folder.read_front()["dense"])
+        dense = folder.read_front().goal.dense
         outcomes = ledger.read(folder.ledger)
         if not outcomes:
             raise SweepError(f"nothing was recorded in {folder.path}")
@@ -170,7 +169,7 @@ def _stopped_at(outcome: Outcome, rung: int) -> Outcome:
     )  # fmt: skip
 
 
-def replay_sweep(config: Config, runs: Path, recorded: Recorded, num_workers: int = 2) -> dict[str, Any]:
+def replay_sweep(config: Config, runs: Path, recorded: Recorded, num_workers: int = 2) -> Front:
     """Searches a recorded sweep, and leaves what a sweep leaves, but for models and MLflow: ledger and front.
 
     Raises:
@@ -182,10 +181,10 @@ def replay_sweep(config: Config, runs: Path, recorded: Recorded, num_workers: in
     factor = config.search.reduction_factor
     if factor > 1 and not any(outcome.rung_spans for outcome in recorded.outcomes):
         raise SweepError("search.reduction_factor: the recorded trials passed no rungs, so none can be stopped there")
-    accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
+    goal = Goal.of(recorded.dense, config.search.accuracy, config.search.limits)
     searcher = StudySearcher(
         recorded.space, known=(), sampler=config.search.sampler, seed=config.search.seed,
-        num_trials=config.search.trials, has_rungs=factor > 1, accuracy=accuracy, limits=limits, dense=recorded.dense,
+        num_trials=config.search.trials, has_rungs=factor > 1, goal=goal,
         nearest_allowed=recorded.nearest,
     )  # fmt: skip
     with Ledger(folder.ledger) as book:
@@ -196,7 +195,6 @@ def replay_sweep(config: Config, runs: Path, recorded: Recorded, num_workers: in
             book.append(*outcomes)
             found += outcomes
     searcher.finish()
-    record = front_record(config.name, acceptable(found, limits, recorded.dense), recorded.dense, accuracy)
-    record |= {"trials": num_trials(found), "limits": [limit.text for limit in limits]}
-    write_atomically(folder.front, json.dumps(record, indent=1))
-    return record
+    front = Front.of(config.name, found, goal, trials=num_trials(found))
+    folder.write_front(front)
+    return front

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -24,7 +23,6 @@ from pruning.artifact import Description, Weights, save, save_weights
 from pruning.measure.stopwatch import Timing
 from pruning.model.anatomy import examine
 from pruning.model.loading import read_weights
-from pruning.plan import Plan
 from search.cluster.scheduler import NonDominatedHalving
 from search.cluster.searcher import StudySearcher
 from search.cluster.tune import (
@@ -38,8 +36,8 @@ from search.cluster.tune import (
 from search.cluster.worker import StartTrial, confirm_remotely, prepare_remotely, time_remotely
 from search.config import Config, flat
 from search.errors import SweepError
-from search.front import contenders, front_of, front_record
-from search.limits import acceptable, parse_limit
+from search.front import Front, contenders, front_of
+from search.goal import Goal
 from search.outcome import Candidate, Measurement, Outcome, idle_share, num_trials
 from search.records import ledger
 from search.records.ending import calling_on_interrupt
@@ -64,8 +62,8 @@ from search.trial.trial import start_trial
 from search.views.plots import front_html
 
 
-def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | None = None) -> dict[str, Any]:
-    """Runs a sweep, or what is left of it, and gives the record of its front (`front.json`).
+def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | None = None) -> Front:
+    """Runs a sweep, or what is left of it, and gives its front.
 
     Args:
         runs: the folder of all sweeps.
@@ -93,30 +91,30 @@ def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | 
                 run_dir=folder.path, done=[outcome.id for outcome in book.found],
             )  # fmt: skip
             try:
-                record = _run(config, folder, inputs, learned, book, tracker, observer)
+                front = _run(config, folder, inputs, learned, book, tracker, observer)
             except BaseException:
                 tracker.interrupt()
                 raise
-    return record
+    return front
 
 
-def read_finished(folder: Folder, config: Config) -> dict[str, Any] | None:
+def read_finished(folder: Folder, config: Config) -> Front | None:
     """The front of a sweep that has ended, if it was written after the last of its trials."""
     num_done = num_trials(ledger.read(folder.ledger))
     if not folder.front.is_file():
         return None
-    record, search = folder.read_front(), config.search
+    front, search = folder.read_front(), config.search
     has_all = num_done >= search.trials
-    if record.get("ended_by") == "saturation":  # older sweeps do not tell
+    if front.ended_by == "saturation":  # older sweeps do not tell
         before = folder.read_config().search
         has_all |= (search.patience, search.min_gain) == (before.patience, before.min_gain)
-    return record if has_all and record["trials"] == num_done else None
+    return front if has_all and front.trials == num_done else None
 
 
 def _run(
     config: Config, folder: Folder, inputs: Inputs, learned: Sequence[Outcome], book: Ledger, tracker: Tracker,
     observer: Observer,
-) -> dict[str, Any]:  # fmt: skip
+) -> Front:  # fmt: skip
     # Everything gets a trial's share of the machine. More threads would not pay: on two cores of which another
     # process takes one, digits train in 65 s with one thread and in 220 s with two.
     share = trial_resources(config)
@@ -134,37 +132,35 @@ def _run(
         cache.write(context.profiles)
 
     anatomy = examine(inputs.model)
+    goal = Goal.of(dense, config.search.accuracy, config.search.limits)
     done = known_from(anatomy, dense, book.found) | trained_from(anatomy, book.found)
     outcomes, ended_by = run_search(
-        config, folder, inputs.space, context_ref, dense, book, tracker, observer, proposed=fetch(proposed_ref),
+        config, goal, folder, inputs.space, context_ref, book, tracker, observer, proposed=fetch(proposed_ref),
         learned=learned, known=done,
     )  # fmt: skip
-    accuracy, limits = config.search.accuracy, [parse_limit(text) for text in config.search.limits]
     observer.stage("measuring the front once more, quietly, and on test")
     different = [outcome for outcome in outcomes if outcome.same_as is None]
-    candidates = contenders(acceptable(different, limits, dense), accuracy)
+    candidates = contenders(goal.acceptable(different), goal.accuracy)
     timings = fetch(submit(time_remotely, share, context_ref, [outcome.plan for outcome in candidates]))
-    candidates = contenders(list(map(_timed, candidates, timings)), accuracy)  # beside trials timings are less certain
+    candidates = contenders(
+        list(map(_timed, candidates, timings)), goal.accuracy
+    )  # beside trials they are less certain
     plans = [outcome.plan for outcome in candidates if outcome.plan is not None]
     weights = [_read_weights(folder, outcome) for outcome in candidates]
     found: Confirmation = fetch(submit(confirm_remotely, share, context_ref, plans, weights))
     confirmed = {o.id: replace(o, measurement=m) for o, m in zip(candidates, found.measured, strict=True)}
     final = [confirmed.get(outcome.id, outcome) for outcome in outcomes]
-    kept = acceptable(list(confirmed.values()), limits, found.dense)
-    record = front_record(config.name, kept, found.dense, accuracy) | {
-        "limits": [limit.text for limit in limits],
-        "trials": num_trials(outcomes),
-        "ended_by": ended_by,
-        "idle_share": idle_share(outcomes),
-        "conditions": found.conditions,
-    }
-    _write_front(folder, config, inputs, record, dict(zip(confirmed, found.models, strict=True)))
-    tracker.finish(record, final, front_html(record, final), front_csv(record))
-    return record
+    front = Front.of(
+        config.name, list(confirmed.values()), replace(goal, dense=found.dense), trials=num_trials(outcomes),
+        ended_by=ended_by, idle_share=idle_share(outcomes), conditions=found.conditions,
+    )  # fmt: skip
+    _write_front(folder, config, inputs, front, dict(zip(confirmed, found.models, strict=True)))
+    tracker.finish(front, final, front_html(front, final), front_csv(front))
+    return front
 
 
 def run_search(
-    config: Config, folder: Folder, space: Space, context_ref: Any, dense: Measurement, book: Ledger, tracker: Tracker,
+    config: Config, goal: Goal, folder: Folder, space: Space, context_ref: Any, book: Ledger, tracker: Tracker,
     observer: Observer, *, proposed: Sequence[Candidate] = (), learned: Sequence[Outcome] = (),
     known: Mapping[str, Measurement | Outcome] | None = None, start: StartTrial = start_trial,
 ) -> tuple[list[Outcome], str]:  # fmt: skip
@@ -181,21 +177,20 @@ def run_search(
         All outcomes of the sweep, those of earlier runs first; and what ended it: `trials`, `time`, `saturation` of the
         hypervolume, `interrupt`, or `exhaustion` of what can be tried.
     """
-    search, recorder = config.search, Recorder(config, folder, book, dense, tracker, observer)
+    search, recorder = config.search, Recorder(config.search, goal, folder, book, tracker, observer)
     num_done = num_trials(recorder.outcomes)
     if num_done >= search.trials or recorder.is_saturated():
         recorder.close()
         return recorder.outcomes, "trials" if num_done >= search.trials else "saturation"
     deadline = None if search.time_budget_s is None else time.monotonic() + search.time_budget_s
-    limits = [parse_limit(text) for text in search.limits]
-    first = [outcome.candidate for outcome in front_of(acceptable(learned, limits, dense), search.accuracy)]
+    first = [outcome.candidate for outcome in front_of(learned, goal)]
     unfinished = recorder.checkpoints.read(done={outcome.trial for outcome in recorder.outcomes})
     observer.start_trials(num_done, search.trials, deadline)
     searcher = StudySearcher(
         space, known=list(recorder.outcomes), sampler=search.sampler, seed=search.seed, num_trials=search.trials,
         first=first + space.first_candidates(proposed), learned=learned, has_rungs=search.reduction_factor > 1, ahead=1,
-        unfinished=[(each.id, each.candidate) for each in unfinished], accuracy=search.accuracy, limits=limits,
-        dense=dense, deadline=deadline, on_suggest=observer.started,
+        unfinished=[(each.id, each.candidate) for each in unfinished], goal=goal,
+        deadline=deadline, on_suggest=observer.started,
     )  # fmt: skip
     interrupted = Event()
 
@@ -277,27 +272,26 @@ def _check_same_settings(config: Config, folder: Folder) -> None:
         )
 
 
-def _write_front(
-    folder: Folder, config: Config, inputs: Inputs, record: dict[str, Any], models: dict[str, nn.Module]
-) -> None:
+def _write_front(folder: Folder, config: Config, inputs: Inputs, front: Front, models: dict[str, nn.Module]) -> None:
     """models/, then front.csv, then front.json, which says that the rest is there."""
-    points = {point["id"]: Plan.from_json(point["plan"]) for point in record["points"]}
-    for point_id, plan in points.items():
-        description = Description(name=config.model.name, args=config.model.args, input=inputs.spec, plan=plan)
-        save(models[point_id], description, folder.models / point_id)
+    for point in front.points:
+        assert point.plan is not None
+        description = Description(name=config.model.name, args=config.model.args, input=inputs.spec, plan=point.plan)
+        save(models[point.id], description, folder.models / point.id)
+    ids = {point.id for point in front.points}
     for left_over in folder.models.iterdir() if folder.models.is_dir() else ():
-        if left_over.name not in points:
+        if left_over.name not in ids:
             shutil.rmtree(left_over)
-    write_atomically(folder.table, front_csv(record))
-    write_atomically(folder.front, json.dumps(record, indent=1))
+    write_atomically(folder.table, front_csv(front))
+    folder.write_front(front)
 
 
-def front_csv(record: dict[str, Any]) -> str:
+def front_csv(front: Front) -> str:
     """The front as a table: the measurements, then the candidate's parameters."""
     rows = []
-    for point in record["points"]:
-        scalars = {key: value for key, value in point.items() if key not in ("candidate", "plan")}
-        rows.append(scalars | Candidate.from_json(point["candidate"]).to_params())
+    for point in front.points:
+        assert point.measurement is not None
+        rows.append({"id": point.id} | asdict(point.measurement) | point.candidate.to_params())
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

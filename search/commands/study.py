@@ -28,6 +28,7 @@ from search.commands.study_report import best_series, best_x, caveats, csv_table
 from search.config import Config
 from search.errors import ConfigError
 from search.front import hypervolume_of
+from search.goal import Goal
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.records.files import write_atomically
 from search.records.ledger import Ledger
@@ -367,7 +368,8 @@ def _record(
         for metric, of in lines.items()
     ]
     if study.front_only:
-        volumes = [f"{series} {hypervolume_of(outcomes, whole):.4f}" for series, outcomes in by_series.items()]
+        goal = Goal(dense=whole)
+        volumes = [f"{series} {hypervolume_of(outcomes, goal):.4f}" for series, outcomes in by_series.items()]
         told.append(f"hypervolume: {', '.join(volumes)}.")
     told += caveats(rows, study.x)
     return {

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from search.front import non_dominated
 from search.outcome import Measurement, Outcome, State
+from search.pareto import non_dominated
 from search.views.plots import StudyLine
 
 SHARE = "share"

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Protocol
 
 from pruning.artifact import Weights, save_weights
-from search.config import Config
+from search.config import SearchConfig
 from search.front import GrowingFront, contenders
-from search.limits import acceptable, parse_limit
-from search.outcome import Candidate, Measurement, Outcome, State
+from search.goal import Goal
+from search.outcome import Candidate, Outcome, State
 from search.records.checkpoints import Checkpoint, Checkpoints
 from search.records.ending import is_saturated
 from search.records.folder import Folder
@@ -46,23 +46,22 @@ class Recorder:
     """Keeps what comes of the trials: weights, then the ledger; only then MLflow and the observer hear of it."""
 
     def __init__(
-        self, config: Config, folder: Folder, book: Ledger, dense: Measurement, tracker: Tracker, observer: Observer
+        self, search: SearchConfig, goal: Goal, folder: Folder, book: Ledger, tracker: Tracker, observer: Observer
     ) -> None:
         """
         Args:
+            search: settings of the search; the patience counts here.
             book: with the outcomes of earlier runs.
-            dense: what the models are compared with.
         """
-        self._search, self._folder, self._book, self._dense = config.search, folder, book, dense
+        self._search, self._goal, self._folder, self._book = search, goal, folder, book
         self._tracker, self._observer = tracker, observer
         self.checkpoints = Checkpoints(folder.checkpoints)
         self.outcomes = list(book.found)
         """All of the sweep."""
-        self._limits = [parse_limit(text) for text in self._search.limits]
-        self._front = GrowingFront(dense, self._search.accuracy, self._limits)
+        self._front = GrowingFront(goal)
         volumes = [self._front.add(outcome) for outcome in self.outcomes]
         self._trial_volumes = [v for each, v in zip(self.outcomes, volumes, strict=True) if _is_measured_trial(each)]
-        self._contenders = contenders(acceptable(self.outcomes, self._limits, dense), self._search.accuracy)
+        self._contenders = contenders(goal.acceptable(self.outcomes), goal.accuracy)
         self._start = time.monotonic() - max((outcome.ended_s for outcome in self.outcomes), default=0.0)
         self._writing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
         self._written: list[Future[None]] = []
@@ -101,8 +100,8 @@ class Recorder:
 
     def _remove_beaten_weights(self, new: Sequence[Outcome]) -> None:
         """Who is beaten beyond the noise stays so: nobody will ask for its weights."""
-        kept = [*self._contenders, *acceptable(new, self._limits, self._dense)]
-        self._contenders = contenders(kept, self._search.accuracy)
+        kept = [*self._contenders, *self._goal.acceptable(new)]
+        self._contenders = contenders(kept, self._goal.accuracy)
         asked_for = {outcome.weights_id for outcome in self._contenders}
         for path in self._folder.weights.glob("*.safetensors"):
             if path.stem not in asked_for:

@@ -19,7 +19,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 # Before mlflow is imported, as it reads them then; whoever sets them keeps their own.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a sweep needs no network, and reports to nobody
@@ -33,6 +32,8 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError  # mlflow lets some through
 
 from search.errors import SweepError
+from search.front import Front
+from search.goal import metric_of
 from search.outcome import Outcome, State
 from search.records.files import alone_in
 
@@ -125,21 +126,25 @@ class Tracker:
             with self._tolerant():
                 self._write_waiting()
 
-    def finish(self, record: Mapping[str, Any], outcomes: Sequence[Outcome], html: str, csv_text: str) -> None:
+    def finish(self, front: Front, outcomes: Sequence[Outcome], html: str, csv_text: str) -> None:
         """Ends the sweep's run: the front as artifacts, its best as metrics, its trials tagged.
 
         Args:
-            record: what `front.json` holds.
+            front: the final front.
             outcomes: all of the ledger; measurements that changed since they were logged are logged anew.
             html: the picture of the front.
             csv_text: the front as a table.
         """
         with self._tolerant(last=True):
             self._write_waiting()
-            self._tag_children(record, outcomes)
-            for name, text in (("front.json", json.dumps(record)), ("front.html", html), ("front.csv", csv_text)):
+            self._tag_children(front, outcomes)
+            for name, text in (
+                ("front.json", json.dumps(front.to_json())),
+                ("front.html", html),
+                ("front.csv", csv_text),
+            ):
                 self._client.log_text(self.run_id, text, name)
-            self._client.log_batch(self.run_id, metrics=_metrics(_best(record), _now_ms()))
+            self._client.log_batch(self.run_id, metrics=_metrics(_best(front), _now_ms()))
             self._client.set_terminated(self.run_id, "FINISHED")
 
     def interrupt(self) -> None:
@@ -236,15 +241,15 @@ class Tracker:
         started = _now_ms() - round(1000 * outcome.seconds)
         return self._client.create_run(self._experiment, started, tags, outcome.id)
 
-    def _tag_children(self, record: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
+    def _tag_children(self, front: Front, outcomes: Sequence[Outcome]) -> None:
         """Writes only what differs: a resumed sweep has tagged most of them before."""
-        front = {point["id"] for point in record["points"]}
+        on_front = {point.id for point in front.points}
         self._children = self._find_children(self._parent)
         for outcome in outcomes:
             run = self._children.get(outcome.id)
             if run is None:
                 continue  # deleted by hand
-            tags = {"on_front": str(outcome.id in front).lower(), "knee": str(outcome.id == record["knee"]).lower()}
+            tags = {"on_front": str(outcome.id in on_front).lower(), "knee": str(outcome.id == front.knee).lower()}
             new_tags = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
             there = run.data.metrics
             changed = {key: value for key, value in _scalars(outcome).items() if there.get(key) != value}
@@ -300,11 +305,13 @@ def _scalars(outcome: Outcome) -> dict[str, float]:
     return cost | {name: float(value) for name, value in taken.items() if value is not None}
 
 
-def _best(record: Mapping[str, Any]) -> dict[str, float]:
-    points, names = record["points"], [objective["name"] for objective in record["objectives"]]
-    best = {"front_points": float(len(points)), "front_hypervolume": record["hypervolume"]}
-    best |= {f"best_{name}": max(point[name] for point in points) for name in names if points}
-    return best | {f"knee_{name}": point[name] for point in points if point["id"] == record["knee"] for name in names}
+def _best(front: Front) -> dict[str, float]:
+    best = {"front_points": float(len(front.points)), "front_hypervolume": front.hypervolume}
+    for name in front.goal.objectives if front.points else ():
+        values = {point.id: metric_of(point.measurement, name) for point in front.points}
+        best |= {f"best_{name}": max(values.values())}
+        best |= {f"knee_{name}": values[front.knee]} if front.knee in values else {}
+    return best
 
 
 def _metrics(values: Mapping[str, float], timestamp_ms: int) -> list[Metric]:

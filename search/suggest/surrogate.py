@@ -13,8 +13,8 @@ from scipy.optimize import minimize
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
-from search.front import non_dominated
 from search.outcome import Candidate
+from search.pareto import non_dominated
 from search.space import Choice, Parameter, Space
 
 Values = NDArray[np.float64]

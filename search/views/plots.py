@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import cycle
 from statistics import fmean
@@ -14,7 +13,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from search.front import ACCURACIES, accuracy_of
+from search.front import Front
+from search.goal import ACCURACIES, metric_of
 from search.outcome import Measurement, Outcome
 
 FRONT_COLOUR, KNEE_COLOUR, DENSE_COLOUR = "#1f5fa8", "#d1495b", "#222222"
@@ -59,72 +59,69 @@ class FrontInfo:
     dense: Point
 
 
-def front_picture(record: dict[str, Any], outcomes: Sequence[Outcome]) -> go.Figure:
+def front_picture(front: Front, outcomes: Sequence[Outcome]) -> go.Figure:
     """The front over all measured models: throughput to the right, accuracy up.
 
     Args:
-        record: what `front_record` gives, or `front.json` holds.
+        front: the front of the sweep.
         outcomes: all outcomes of the sweep; those without a measurement are not drawn.
     """
-    return draw(front_info(record, outcomes))
+    return draw(front_info(front, outcomes))
 
 
-def front_html(record: dict[str, Any], outcomes: Sequence[Outcome]) -> str:
+def front_html(front: Front, outcomes: Sequence[Outcome]) -> str:
     """The picture as one HTML page that needs no other file and no network."""
-    return _page(front_picture(record, outcomes), record["name"])
+    return _page(front_picture(front, outcomes), front.name)
 
 
-def front_info(record: dict[str, Any], outcomes: Sequence[Outcome]) -> FrontInfo:
-    """What the picture shows, as numbers and labels."""
-    accuracy = accuracy_of(record)
-    shown = partial(_point, accuracy)
-    front = {point["id"]: shown(point["id"], point, _exit(point["plan"])) for point in record["points"]}
-    others = (outcome for outcome in outcomes if outcome.id not in front)
+def front_info(front: Front, outcomes: Sequence[Outcome]) -> FrontInfo:
+    """Collects what the picture shows, as numbers and labels."""
+    accuracy, dense = front.goal.accuracy, front.goal.dense
+
+    def point(outcome: Outcome, measurement: Measurement) -> Point:
+        assert outcome.plan is not None
+        return _point(accuracy, outcome.id, measurement, f"exit after block {outcome.plan.exit_block}")
+
+    points = {each.id: point(each, each.measurement) for each in front.points if each.measurement is not None}
     return FrontInfo(
-        title=f"Pareto front of {escape(record['name'])}",
+        title=f"Pareto front of {escape(front.name)}",
         accuracy=ACCURACIES[accuracy],
         measured=tuple(
-            shown(outcome.id, _rescaled(outcome.measurement, record), f"exit after block {outcome.plan.exit_block}")
-            for outcome in others
-            if outcome.measurement is not None and outcome.plan is not None
+            point(outcome, _rescaled(outcome.measurement, dense))
+            for outcome in outcomes
+            if outcome.id not in points and outcome.measurement is not None
         ),
-        front=tuple(front.values()),
-        knee=front.get(record["knee"]),
-        dense=shown("dense", record["dense"], "the model before pruning"),
+        front=tuple(points.values()),
+        knee=points.get(front.knee or ""),
+        dense=_point(accuracy, "dense", dense, "the model before pruning"),
     )
 
 
-def _rescaled(measurement: Measurement, record: dict[str, Any]) -> dict[str, Any]:
-    """With the throughput that its speed-up means at the front's dense throughput.
+def _rescaled(measurement: Measurement, dense: Measurement) -> Measurement:
+    """The measurement with the throughput that its speed-up means at the front's dense throughput.
 
     Trials are measured while others run, the front quietly: only the ratios to dense compare.
     """
-    throughput = measurement.speedup * record["dense"]["throughput_img_s"]
-    return asdict(measurement) | {"throughput_img_s": throughput}
+    return replace(measurement, throughput_img_s=measurement.speedup * dense.throughput_img_s)
 
 
-def _exit(plan: dict[str, Any]) -> str:
-    return f"exit after block {len(plan['blocks'])}"
-
-
-def _point(accuracy: str, name: str, measurement: dict[str, Any], remark: str) -> Point:
-    test, low, high = (measurement[key] for key in ("top1_test", "speedup_low", "speedup_high"))
-    retrieval = {called: measurement.get(key) for key, called in ACCURACIES.items() if key != "top1"}
+def _point(accuracy: str, name: str, found: Measurement, remark: str) -> Point:
+    retrieval = {called: getattr(found, key) for key, called in ACCURACIES.items() if key != "top1"}
     lines = (
         f"<b>{escape(name)}</b>",
-        f"top-1 {measurement['top1']:.2%} ({measurement['top1_low']:.2%} to {measurement['top1_high']:.2%})",
+        f"top-1 {found.top1:.2%} ({found.top1_low:.2%} to {found.top1_high:.2%})",
         *(f"{called} {value:.2%}" for called, value in retrieval.items() if value is not None),
-        "test top-1 not taken" if test is None else f"test top-1 {test:.2%}",
-        f"{measurement['throughput_img_s']:,.0f} img/s",
-        f"speed-up {measurement['speedup']:.2f}x ({low:.2f} to {high:.2f})",
-        f"{_short(measurement['macs'])} MACs an image, {_short(measurement['params'])} parameters",
+        "test top-1 not taken" if found.top1_test is None else f"test top-1 {found.top1_test:.2%}",
+        f"{found.throughput_img_s:,.0f} img/s",
+        f"speed-up {found.speedup:.2f}x ({found.speedup_low:.2f} to {found.speedup_high:.2f})",
+        f"{_short(found.macs)} MACs an image, {_short(found.params)} parameters",
         remark,
     )
     return Point(
         name=name,
-        throughput_img_s=measurement["throughput_img_s"],
-        accuracy=measurement[accuracy],
-        interval=(measurement["top1_low"], measurement["top1_high"]) if accuracy == "top1" else None,
+        throughput_img_s=found.throughput_img_s,
+        accuracy=metric_of(found, accuracy),
+        interval=(found.top1_low, found.top1_high) if accuracy == "top1" else None,
         label="<br>".join(lines),
     )
 

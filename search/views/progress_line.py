@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from search.front import ACCURACIES
+from search.goal import ACCURACIES
 from search.outcome import Candidate, Outcome, State
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from pruning.plan import BlockPlan, Plan
+from search.goal import Goal
 from search.outcome import Candidate, Measurement, Outcome, State
 
 DENSE_IMG_S = 100.0
@@ -67,3 +68,4 @@ def failed(id: str, state: State = State.FAILED, reason: str = "RuntimeError: ou
 
 
 DENSE = measurement(0.9, 1.0)
+GOAL = Goal(dense=DENSE)

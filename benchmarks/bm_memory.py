@@ -83,7 +83,7 @@ def measure(num_processes: int) -> list[dict[str, Any]]:
 
 def text_of(rows: list[dict[str, Any]], command: str) -> str:
     lines = [
-        "# WorkerCache of forward passes", "", f"    {command}", "",
+        "# Memory of forward passes", "", f"    {command}", "",
         f"{device_name(torch.device('cpu'))}, torch {torch.__version__}. A batch of 256 digits on one thread, a model",
         f"of {TARGET:g} of the multiply-adds against the dense one, in {rows[0]['processes']} fresh processes of each.",
         "Medians over the processes; faults: page faults a forward pass.", "", "![speed-ups](memory.png)", "",

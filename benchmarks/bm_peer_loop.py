@@ -54,8 +54,8 @@ from pruning.measure.stopwatch import device_name, time_against_dense
 from pruning.model.anatomy import blocks_of
 from pruning.precision import Precision, fastest_precision
 from search.config import Config, load_config
-from search.front import hypervolume, non_dominated
 from search.outcome import Candidate, Outcome
+from search.pareto import hypervolume, non_dominated
 from search.records import ledger
 from search.records.folder import Folder
 from search.trial.inputs import load_inputs
@@ -342,7 +342,7 @@ SIDES = "vitfront", "peer"
 
 
 def volume(points: Sequence[Sequence[float]], dense_top1: float, at_s: float) -> float:
-    """Hypervolume of the trials that ended by then, above `search.front.reference_point`."""
+    """Hypervolume of the trials that ended by then, above half the dense accuracy and speed-up 1."""
     values = np.array([each[1:] for each in points if each[0] <= at_s]).reshape(-1, 2)
     return hypervolume(values, np.array([dense_top1 / 2, 1.0]))
 

@@ -19,7 +19,8 @@ from pruning.artifact import load
 from pruning.measure.cost import count_params
 from search.cli import main
 from search.config import SpaceConfig
-from search.front import front_record
+from search.front import Front
+from search.goal import Goal
 from search.outcome import Outcome
 from search.records import ledger
 from search.records.folder import Folder
@@ -213,7 +214,7 @@ def sweep(folder: Path) -> Path:
 
 
 def record(outcomes: list[Outcome]) -> dict[str, object]:
-    return front_record("mine", outcomes, builders.DENSE) | {"trials": len(outcomes)}
+    return Front.of("mine", outcomes, builders.GOAL, trials=len(outcomes)).to_json()
 
 
 def test_front_says_how_long_the_workers_waited_where_its_sweep_knows(
@@ -346,8 +347,8 @@ def test_front_of_a_retrieval_sweep_is_shown_bounded_and_picked_by_its_metric(
         retrieved("t001", 0.6, 0.92, 2.0),
         retrieved("t002", 0.9, 0.3, 9.9),
     ]
-    found = front_record("mine", outcomes, builders.measurement(0.9, 1.0, **{accuracy: 0.95}), accuracy) | {"trials": 3}
-    Folder(sweep / "runs", "mine").front.write_text(json.dumps(found))
+    goal = Goal(dense=builders.measurement(0.9, 1.0, **{accuracy: 0.95}), accuracy=accuracy)
+    Folder(sweep / "runs", "mine").write_front(Front.of("mine", outcomes, goal, trials=3))
     code, out, _ = call(capsys, "front", "mine", "--at-least", f"{accuracy}=0.9")
     head = next(line for line in out.splitlines() if line.startswith("┃"))
     rows = [line.replace("│", " ").split() for line in out.splitlines() if line.startswith("│")]
@@ -363,7 +364,9 @@ def test_front_of_a_retrieval_sweep_is_shown_bounded_and_picked_by_its_metric(
 def test_bounds_and_pick_leave_one_point(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
     code, out, _ = call(capsys, "front", "mine", "--at-least", "top1=0.8", "--pick", "fastest", "--json")
     assert code == 0
-    assert [point["id"] for point in json.loads(out)["points"]] == ["t001"]
+    shown, whole = json.loads(out), json.loads(json.dumps(record(OUTCOMES)))
+    assert [point["id"] for point in shown["points"]] == ["t001"]
+    assert shown | {"points": whole["points"]} == whole
 
 
 def test_export_copies_the_picked_model(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:

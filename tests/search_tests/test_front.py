@@ -326,8 +326,36 @@ def test_record_without_a_key_is_no_front(sweep: list[Outcome], key: str) -> Non
         Front.from_json(record)
 
 
-def test_front_within_bounds_is_the_same_front_with_fewer_points(sweep: list[Outcome]) -> None:
+@pytest.mark.parametrize(
+    ("at_least", "at_most", "expected"),
+    [
+        ({}, {}, ["t003", "t001", "t004"]),
+        ({"top1": 0.85}, {}, ["t003", "t001"]),
+        ({}, {"latency_ms_p50": 400.0}, ["t001", "t004"]),
+        ({"top1": 0.99}, {}, []),
+    ],
+)
+def test_front_within_bounds_is_the_same_front_with_fewer_points(
+    sweep: list[Outcome], at_least: dict[str, float], at_most: dict[str, float], expected: list[str]
+) -> None:
     whole = front(sweep)
-    left = whole.within({"top1": 0.85}, {})
-    assert [point.id for point in left.points] == ["t003", "t001"]
+    left = whole.within(at_least, at_most)
+    assert [point.id for point in left.points] == expected
     assert replace(left, points=whole.points) == whole
+
+
+def test_front_of_a_retrieval_sweep_is_bounded_and_picked_by_its_metric_after_it_was_read_back() -> None:
+    figures = {"t000": (0.3, 0.9, 1.2), "t001": (0.4, 0.85, 2.0), "t002": (0.9, 0.6, 3.0)}
+    outcomes = [builders.outcome(id, top1, speedup, recall_at_1=r) for id, (top1, r, speedup) in figures.items()]
+    goal = Goal(dense=builders.measurement(0.9, 1.0, recall_at_1=0.9), accuracy="recall_at_1")
+    read = Front.from_json(json.loads(json.dumps(front(outcomes, goal).to_json())))
+    assert read.pick("most-accurate").id == "t000"
+    assert read.pick("knee").id == "t001"
+    assert [point.id for point in read.within({"recall_at_1": 0.85}, {}).points] == ["t000", "t001"]
+    assert read.pick("fastest", {"recall_at_1": 0.85}).id == "t001"
+
+
+def test_front_written_before_a_metric_was_known_is_read(sweep: list[Outcome]) -> None:
+    record = front(sweep).to_json()
+    points = [{key: value for key, value in point.items() if key != "recall_at_1"} for point in record["points"]]
+    assert Front.from_json(record | {"points": points}).pick("knee").id == "t001"

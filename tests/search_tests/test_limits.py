@@ -7,7 +7,8 @@ import pytest
 from search.config import Config
 from search.errors import ConfigError
 from search.front import running_hypervolume
-from search.limits import acceptable, parse_limit
+from search.goal import Goal
+from search.limits import parse_limit
 from tests.search_tests import builders, tiny
 
 DENSE = builders.measurement(0.8, 1.0, macs=1000, latency_ms_p50=4.0)
@@ -76,25 +77,25 @@ def test_a_limit_on_what_the_recipe_does_not_measure_is_refused() -> None:
 
 
 def test_acceptable_is_what_was_measured_and_keeps_all_limits() -> None:
-    limits = [parse_limit("top1 >= 0.7"), parse_limit("speedup >= 1.5")]
+    goal = Goal.of(DENSE, "top1", ["top1 >= 0.7", "speedup >= 1.5"])
     outcomes = [
         builders.outcome("t000", 0.75, 1.6),
         builders.outcome("t001", 0.65, 3.0),
         builders.outcome("t002", 0.9, 1.2),
     ]
     outcomes += [builders.failed("t003")]
-    assert [each.id for each in acceptable(outcomes, limits, DENSE)] == ["t000"]
-    assert [each.id for each in acceptable(outcomes, [], DENSE)] == ["t000", "t001", "t002"]
+    assert [each.id for each in goal.acceptable(outcomes)] == ["t000"]
+    assert [each.id for each in Goal(dense=DENSE).acceptable(outcomes)] == ["t000", "t001", "t002"]
 
 
 def test_the_hypervolume_counts_what_keeps_the_limits() -> None:
-    limits = [parse_limit("top1 >= 0.7")]
+    goal = Goal.of(DENSE, "top1", ["top1 >= 0.7"])
     outcomes = [
         builders.outcome("t000", 0.65, 3.0),
         builders.outcome("t001", 0.75, 1.6),
         builders.outcome("t002", 0.6, 4.0),
     ]
-    volumes = running_hypervolume(outcomes, DENSE, limits=limits)
+    volumes = running_hypervolume(outcomes, goal)
     assert volumes == (0.0, pytest.approx((0.75 - 0.4) * 0.6), volumes[1])
 
 

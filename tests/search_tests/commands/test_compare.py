@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from scipy.stats import t
 
 from search.commands.compare import compare_sweeps, read_trace
 from search.errors import SweepError
-from search.front import front_record
+from search.front import Front
+from search.goal import Goal
 from search.outcome import Outcome
 from search.records import ledger
 from search.records.folder import Folder
@@ -26,7 +26,7 @@ def write(runs: Path, name: str, outcomes: list[Outcome]) -> None:
     with ledger.Ledger(place.ledger) as book:
         book.append(*outcomes)
     place.config.write_text(f"name: {name}\n")
-    place.front.write_text(json.dumps(front_record(name, outcomes, DENSE) | {"trials": len(outcomes)}))
+    place.write_front(Front.of(name, outcomes, Goal(dense=DENSE), trials=len(outcomes)))
 
 
 def outcome(id: str, top1: float, speedup: float, ended_s: float) -> Outcome:
@@ -82,9 +82,8 @@ def test_curves_over_time_end_where_the_first_seed_does(runs: Path) -> None:
 
 def test_all_are_held_against_the_dense_model_of_the_first(runs: Path) -> None:
     place = Folder(runs, "random")
-    record = place.read_front()
-    record["dense"]["top1"] = 0.2
-    place.front.write_text(json.dumps(record))
+    front = place.read_front()
+    place.write_front(replace(front, goal=Goal(dense=replace(DENSE, top1=0.2))))
     assert compare_sweeps(runs, ["gp-0", "random"])["by_trial"][1]["mean"] == pytest.approx((0.1,))
     assert compare_sweeps(runs, ["random"])["by_trial"][0]["mean"] == pytest.approx((0.4,))
 

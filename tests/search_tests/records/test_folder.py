@@ -12,28 +12,28 @@ import pytest
 
 from pruning.errors import ArtifactError
 from search.errors import ConfigError, SweepError
-from search.front import front_record
-from search.records.folder import Folder, export, select
+from search.front import Front
+from search.records.folder import Folder, export
 from tests.search_tests import builders, tiny
 
-FRONT = [
+POINTS = [
     builders.outcome("t003", 0.90, 1.2),
     builders.outcome("t001", 0.85, 2.0, top1_test=0.84),
     builders.outcome("t004", 0.60, 3.0),
 ]
-RECORD = json.loads(json.dumps(front_record("digits", FRONT, builders.DENSE) | {"trials": 5}))
+FRONT = Front.of("digits", POINTS, builders.GOAL, trials=5)
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     """Holds one sweep, whose models are a few bytes each."""
     folder = Folder(tmp_path / "runs", "digits")
-    for outcome in FRONT:
+    for outcome in POINTS:
         (folder.models / outcome.id).mkdir(parents=True)
         (folder.models / outcome.id / "plan.json").write_text(json.dumps(outcome.id))
         (folder.models / outcome.id / "model.safetensors").write_bytes(b"w" * 5000)
     folder.config.write_text(tiny.config().to_yaml())
-    folder.front.write_text(json.dumps(RECORD))
+    folder.write_front(FRONT)
     return tmp_path / "runs"
 
 
@@ -51,7 +51,8 @@ def largest_file(size: int) -> Iterator[None]:
 def test_settings_and_front_are_read_back(runs: Path) -> None:
     folder = Folder(runs, "digits")
     assert folder.read_config() == tiny.config()
-    assert folder.read_front() == RECORD
+    assert folder.read_front() == Front.from_json(FRONT.to_json())
+    assert json.loads(folder.front.read_text()) == json.loads(json.dumps(FRONT.to_json()))
 
 
 def test_unknown_sweep_is_answered_with_those_there_are(runs: Path) -> None:
@@ -97,61 +98,12 @@ def test_folder_of_sweeps_that_is_a_file_is_named(tmp_path: Path) -> None:
             read()
 
 
-def test_without_bounds_or_pick_all_is_shown() -> None:
-    assert select(RECORD, None, {}, {}) == RECORD
-
-
-@pytest.mark.parametrize(
-    ("how", "at_least", "at_most", "expected"),
-    [
-        (None, {"top1": 0.85}, {}, ["t003", "t001"]),
-        (None, {}, {"latency_ms_p50": 400.0}, ["t001", "t004"]),
-        (None, {"top1": 0.99}, {}, []),
-        ("knee", {}, {}, ["t001"]),
-        ("fastest", {"top1": 0.7}, {}, ["t001"]),
-        ("most-accurate", {}, {}, ["t003"]),
-        ("t004", {}, {}, ["t004"]),
-    ],
-)
-def test_points_are_selected_and_the_rest_of_the_record_stays(
-    how: str | None, at_least: dict[str, float], at_most: dict[str, float], expected: list[str]
-) -> None:
-    record = select(RECORD, how, at_least, at_most)
-    assert [point["id"] for point in record["points"]] == expected
-    assert {**record, "points": RECORD["points"]} == RECORD
-
-
-def test_points_of_a_retrieval_sweep_are_picked_and_bounded_by_its_metric() -> None:
-    found = {"t000": (0.3, 0.9, 1.2), "t001": (0.4, 0.85, 2.0), "t002": (0.9, 0.6, 3.0)}
-    front = [builders.outcome(id, top1, speedup, recall_at_1=recall) for id, (top1, recall, speedup) in found.items()]
-    dense = builders.measurement(0.9, 1.0, recall_at_1=0.9)
-    record = json.loads(json.dumps(front_record("digits", front, dense, "recall_at_1")))
-
-    def ids(how: str | None, at_least: dict[str, float]) -> list[str]:
-        return [point["id"] for point in select(record, how, at_least, {})["points"]]
-
-    assert ids("most-accurate", {}) == ["t000"]
-    assert ids("knee", {}) == ["t001"]
-    assert ids(None, {"recall_at_1": 0.85}) == ["t000", "t001"]
-    assert ids("fastest", {"recall_at_1": 0.85}) == ["t001"]
-
-
-def test_front_written_before_a_metric_was_known_is_read() -> None:
-    points = [{k: v for k, v in point.items() if k != "recall_at_1"} for point in RECORD["points"]]
-    assert [point["id"] for point in select(RECORD | {"points": points}, "knee", {}, {})["points"]] == ["t001"]
-
-
-def test_unknown_point_is_answered_with_those_there_are() -> None:
-    with pytest.raises(SweepError, match="no point 't000' to pick; there are t003, t001, t004"):
-        select(RECORD, "t000", {}, {})
-
-
 @pytest.mark.parametrize(("how", "expected"), [("knee", "t001"), ("t004", "t004")])
 def test_exported_folder_is_the_models(runs: Path, tmp_path: Path, how: str, expected: str) -> None:
-    target = tmp_path / "deep" / "down" / "model"
+    folder, target = Folder(runs, "digits"), tmp_path / "deep" / "down" / "model"
     point = export(runs, "digits", how, target)
-    assert point == next(point for point in RECORD["points"] if point["id"] == expected)
-    source = Folder(runs, "digits").models / expected
+    assert point == next(point for point in folder.read_front().points if point.id == expected)
+    source = folder.models / expected
     assert {path.name: path.read_bytes() for path in target.iterdir()} == {
         path.name: path.read_bytes() for path in source.iterdir()
     }

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from search.errors import SweepError
-from search.front import front_record, running_hypervolume
+from search.front import Front, running_hypervolume
 from search.outcome import Outcome, State
 from search.records.files import alone_in
 from search.records.tracking import Tracker, all_runs, default_uri, serve_ui
@@ -32,7 +32,7 @@ OUTCOMES = (
     builders.failed("t002"),
     builders.outcome("t003", 0.90, 1.2),
 )
-HYPERVOLUMES = running_hypervolume(OUTCOMES, builders.DENSE)
+HYPERVOLUMES = running_hypervolume(OUTCOMES, builders.GOAL)
 
 
 class Store:
@@ -109,7 +109,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 def stairs(outcomes: Sequence[Outcome]) -> list[tuple[int, float]]:
     """The curve of the hypervolume that a complete sweep shows."""
-    return list(enumerate(running_hypervolume(outcomes, builders.DENSE), start=1))
+    return list(enumerate(running_hypervolume(outcomes, builders.GOAL), start=1))
 
 
 def test_new_store_is_made_with_its_folder_and_without_a_word(
@@ -281,13 +281,13 @@ def test_server_that_is_down_is_left_alone_until_the_next_sync(store: Store) -> 
 
 def test_outage_at_the_end_warns_again_and_a_second_finish_makes_up_for_it(store: Store) -> None:
     tracker = store.tracker("lost-end", retry_seconds=1000.0)
-    record = front_record("lost-end", OUTCOMES[:1], builders.DENSE)
+    front = Front.of("lost-end", OUTCOMES[:1], builders.GOAL)
     with store.broken("runs"):
         with pytest.warns(UserWarning, match="cannot write to MLflow"):
             tracker.log(OUTCOMES[0], HYPERVOLUMES[0], 1)
         with pytest.warns(UserWarning, match="cannot write to MLflow"):
-            tracker.finish(record, OUTCOMES[:1], "", "")
-    tracker.finish(record, OUTCOMES[:1], "", "")
+            tracker.finish(front, OUTCOMES[:1], "", "")
+    tracker.finish(front, OUTCOMES[:1], "", "")
     assert store.children(tracker)["t000"].data.tags["on_front"] == "true"
     assert store.client.get_run(tracker.run_id).info.status == "FINISHED"
 
@@ -295,7 +295,7 @@ def test_outage_at_the_end_warns_again_and_a_second_finish_makes_up_for_it(store
 def finished(store: Store, sweep: str) -> Tracker:
     tracker = store.tracker(sweep)
     tracker.sync(OUTCOMES, HYPERVOLUMES)
-    tracker.finish(front_record(sweep, OUTCOMES, builders.DENSE), OUTCOMES, "<p>\N{SNOWMAN}</p>", "id,top1\n")
+    tracker.finish(Front.of(sweep, OUTCOMES, builders.GOAL), OUTCOMES, "<p>\N{SNOWMAN}</p>", "id,top1\n")
     return tracker
 
 
@@ -307,15 +307,15 @@ def marked(store: Store, tracker: Tracker, tag: str) -> list[str]:
 
 def test_finished_sweep_has_the_front_as_artifacts_metrics_and_tags(store: Store) -> None:
     tracker = finished(store, "finished")
-    record = front_record("finished", OUTCOMES, builders.DENSE)
-    assert json.loads(store.artifact(tracker.run_id, "front.json")) == json.loads(json.dumps(record))
+    front = Front.of("finished", OUTCOMES, builders.GOAL)
+    assert json.loads(store.artifact(tracker.run_id, "front.json")) == json.loads(json.dumps(front.to_json()))
     assert store.artifact(tracker.run_id, "front.html") == "<p>\N{SNOWMAN}</p>"
     assert store.artifact(tracker.run_id, "front.csv") == "id,top1\n"
     run = store.client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics == {
         "hypervolume": HYPERVOLUMES[-1],
-        "front_hypervolume": record["hypervolume"],
+        "front_hypervolume": front.hypervolume,
         "front_points": 2.0,
         "best_top1": 0.90,
         "best_speedup": 2.0,
@@ -332,8 +332,8 @@ def test_front_that_changes_on_resume_moves_its_tags_and_rewrites_nothing_else(s
     outcomes = (*OUTCOMES, builders.outcome("t004", 0.88, 2.5))
     again = store.tracker("moved", done=OUTCOMES)
     assert store.client.get_run(again.run_id).info.status == "RUNNING"
-    again.sync(outcomes, running_hypervolume(outcomes, builders.DENSE))
-    again.finish(front_record("moved", outcomes, builders.DENSE), outcomes, "", "")
+    again.sync(outcomes, running_hypervolume(outcomes, builders.GOAL))
+    again.finish(Front.of("moved", outcomes, builders.GOAL), outcomes, "", "")
     assert marked(store, again, "on_front") == ["t003", "t004"]
     assert store.curve(again.run_id, "hypervolume") == stairs(outcomes)
     after = store.children(again)
@@ -347,7 +347,7 @@ def test_final_measurement_replaces_the_first_and_adds_the_test_accuracy(store: 
     assert measurement is not None
     final = replace(OUTCOMES[1], measurement=replace(measurement, speedup=1.9, top1_test=0.83))
     outcomes = (OUTCOMES[0], final, *OUTCOMES[2:])
-    tracker.finish(front_record("remeasured", outcomes, builders.DENSE), outcomes, "", "")
+    tracker.finish(Front.of("remeasured", outcomes, builders.GOAL), outcomes, "", "")
     run = store.children(tracker)["t001"]
     assert run.data.metrics.items() >= {"speedup": 1.9, "top1_test": 0.83, "top1": 0.85}.items()
     assert store.curve(run.info.run_id, "top1") == [(0, 0.85)]
@@ -357,7 +357,7 @@ def test_sweep_without_a_front_finishes_too(store: Store) -> None:
     outcomes = (builders.failed("t000"),)
     tracker = store.tracker("no-front")
     tracker.sync(outcomes, (0.0,))
-    tracker.finish(front_record("no-front", outcomes, builders.DENSE), outcomes, "", "")
+    tracker.finish(Front.of("no-front", outcomes, builders.GOAL), outcomes, "", "")
     assert store.client.get_run(tracker.run_id).data.metrics == {
         "hypervolume": 0.0,
         "front_hypervolume": 0.0,
@@ -369,7 +369,7 @@ def test_sweep_without_a_front_finishes_too(store: Store) -> None:
 def test_trial_deleted_by_hand_does_not_stop_the_end(store: Store) -> None:
     tracker = finished(store, "deleted")
     store.client.delete_run(store.children(tracker)["t000"].info.run_id)
-    tracker.finish(front_record("deleted", OUTCOMES, builders.DENSE), OUTCOMES, "", "")
+    tracker.finish(Front.of("deleted", OUTCOMES, builders.GOAL), OUTCOMES, "", "")
     assert store.client.get_run(tracker.run_id).info.status == "FINISHED"
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pruning.device_sharing import yielding_between
-from pruning.errors import DataError
+from pruning.errors import DataError, first_line_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +216,7 @@ def _open(
             download=download,
         )
     except Exception as error:  # readers raise whatever their libraries raise
-        raise DataError(f"cannot open {place}: {_first_line(error)}") from error
+        raise DataError(f"cannot open {place}: {first_line_of(error)}") from error
 
 
 def _checked_class_map(class_map: str | Path | dict[str, int], folder: Path) -> dict[str, int]:
@@ -227,7 +227,7 @@ def _checked_class_map(class_map: str | Path | dict[str, int], folder: Path) -> 
     try:
         known: dict[str, int] = class_map if isinstance(class_map, dict) else load_class_map(str(class_map))
     except Exception as error:  # not UTF-8, another extension than .txt, ...
-        raise DataError(f"cannot read class map {class_map}: {_first_line(error)}") from error
+        raise DataError(f"cannot read class map {class_map}: {first_line_of(error)}") from error
     names = [entry.name for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
     strange = [name for name in names if name not in known]
     if strange:
@@ -267,7 +267,7 @@ def _decode(source: Any, indices: Sequence[int], spec: InputSpec) -> Tensor:
                 return transform(opened.convert(spec.mode))
         except (OSError, ValueError, SyntaxError) as error:
             name = f"image {index}" if reader is None else reader.filename(index, absolute=True)
-            raise DataError(f"cannot read {name}: {_first_line(error)}") from error
+            raise DataError(f"cannot read {name}: {first_line_of(error)}") from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return torch.stack(list(pool.map(one, indices)))
@@ -275,7 +275,3 @@ def _decode(source: Any, indices: Sequence[int], spec: InputSpec) -> Tensor:
 
 def _place(dataset: str, root: str | Path | None, split: str) -> str:
     return f"{dataset} {Path(root) / split if root is not None else split}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -43,3 +43,8 @@ class SettingError(VitfrontError):
 
 class TargetError(SettingError):
     """A size that no plan of the model has."""
+
+
+def first_line_of(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

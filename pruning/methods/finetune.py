@@ -1,8 +1,7 @@
 """Recovery after pruning: the smaller model is trained on, on the labels and on the dense model's answers.
 
-Two ways to learn from the dense model, the teacher: soft, the divergence of the answers at a temperature (Hinton et al.
-2015), and hard, the cross-entropy with the teacher's first choice as label (DeiT, Touvron et al. 2021). The teacher
-sees the very images that the student sees, mixed ones too.
+The dense model is the teacher (`pruning.losses`: soft or hard); it sees the very images that the student sees, mixed
+ones too.
 
 B images, K classes.
 """
@@ -17,14 +16,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from pruning.data import Images
 from pruning.errors import SettingError
+from pruning.losses import distillation_loss, label_loss
 from pruning.methods.sparsity import Masks, MaskSchedule, apply_masks
 from pruning.precision import Precision, autocast
 from pruning.training import Loop, LoopSettings
@@ -136,13 +134,14 @@ class Finetuning:
         pixels, targets = self.mix(pixels, labels, self.loop.generator)
         with autocast(self.device, self.precision):
             logits = self.trained(pixels)
-        of_labels = label_loss(logits.float(), targets, settings.label_smoothing)
         if self.teacher is None or settings.distillation == "none":
-            return of_labels
+            return label_loss(logits.float(), targets, settings.label_smoothing)
         with torch.no_grad(), autocast(self.device, self.precision):
-            taught = self.teacher(pixels)
-        of_teacher = teacher_loss(logits.float(), taught.float(), settings.distillation, settings.temperature)
-        return (1 - settings.weight) * of_labels + settings.weight * of_teacher
+            teacher_logits = self.teacher(pixels)
+        return distillation_loss(
+            logits.float(), targets, teacher_logits.float(), teacher_weight=settings.weight,
+            smoothing=settings.label_smoothing, distillation=settings.distillation, temperature=settings.temperature,
+        )  # fmt: skip
 
     def finish(self) -> nn.Module:
         """The trained model, in eval mode; after the last epoch."""
@@ -160,33 +159,6 @@ class Finetuning:
         self.loop.load(state["loop"])
         masks = state["masks"]
         self.masks = None if masks is None else {name: mask.to(self.device) for name, mask in masks.items()}
-
-
-def label_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Mean cross-entropy.
-
-    Args:
-        logits: (B, K).
-        targets: labels (B,), which are smoothed here; or shares of every class (B, K), smoothed before.
-        smoothing: in [0, 1).
-    """
-    loss = SoftTargetCrossEntropy() if targets.ndim == 2 else LabelSmoothingCrossEntropy(smoothing)
-    return loss(logits, targets)
-
-
-def teacher_loss(logits: Tensor, taught: Tensor, distillation: Literal["soft", "hard"], temperature: float) -> Tensor:
-    """The mean over images of what sets the student apart from its teacher.
-
-    soft: T^2 * KL(softmax(teacher / T) || softmax(student / T)); with T^2 its gradient is of one size at any T.
-    hard: the cross-entropy with the teacher's first choice.
-
-    Args:
-        logits, taught: (B, K), the student's and the teacher's.
-    """
-    if distillation == "hard":
-        return F.cross_entropy(logits, taught.argmax(dim=1))
-    ours, theirs = ((each / temperature).log_softmax(dim=1) for each in (logits, taught))
-    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 class _Mix:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pruning.data import Images
 from pruning.errors import TargetError
+from pruning.losses import distillation_loss
 from pruning.measure.cost import channel_macs, count_macs
 from pruning.measure.widths import AllowedWidths, multiples
 from pruning.methods.ranking import top_indices
@@ -144,17 +145,14 @@ class SoftMaskTraining:
         return self.settings.l1 * weighted_mean(self.gates)
 
     def _loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        settings = self.settings
         with torch.no_grad(), autocast(self.device, self.precision):
-            target = self.teacher(pixels).float().log_softmax(dim=1)
+            teacher_logits = self.teacher(pixels).float()
         with autocast(self.device, self.precision):
             x = embed(self.trained, pixels)
             for block in self.blocks:
                 x = block(x)
             logits = classify(self.trained, x).float()
-        hard = F.cross_entropy(logits, labels)
-        soft = F.kl_div(logits.log_softmax(dim=1), target, reduction="batchmean", log_target=True)
-        return (1 - settings.distillation) * hard + settings.distillation * soft
+        return distillation_loss(logits, labels, teacher_logits, teacher_weight=self.settings.distillation)
 
     def _plan(self, of_channels: float, of_hidden: float) -> Plan:
         """What stays above the thresholds."""

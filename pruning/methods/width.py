@@ -27,11 +27,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.data import Images
 from pruning.errors import TargetError
+from pruning.losses import distillation_loss
 from pruning.measure.cost import channel_macs, count_macs, count_params
 from pruning.measure.widths import AllowedWidths, multiples
 from pruning.methods.ranking import top_indices
@@ -335,9 +335,8 @@ class WidthTraining:
 
     def _loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """The sum over the exits."""
-        settings = self.settings
         with torch.no_grad(), autocast(self.device, self.precision):
-            target = self.teacher(pixels).float().log_softmax(dim=1)
+            teacher_logits = self.teacher(pixels).float()
         total = torch.zeros((), device=self.device)
         with autocast(self.device, self.precision):
             x = embed(self.trained, pixels)
@@ -346,9 +345,9 @@ class WidthTraining:
                 if index not in self.tails:
                     continue
                 logits = classify(self.tails[index], x).float()
-                hard = F.cross_entropy(logits, labels)
-                soft = F.kl_div(logits.log_softmax(dim=1), target, reduction="batchmean", log_target=True)
-                total = total + (1 - settings.distillation) * hard + settings.distillation * soft
+                total = total + distillation_loss(
+                    logits, labels, teacher_logits, teacher_weight=self.settings.distillation
+                )
         return total
 
     def _plan_at_target(self) -> list[BlockPlan]:

@@ -13,12 +13,12 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.data import Images
 from pruning.device_sharing import yielding_between
 from pruning.errors import PlanError
+from pruning.losses import distillation_loss
 from pruning.model.anatomy import TAIL_PREFIXES, Anatomy, blocks_of, classify, embed, examine, tail_tokens, with_blocks
 from pruning.precision import Precision, autocast
 
@@ -136,15 +136,13 @@ def _fit(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    target = dense_logits.log_softmax(dim=1)
     for _ in range(epochs):
         for chosen in yielding_between(torch.randperm(len(features), generator=generator).split(size)):
             chosen = chosen.to(features.device)
             logits = classify(tail, features[chosen])
-            hard = F.cross_entropy(logits, labels[chosen])
-            soft = F.kl_div(logits.log_softmax(dim=1), target[chosen], reduction="batchmean", log_target=True)
+            loss = distillation_loss(logits, labels[chosen], dense_logits[chosen], teacher_weight=distillation)
             optimizer.zero_grad()
-            ((1 - distillation) * hard + distillation * soft).backward()
+            loss.backward()
             optimizer.step()
             schedule.step()
     return exit_head_of(tail)

@@ -390,21 +390,6 @@ def test_the_prediction_is_the_sum_over_units_and_removals() -> None:
         assert sum(map(sum, block_costs(profile, MIDDLE, plan))) == pytest.approx(expected, rel=1e-9)
 
 
-# Divergence
-
-
-def test_divergence_is_the_mean_of_p_log_p_over_q() -> None:
-    generator = torch.Generator().manual_seed(0)
-    dense, pruned = 3 * torch.randn(2, 5, 4, generator=generator)
-    total = 0.0
-    for a, b in zip(dense.tolist(), pruned.tolist(), strict=True):
-        p, q = ([math.exp(x) / sum(map(math.exp, row)) for x in row] for row in (a, b))
-        total += sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
-    assert divergence(dense, pruned) == pytest.approx(total / 5, rel=1e-5)
-    assert divergence(dense, dense + 7) == pytest.approx(0, abs=1e-6)
-    assert divergence(dense[:1], pruned[:1]) != pytest.approx(divergence(pruned[:1], dense[:1]), rel=1e-2)
-
-
 # The profile
 
 

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from pruning.errors import SettingError, VitfrontError
+from pruning.losses import teacher_loss
 from pruning.measure.accuracy import predict, top1
-from pruning.methods.finetune import FinetuneSettings, Finetuning, label_loss, numpy_seeded, teacher_loss
+from pruning.methods.finetune import FinetuneSettings, Finetuning, numpy_seeded
 from pruning.methods.sparsity import (
     GradualMagnitude,
     Masks,
@@ -59,44 +60,7 @@ def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-def shares(logits: list[float], temperature: float) -> list[float]:
-    powers = [math.exp(each / temperature) for each in logits]
-    return [power / sum(powers) for power in powers]
-
-
 # Losses
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_soft_distillation_is_the_divergence_at_the_temperature_by_hand(temperature: float) -> None:
-    ours, theirs = [[1.0, -0.5, 2.0], [0.0, 0.3, -1.0]], [[0.5, 0.5, 1.0], [2.0, -2.0, 0.0]]
-    expected = 0.0
-    for our, their in zip(ours, theirs, strict=True):
-        q, p = shares(our, temperature), shares(their, temperature)
-        expected += temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 2
-    loss = teacher_loss(torch.tensor(ours), torch.tensor(theirs), "soft", temperature)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert teacher_loss(torch.tensor(ours), torch.tensor(ours), "soft", temperature).item() == pytest.approx(
-        0, abs=1e-6
-    )
-
-
-def test_hard_distillation_takes_the_teachers_first_choice_for_the_label() -> None:
-    ours, theirs = [[1.0, -0.5, 2.0], [0.0, 0.3, -1.0]], [[0.5, 0.7, -1.0], [2.0, -2.0, 0.0]]
-    expected = -(math.log(shares(ours[0], 1)[1]) + math.log(shares(ours[1], 1)[0])) / 2
-    loss = teacher_loss(torch.tensor(ours), torch.tensor(theirs), "hard", 3.0)  # the temperature is of no account
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_loss_of_labels_is_smoothed_once_however_they_are_given(smoothing: float) -> None:
-    logits = [1.0, -0.5, 2.0]
-    target = [smoothing / 3 + (1 - smoothing) * (index == 1) for index in range(3)]
-    expected = -sum(a * math.log(b) for a, b in zip(target, shares(logits, 1), strict=True))
-    of_label = label_loss(torch.tensor([logits]), torch.tensor([1]), smoothing)
-    of_shares = label_loss(torch.tensor([logits]), torch.tensor([target]), smoothing)
-    assert of_label.item() == pytest.approx(expected, rel=1e-5)
-    assert of_shares.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("distillation", ["none", "soft", "hard"])

@@ -30,7 +30,8 @@ from pruning.model.surgery import as_slim, keep_all_block, keep_all_plan, slim_b
 from pruning.model.tokens import Schedule, schedule
 from pruning.plan import BlockPlan, BlockShape, Plan, TokenReduction
 from pruning.precision import Precision, autocast
-from pruning.repair.compensation import CalibrationStream, repaired_model
+from pruning.repair.compensation import BlockRepair, repaired_model
+from pruning.repair.flow import CalibrationStream
 from pruning.repair.sensitivity import BlockSensitivity, measure_sensitivity
 from pruning.scores.curves import RemovalCurves, measure_curves
 
@@ -91,7 +92,7 @@ def measure_profile(
     )  # fmt: skip
     channels = []
     for block in blocks_of(model):
-        channels.append(measure_curves(flow))
+        channels.append(measure_curves(BlockRepair(flow)))
         flow.advance(block)
     reduces = token_reduction != "none"
     tokens: tuple[tuple[float, ...], ...] = ((),) * anatomy.depth

@@ -33,7 +33,8 @@ from pruning.model.surgery import as_slim, keep_all_block, keep_all_from, slim_b
 from pruning.model.tokens import merges
 from pruning.plan import BlockPlan, Plan, TokenReduction
 from pruning.precision import Precision, autocast
-from pruning.repair.compensation import REPAIR_PASSES, CalibrationStream, Repaired, RepairedModel, repaired_model
+from pruning.repair.compensation import REPAIR_PASSES, BlockRepair, RepairedBlock, RepairedModel, repaired_model
+from pruning.repair.flow import CalibrationStream
 from pruning.repair.sensitivity import BlockSensitivity, measure_sensitivity
 from pruning.scores.channel import ChannelScores, ScoringInput
 from pruning.scores.criteria import CRITERIA
@@ -223,7 +224,7 @@ def _prune_block(walk: CascadeState, spending: _Spending) -> CascadeState:
     index, before = work.index, work.correct
     anatomy, settings, block = work.anatomy, work.settings, work.anatomy.blocks[index]
     num_tokens = plans[index].num_tokens
-    best = Repaired(block=work.flow.slim(plans[index]))
+    best = RepairedBlock(block=work.flow.slim(plans[index]))
 
     def with_block(plan: BlockPlan) -> list[BlockPlan]:
         is_down = settings.order == "top-down"  # the later blocks are pruned; else dense, with the tokens that are left
@@ -287,7 +288,7 @@ def _prune_block(walk: CascadeState, spending: _Spending) -> CascadeState:
 class _Probe:
     """A block that is being tried: the probe images that it has run on so far, in their order."""
 
-    repaired: Repaired
+    repaired: RepairedBlock
     is_enough: Callable[[int], bool]
     """Whether so many images that come out right are within budget."""
     is_right: list[Tensor] = field(default_factory=list)
@@ -324,7 +325,7 @@ class _Work:
         self.order = torch.arange(self.num_probe, device=self.x.device)
         """(B,): what `accept` made of the order of the probe images."""
         self._begin()
-        dense = _Probe(Repaired(block=self.dense), lambda num_right: True)
+        dense = _Probe(RepairedBlock(block=self.dense), lambda num_right: True)
         self.is_right = torch.zeros(self.num_probe, dtype=torch.bool, device=self.x.device)
         """(B,): probe images that come out right as the model is now."""
         self.is_within(dense, surely=True)
@@ -334,6 +335,7 @@ class _Work:
         """The same state, between two blocks, to go on from; they share the tensors, which nobody changes."""
         made = copy.copy(self)
         made.flow, made.guesses = self.flow.copy(), dict(self.guesses)
+        made.block_repair = BlockRepair(made.flow)
         return made
 
     @property
@@ -346,7 +348,7 @@ class _Work:
         self._turn_to(0)
 
     def _turn_to(self, index: int) -> None:
-        self.index = index
+        self.index, self.block_repair = index, BlockRepair(self.flow)
         self.dense, *self.later = blocks_of(self.model)[index:]
         if merges(self.settings.token_reduction):
             last = len(self.later) - 1
@@ -376,10 +378,10 @@ class _Work:
             self.summaries[index] = summary_token(self.anatomy.blocks[index], x)
 
     @torch.no_grad()
-    def repair(self, plan: BlockPlan) -> Repaired:
+    def repair(self, plan: BlockPlan) -> RepairedBlock:
         """The current block by a plan, repaired: it runs over the calibration images once for each of its halves."""
-        self.block_images += (1 if self.flow.knows_attention(plan) else 2) * len(self.calibration)
-        return self.flow.repaired(plan)
+        self.block_images += (1 if self.block_repair.has_attention(plan) else 2) * len(self.calibration)
+        return self.block_repair.repair(plan)
 
     @property
     def correct(self) -> int:
@@ -438,7 +440,7 @@ class _Work:
             model=self.model, anatomy=self.anatomy.blocks[self.index], index=self.index,
             blocks=[block, *self.later], x=self.flow.x, x_low=self.x_low, targets=self.summaries[self.index],
             labels=self.calibration_labels, alpha=settings.alpha, batch_size=settings.batch_size,
-            precision=settings.precision, seed=settings.seed, flow=self.flow,
+            precision=settings.precision, seed=settings.seed, repair=self.block_repair,
         )  # fmt: skip
         return CRITERIA[settings.criterion](scene)
 
@@ -473,6 +475,7 @@ class _WorkDown(_Work):
         x, x_low, calibration = self.starts
         self.x = self._up_to(index, x)[self.order]
         self.flow.turn_to(index, self._up_to(index, calibration))
+        self.block_repair = BlockRepair(self.flow)
         self.x_low = self._up_to(index, x_low) if self.settings.criterion == "lfs" else self.flow.x
 
     def _up_to(self, index: int, x: Tensor) -> Tensor:

@@ -5,12 +5,17 @@ n features, S samples.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+Part = Literal["fit", "held", "all"]
+"""The samples to fit on, those held out to choose by, or both together."""
+
 
 class Moments:
-    """Of samples in two parts: those to fit on, and those held out to choose by.
+    """Mean and covariance of samples, kept apart for those to fit on and those held out to choose by.
 
     Products are taken in float32 around the first batch's mean and summed in float64: as exact as needed, and fast.
     """
@@ -19,7 +24,7 @@ class Moments:
         self._weight: Tensor | None = None
 
     def add(self, x: Tensor, weight: Tensor, is_held: Tensor) -> None:
-        """x: (S, n); weight: (S,), at least 0; is_held: (S,) bool."""
+        """Adds samples. x: (S, n); weight: (S,), at least 0; is_held: (S,) bool."""
         x = x.detach().float()
         if self._weight is None:
             self._origin = x.mean(dim=0)
@@ -27,34 +32,38 @@ class Moments:
             self._sum = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
             self._products = torch.zeros(2, x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
         x = x - self._origin
-        for part, chosen in enumerate((~is_held, is_held)):
+        for row, chosen in enumerate((~is_held, is_held)):
             if not chosen.any():
                 continue
-            some, weights = x[chosen], weight[chosen].float()[:, None]
-            weighted = some * weights
-            self._weight[part] += weights.sum()
-            self._sum[part] += weighted.sum(dim=0)
-            self._products[part] += weighted.T @ some
+            samples, weights = x[chosen], weight[chosen].float()[:, None]
+            weighted = samples * weights
+            self._weight[row] += weights.sum()
+            self._sum[row] += weighted.sum(dim=0)
+            self._products[row] += weighted.T @ samples
 
     @property
     def has_held(self) -> bool:
-        """Whether both parts have samples."""
+        """True where there are samples of some weight both to fit on and held out."""
         return self._weight is not None and bool((self._weight > 0).all())
 
-    def mean(self, part: int | None = None) -> Tensor:
-        """(n,), float64; of the fitting part (0), the held-out one (1), or both."""
+    def mean(self, part: Part = "all") -> Tensor:
+        """Returns the weighted mean of a part of the samples: (n,), float64."""
         return self._origin.double() + self._shift(part)
 
-    def covariance(self, part: int | None = None) -> Tensor:
-        """(n, n), float64, divided by the sum of weights."""
+    def covariance(self, part: Part = "all") -> Tensor:
+        """Returns the weighted covariance of a part of the samples, divided by the sum of weights: (n, n), float64."""
         shift = self._shift(part)
-        products = self._products.sum(dim=0) if part is None else self._products[part]
-        return products / self._total(part) - shift[:, None] * shift
+        return self._total(self._products, part) / self._total_weight(part) - shift[:, None] * shift
 
-    def _total(self, part: int | None) -> Tensor:
+    def _total_weight(self, part: Part) -> Tensor:
         assert self._weight is not None, "no sample yet"
-        total = self._weight.sum() if part is None else self._weight[part]
-        return total.clamp_min(torch.finfo(torch.float64).tiny)
+        return self._total(self._weight, part).clamp_min(torch.finfo(torch.float64).tiny)
 
-    def _shift(self, part: int | None) -> Tensor:
-        return (self._sum.sum(dim=0) if part is None else self._sum[part]) / self._total(part)
+    def _shift(self, part: Part) -> Tensor:
+        """Returns the mean's distance from the origin. (n,)."""
+        return self._total(self._sum, part) / self._total_weight(part)
+
+    @staticmethod
+    def _total(sums: Tensor, part: Part) -> Tensor:
+        """Adds up the sums of a part. sums: (2, ...), of the samples to fit on and of those held out."""
+        return sums.sum(dim=0) if part == "all" else sums[("fit", "held").index(part)]

@@ -1,1 +1,1 @@
-"""How much is lost if a unit goes: one file a criterion; larger = keep."""
+"""Scores of units by how much is lost without them, larger = keep: one file a criterion."""

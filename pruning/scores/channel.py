@@ -1,4 +1,4 @@
-"""What a channel criterion is given, and what it gives back.
+"""The input of a channel criterion, and the scores it returns.
 
 B images, N tokens, C model width, H heads, D head width, h hidden units.
 """
@@ -16,36 +16,37 @@ from pruning.model.anatomy import BlockAnatomy
 from pruning.precision import Precision
 
 if TYPE_CHECKING:
-    from pruning.repair.compensation import CalibrationStream
+    from pruning.repair.compensation import BlockRepair
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringInput:
-    """What a criterion may look at when a block is scored. Activations are run through blocks, never indexed."""
+    """All that a criterion may look at to score one block. Activations are run through blocks, never indexed."""
 
     model: nn.Module
-    """Gives the tail after the last block."""
+    """The model whose tail (norm and classifier) comes after the last block."""
     anatomy: BlockAnatomy
-    """Of the block that is scored."""
+    """The anatomy of the block that is scored."""
     index: int
-    """Of the block that is scored, in the model; counted from 0."""
+    """The place of the block that is scored in the model, counted from 0."""
     blocks: Sequence[nn.Module]
     """The block that is scored, at its dense widths, and all after it."""
     x: Tensor
-    """(B, N, C) what enters the block for the calibration images as they are; (B, N, C + 1) with token sizes."""
+    """(B, N, C), the block's input for the calibration images as they are; (B, N, C + 1) with token sizes."""
     x_low: Tensor
-    """The same for the low-pass filtered images."""
+    """(B, N, C), the block's input for the low-pass filtered calibration images; (B, N, C + 1) with token sizes."""
     targets: Tensor
-    """(B, C) the dense model's summary token after the block, images as they are (the T of LFS)."""
+    """(B, C), the dense model's summary token after the block for the images as they are (the T of LFS)."""
     labels: Tensor
-    """(B,)."""
+    """(B,), class indices of the calibration images."""
     alpha: float
-    """Weight of the cross-entropy in LFS, in [0, 1]."""
+    """The weight of the cross-entropy in LFS, in [0, 1]."""
     batch_size: int
     precision: Precision
     seed: int
-    flow: CalibrationStream
-    """Gives the closed-form criterion what it is fitted on: the calibration images, at the block that is scored."""
+    """The seed of the random criterion."""
+    repair: BlockRepair
+    """The repair of the block that is scored: the closed-form criterion is fitted on its calibration stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +54,17 @@ class ChannelScores:
     """The scores of one block's channels; larger = keep. All come from one formula and compare with each other."""
 
     qk: Tensor
-    """(H, D): query and key channels of one index go together."""
+    """(H, D), of query/key pairs: query and key channels of one index go together."""
     v: Tensor
-    """(H, D)."""
+    """(H, D), of value channels."""
     hidden: Tensor
-    """(h,)."""
+    """(h,), of the MLP's hidden units."""
 
     def checked(self, index: int) -> ChannelScores:
-        """These scores, which are those of block `index`.
+        """Returns these scores once they are known to be finite.
+
+        Args:
+            index: of the block they are of, for the error.
 
         Raises:
             VitfrontError: a score is not finite.
@@ -70,7 +74,7 @@ class ChannelScores:
 
 
 def check_finite(index: int, scores: Mapping[str, Tensor]) -> None:
-    """Raises VitfrontError where scores of block `index`, or what they are made of, are not finite."""
+    """Raises VitfrontError if scores of block `index`, or moments that they are computed from, are not finite."""
     for name, values in scores.items():
         if not values.isfinite().all():
             raise VitfrontError(

@@ -1,4 +1,4 @@
-"""What a block loses when channels go and the rest is repaired: Optimal Brain Surgeon, closed form.
+"""Curves of the loss when a block's channels go and the rest is repaired: Optimal Brain Surgeon, closed form.
 
 The loss is 1/2 tr(G E[D D^T]) of the error D that is left in the stream after the repair, G the metric of
 `pruning.repair.sensitivity`: nats of log-likelihood an image, to second order.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -24,80 +25,102 @@ from pruning.model.anatomy import parts_of
 from pruning.model.layers import SlimBlock
 from pruning.model.surgery import as_slim
 from pruning.precision import autocast
-from pruning.repair.compensation import CalibrationStream, matrix_power, samples
+from pruning.repair.compensation import BlockRepair
+from pruning.repair.flow import CalibrationStream, sample_tokens
 from pruning.repair.moments import Moments
+from pruning.repair.regression import matrix_power
 from pruning.scores.channel import check_finite
 
 NUM_WIDTHS = 8
-"""Query/key widths that are tried: eighths of the dense one."""
+"""The number of query/key widths that are measured: eighths of the dense width."""
 
 NUM_STEPS = 96
-"""Steps in which the hidden units go."""
+"""The number of steps in which the hidden units go."""
 
 RIDGE = 1e-4
-"""Of the mean variance: added to the covariance before it is inverted, since smaller ones are noise of the estimate."""
+"""Share of the mean variance that is added to the covariance before it is inverted: smaller variances are noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalCurves:
-    """Losses by number removed, from 0 to all; none falls."""
+    """A block's losses by the number of channels removed, from 0 to all, never falling; and the order of removal."""
 
     qk: Tensor
-    """(D + 1,): query/key pairs removed from every head."""
+    """(D + 1,): losses by query/key pairs removed from every head."""
     v: Tensor
-    """(D + 1,): value channels removed from every head."""
+    """(D + 1,): losses by value channels removed from every head."""
     hidden: Tensor
-    """(h + 1,)."""
+    """(h + 1,): losses by hidden units removed."""
     qk_order: Tensor
-    """(H, D): a head's pairs, the first to go first."""
+    """(H, D): every head's query/key pairs, the first to go first."""
     v_order: Tensor
-    """(H, D)."""
+    """(H, D): every head's value channels, the first to go first."""
     hidden_order: Tensor
-    """(h,)."""
+    """(h,): the hidden units, the first to go first."""
 
 
 @torch.no_grad()
-def measure_curves(flow: CalibrationStream, block: nn.Module | None = None) -> RemovalCurves:
-    """Of the current block of a flow.
+def measure_curves(repair: BlockRepair, block: nn.Module | None = None) -> RemovalCurves:
+    """Measures the removal curves of the block that a calibration stream has come to.
 
     Args:
+        repair: of the stream's current block.
         block: at dense widths; its tokens may be reduced. By default the dense block.
     """
-    anatomy = flow.anatomy
-    dense = flow.blocks[flow.index] if block is None else block
-    slim = dense if isinstance(dense, SlimBlock) else as_slim(dense, anatomy, is_last=False)
-    parts, place = parts_of(slim), flow.sensitivity[flow.index]
-    values, hidden = Moments(), Moments()
-    energy = torch.zeros(anatomy.num_heads, anatomy.head_dim, dtype=torch.float64, device=flow.x.device)
-    before = place.mid.token_weights(flow.num_all_tokens, anatomy.num_prefix_tokens)
-    with autocast(flow.x.device, flow.precision):
-        for stage in flow.stages(slim):
-            q, k = stage.clues.q.float(), stage.clues.k.float()
-            energy += (
-                q.square().mean(dim=(0, 2)) * (k - k.mean(dim=2, keepdim=True)).square().mean(dim=(0, 2))
-            ).double()
-            values.add(*samples(stage, before, stage.mixed.float()))
-            stage.reduce()
-            after = place.out.token_weights(stage.x.shape[1], anatomy.num_prefix_tokens)
-            hidden.add(*samples(stage, after, parts.act(parts.fc1(parts.norm2(stage.x))).float()))
-    found = {"qk": energy, "v": values.covariance(), "hidden": hidden.covariance()}
-    check_finite(flow.index, found)
-    one = torch.ones(anatomy.width, device=flow.x.device)
-    outer = matrix_power(place.mid.metric, 0.5) @ (parts.ls1(one)[:, None] * parts.proj.weight).double()
-    v, v_order = _value_curve(found["v"], outer, anatomy.num_heads)
-    outer = matrix_power(place.out.metric, 0.5) @ (parts.ls2(one)[:, None] * parts.fc2.weight).double()
-    loss, hidden_order = obs_removal_curve(found["hidden"], outer)
+    stream = repair.stream
+    anatomy, block = stream.anatomy, stream.blocks[stream.index] if block is None else block
+    slim = block if isinstance(block, SlimBlock) else as_slim(block, anatomy, is_last=False)
+    parts, sensitivity = parts_of(slim), stream.sensitivity[stream.index]
+    moments = _observe(stream, slim)
+    check_finite(stream.index, {"qk": moments.qk_energy, "v": moments.v, "hidden": moments.hidden})
+    ones = torch.ones(anatomy.width, device=stream.x.device)
+    outer = matrix_power(sensitivity.mid.metric, 0.5) @ (parts.ls1(ones)[:, None] * parts.proj.weight).double()
+    v, v_order = _value_curve(moments.v, outer, anatomy.num_heads)
+    outer = matrix_power(sensitivity.out.metric, 0.5) @ (parts.ls2(ones)[:, None] * parts.fc2.weight).double()
+    hidden, hidden_order = obs_removal_curve(moments.hidden, outer)
     qk = torch.zeros(anatomy.head_dim + 1, dtype=torch.float64)
     if not anatomy.has_qk_norm:
-        qk = _pair_curve(flow, slim, before)
+        qk = _pair_curve(repair, slim)
     return RemovalCurves(
-        qk=qk, v=v.cpu(), hidden=loss.cpu(), qk_order=energy.argsort(dim=1).cpu(), v_order=v_order.cpu(),
+        qk=qk, v=v.cpu(), hidden=hidden.cpu(), qk_order=moments.qk_energy.argsort(dim=1).cpu(), v_order=v_order.cpu(),
         hidden_order=hidden_order.cpu(),
     )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class _BlockMoments:
+    """Second moments of one block's channels, float64."""
+
+    qk_energy: Tensor
+    """(H, D): mean square of the query, times that of the key around its mean over the tokens; summed over batches."""
+    v: Tensor
+    """(H*D, H*D): covariance of the values, mixed by attention."""
+    hidden: Tensor
+    """(h, h): covariance of the hidden units."""
+
+
+def _observe(stream: CalibrationStream, slim: SlimBlock) -> _BlockMoments:
+    """Runs the stream through a block and takes the moments of its channels."""
+    anatomy, parts, sensitivity = stream.anatomy, parts_of(slim), stream.sensitivity[stream.index]
+    values, hidden = Moments(), Moments()
+    energy = torch.zeros(anatomy.num_heads, anatomy.head_dim, dtype=torch.float64, device=stream.x.device)
+    mid_weights = sensitivity.mid.token_weights(stream.num_all_tokens, anatomy.num_prefix_tokens)
+    with autocast(stream.x.device, stream.precision):
+        for batch in stream.batches(slim):
+            q, k = batch.state.q.float(), batch.state.k.float()
+            energy += (
+                q.square().mean(dim=(0, 2)) * (k - k.mean(dim=2, keepdim=True)).square().mean(dim=(0, 2))
+            ).double()
+            values.add(*sample_tokens(batch, mid_weights, batch.mixed.float()))
+            batch.reduce()
+            out_weights = sensitivity.out.token_weights(batch.x.shape[1], anatomy.num_prefix_tokens)
+            units = parts.act(parts.fc1(parts.norm2(batch.x))).float()
+            hidden.add(*sample_tokens(batch, out_weights, units))
+    return _BlockMoments(qk_energy=energy, v=values.covariance(), hidden=hidden.covariance())
+
+
 def obs_removal_curve(covariance: Tensor, outer: Tensor, num_steps: int = NUM_STEPS) -> tuple[Tensor, Tensor]:
-    """The greedy removal of a linear layer's inputs, the others refitted after every step.
+    """Removes a linear layer's inputs greedily, the others refitted after every step.
 
     Args:
         covariance: (n, n) of the inputs, float64.
@@ -133,48 +156,57 @@ def obs_removal_curve(covariance: Tensor, outer: Tensor, num_steps: int = NUM_ST
 
 
 def _value_curve(covariance: Tensor, outer: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """The curve of all heads together, and the channels of each by what they carry alone."""
+    """The loss of all heads together by values removed from each, and the order in which a head's values go.
+
+    Args:
+        covariance: (H*D, H*D) of the mixed values, float64.
+        outer: (m, H*D), the projection's weights times a root of the metric.
+
+    Returns:
+        Losses (D + 1,), and for every head its channels (H, D) by the loss that each carries alone, the least first.
+    """
     head_dim = len(covariance) // num_heads
     squares, orders = torch.zeros(head_dim, dtype=torch.float64, device=covariance.device), []
     for head in range(num_heads):
-        own = slice(head * head_dim, (head + 1) * head_dim)
-        strengths = torch.linalg.svdvals(outer[:, own] @ matrix_power(covariance[own, own], 0.5))
+        of_head = slice(head * head_dim, (head + 1) * head_dim)
+        inner = covariance[of_head, of_head]
+        strengths = torch.linalg.svdvals(outer[:, of_head] @ matrix_power(inner, 0.5))
         squares[: len(strengths)] += strengths.square()
-        orders.append((outer[:, own].square().sum(dim=0) * covariance[own, own].diagonal()).argsort())
+        orders.append((outer[:, of_head].square().sum(dim=0) * inner.diagonal()).argsort())
     losses = torch.cat([squares.new_zeros(1), squares.flip(0).cumsum(0)]) / 2
     return losses, torch.stack(orders)
 
 
-def _pair_curve(flow: CalibrationStream, slim: SlimBlock, weights: Tensor) -> Tensor:
-    """The error of a few widths, on one batch; between them the loss is interpolated geometrically."""
-    head_dim, place = flow.anatomy.head_dim, flow.sensitivity[flow.index].mid
-    query, key = flow.logit_factors()
-    tried = sorted({math.ceil(head_dim * step / NUM_WIDTHS) for step in range(NUM_WIDTHS)}, reverse=True)
+def _pair_curve(repair: BlockRepair, slim: SlimBlock) -> Tensor:
+    """The loss by query/key pairs removed: measured at a few widths, on one batch, and interpolated between them."""
+    stream, head_dim = repair.stream, repair.stream.anatomy.head_dim
+    sensitivity = stream.sensitivity[stream.index].mid
+    weights = sensitivity.token_weights(stream.num_all_tokens, stream.anatomy.num_prefix_tokens)
+    query, key = repair.logit_factors()
+    widths = sorted({math.ceil(head_dim * step / NUM_WIDTHS) for step in range(NUM_WIDTHS)}, reverse=True)
     removed, losses = [0], [0.0]
-    stage = next(flow.stages(slim))
-    x, projection = stage.x, slim.attn.proj.weight
+    batch = next(stream.batches(slim))
+    x, projection = batch.x, slim.attn.proj.weight
     q, k, v = slim.attn.project(slim.norm1(x))
-    gain = slim.ls1(torch.ones(flow.anatomy.width, device=x.device))
-    for width in tried:
+    gain = slim.ls1(torch.ones(stream.anatomy.width, device=x.device))
+    for width in widths:
         if width == 0:
             narrow_q, narrow_k = torch.zeros_like(q[..., :1]), torch.zeros_like(k[..., :1])
         else:
             narrow_q = torch.einsum("bhnd,hkd->bhnk", q, query[:, :width].to(q.dtype))
             narrow_k = torch.einsum("bhnd,hkd->bhnk", k, key[:, :width].to(k.dtype))
-        error = stage.mixed - slim.attn.mix(narrow_q, narrow_k, v, stage.clues.size)
+        error = batch.mixed - slim.attn.mix(narrow_q, narrow_k, v, batch.state.size)
         error = (error.float() @ projection.T) * gain
         moment = ((error * weights[:, None]).flatten(0, 1).T @ error.flatten(0, 1)).double() / len(x)
         removed.append(head_dim - width)
-        losses.append(max(losses[-1], float((place.metric * moment).sum()) / 2))
+        losses.append(max(losses[-1], float((sensitivity.metric * moment).sum()) / 2))
     return interpolated(removed, losses)
 
 
 def interpolated(places: list[int], losses: list[float]) -> Tensor:
-    """Losses at all whole numbers from 0 to the last place: a power law between two places. float64."""
+    """Interpolates losses to all whole numbers from 0 to the last place, by a power law between two places; float64."""
     curve = [0.0]
-    for (low, least), (high, most) in zip(
-        zip(places, losses, strict=True), list(zip(places, losses, strict=True))[1:], strict=False
-    ):
+    for (low, least), (high, most) in pairwise(zip(places, losses, strict=True)):
         for n in range(low + 1, high + 1):
             if least <= 0 or low == 0:  # the first loss grows from nothing as the square of the share
                 curve.append(most * (n / high) ** 2)

@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon: the loss that is left when a channel goes and all others are refitted."""
+"""Optimal Brain Surgeon: scores a channel by the loss that is left when it goes and all others are refitted."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pruning.scores.channel import ChannelScores, ScoringInput
 from pruning.scores.curves import measure_curves
 
 
-def score(scene: ScoringInput) -> ChannelScores:
-    """What each channel adds to the loss when it goes as the next one of its kind: the slope of its block's curve.
+def score(inputs: ScoringInput) -> ChannelScores:
+    """Scores a channel by what it adds to the loss as the next one of its kind to go: the slope of its block's curve.
 
-    The loss of query/key pairs and of values is that of all heads together, and is shared out evenly among them.
+    Query/key pairs and values have one curve for all heads together; its loss is shared out evenly among the heads.
     """
-    curves = measure_curves(scene.flow, scene.blocks[0])
-    num_heads = scene.anatomy.num_heads
+    curves = measure_curves(inputs.repair, inputs.blocks[0])
+    num_heads = inputs.anatomy.num_heads
     return ChannelScores(
-        qk=_by_channel(curves.qk, curves.qk_order, num_heads).to(scene.x.device),
-        v=_by_channel(curves.v, curves.v_order, num_heads).to(scene.x.device),
-        hidden=_by_channel(curves.hidden, curves.hidden_order[None], 1)[0].to(scene.x.device),
-    ).checked(scene.index)
+        qk=_by_channel(curves.qk, curves.qk_order, num_heads).to(inputs.x.device),
+        v=_by_channel(curves.v, curves.v_order, num_heads).to(inputs.x.device),
+        hidden=_by_channel(curves.hidden, curves.hidden_order[None], 1)[0].to(inputs.x.device),
+    ).checked(inputs.index)
 
 
 def _by_channel(losses: Tensor, order: Tensor, num_heads: int) -> Tensor:
-    """Losses (n + 1,) by number removed, in this order (H, n) -> (H, n), float32."""
-    # A channel never goes before one that goes earlier, so it counts no less.
+    """Turns losses by number removed (n + 1,), in the order (H, n), into a score for each channel: (H, n), float32."""
+    # A channel that goes later counts no less than those that go before it.
     slopes = losses.diff().cummax(dim=0).values / num_heads
     scores = torch.zeros(order.shape, dtype=torch.float32)
     return scores.scatter(1, order, slopes.float().expand(order.shape))

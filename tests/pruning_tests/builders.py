@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pruning.data import Images
 from pruning.model.anatomy import Anatomy, examine
 from pruning.plan import BlockPlan, Indices, Plan, TokenReduction
-from pruning.repair.compensation import CalibrationStream
+from pruning.repair.flow import CalibrationStream
 from pruning.repair.sensitivity import measure_sensitivity
 from pruning.training import Jitter, TrainSettings, train
 
@@ -105,15 +105,17 @@ def plan(anatomy: Anatomy, *, seed: int = 0, num_tokens: Sequence[int] | None = 
     return Plan(blocks=tuple(blocks))
 
 
-def flow(model: nn.Module, images: Images, index: int, token_reduction: TokenReduction = "lfe") -> CalibrationStream:
+def calibration_stream(
+    model: nn.Module, images: Images, index: int, kind: TokenReduction = "lfe", *, batch_size: int = 64
+) -> CalibrationStream:
     """The images as they enter block `index` of a model that is not pruned."""
-    sensitivity = measure_sensitivity(model, images)
-    made = CalibrationStream(
-        model, images, sensitivity, token_reduction=token_reduction, cutoff_token=0.5, batch_size=4
+    sensitivity = measure_sensitivity(model, images, batch_size=batch_size)
+    stream = CalibrationStream(
+        model, images, sensitivity, token_reduction=kind, cutoff_token=0.85, batch_size=batch_size
     )
-    for block in made.blocks[:index]:
-        made.advance(block)
-    return made
+    for block in stream.blocks[:index]:
+        stream.advance(block)
+    return stream
 
 
 def toy_images(count: int, *, seed: int) -> Images:
@@ -135,12 +137,12 @@ def toy_model(family: str = "vit", *, seed: int = 0, **args: Any) -> nn.Module:
 
 @functools.cache
 def _toy_model(family: str, seed: int, args: tuple[tuple[str, Any], ...]) -> nn.Module:
-    made = model(family, seed=seed, num_classes=4, **dict(args))
+    trained = model(family, seed=seed, num_classes=4, **dict(args))
     settings = TrainSettings(
         epochs=12, batch_size=64, learning_rate=1e-2, warmup_epochs=1, jitter=Jitter(max_shift=0), seed=seed
     )
-    train(made, toy_images(256, seed=1), settings)
-    return made
+    train(trained, toy_images(256, seed=1), settings)
+    return trained
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:

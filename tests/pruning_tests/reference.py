@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pruning.model.anatomy import BlockAnatomy, classify, embed, examine
 from pruning.plan import Plan, TokenReduction
+from pruning.repair.regression import RIDGES
 
 
 def filtered(sequence: list[list[float]], cutoff: float) -> list[list[float]]:
@@ -164,3 +165,33 @@ def logits(model: Any, plan: Plan, images: Tensor) -> Tensor:
             x = x + block.ls2(block.mlp.fc2(hidden * stays))
         rows.append(classify(model, x[None])[0])
     return torch.stack(rows)
+
+
+def ridge_slope(
+    x: Tensor, y: Tensor, is_held: Tensor, metric: Tensor, weight: Tensor | None = None, *, centred: bool
+) -> Tensor | None:
+    """Every ridge is fitted on one part and tried on the other; the best is fitted on all. None where none is best."""
+    x, y = x.double(), y.double()
+    weight = torch.ones(len(x), dtype=torch.float64) if weight is None else weight.double()
+
+    def origin(values: Tensor, weight: Tensor) -> Tensor:
+        return (weight[:, None] * values).sum(dim=0) / weight.sum() * float(centred)
+
+    def fit(chosen: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+        w = weight[chosen]
+        middle_x, middle_y = origin(x[chosen], w), origin(y[chosen], w)
+        around = x[chosen] - middle_x
+        second = around.T @ (w[:, None] * around) / w.sum()
+        cross = around.T @ (w[:, None] * (y[chosen] - middle_y)) / w.sum()
+        strength = ridge * second.diagonal().mean()
+        return torch.linalg.solve(second + strength * torch.eye(len(second)), cross).T, middle_x, middle_y
+
+    errors: dict[float | None, float] = {}
+    for ridge in (None, *RIDGES):
+        slope, middle_x, middle_y = fit(~is_held, ridge or 1.0)
+        error = y[is_held] - middle_y
+        if ridge is not None:
+            error = error - (x[is_held] - middle_x) @ slope.T
+        errors[ridge] = float((weight[is_held, None] * (error @ metric) * error).sum())
+    best = min(errors, key=lambda ridge: errors[ridge])
+    return None if best is None else fit(torch.ones_like(is_held), best)[0]

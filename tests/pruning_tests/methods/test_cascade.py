@@ -221,7 +221,7 @@ def test_each_block_drops_the_channels_of_least_score_on_filtered_images(alpha: 
         scene = ScoringInput(
             model=model, anatomy=examine(model).blocks[index], index=index, blocks=dense, x=x, x_low=low,
             targets=x[:, 0], labels=labels, alpha=alpha, batch_size=64, precision="float32", seed=0,
-            flow=None,  # type: ignore[arg-type]  # LFS does not look at it
+            repair=None,  # type: ignore[arg-type]  # LFS does not look at it
         )  # fmt: skip
         scores = lfs.score(scene)
         for kind in (scores.qk[0], scores.v[0], scores.hidden):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,19 +17,10 @@ from pruning.model.layers import SlimBlock, unpack
 from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
 from pruning.model.tokens import merges
 from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, Plan, TokenReduction
-from pruning.repair.compensation import (
-    PATCH_SAMPLES,
-    RIDGES,
-    CalibrationStream,
-    _Second,
-    matrix_power,
-    regression,
-    repaired_model,
-    samples,
-)
-from pruning.repair.moments import Moments
+from pruning.repair.compensation import BlockRepair, repair_block, repaired_model
+from pruning.repair.flow import CalibrationStream
 from pruning.repair.sensitivity import measure_sensitivity
-from tests.pruning_tests import builders
+from tests.pruning_tests import builders, reference
 
 HIDDEN = 96
 ALL = tuple(range(8))  # channels of a head
@@ -46,17 +36,6 @@ def edited(model: nn.Module, block: BlockPlan, index: int = 1) -> Plan:
     blocks = list(keep_all_plan(examine(model)).blocks)
     blocks[index] = block
     return Plan(blocks=tuple(blocks))
-
-
-def flow_at(
-    model: nn.Module, index: int, images: Images, kind: TokenReduction = "lfe", *, batch_size: int = 64
-) -> CalibrationStream:
-    """All blocks before are whole."""
-    sensitivity = measure_sensitivity(model, images, batch_size=batch_size)
-    flow = CalibrationStream(model, images, sensitivity, token_reduction=kind, cutoff_token=0.85, batch_size=batch_size)
-    for block in blocks_of(model)[:index]:
-        flow.advance(block)
-    return flow
 
 
 def kl(dense: Tensor, pruned: Tensor) -> float:
@@ -232,8 +211,8 @@ def test_what_is_added_to_all_keys_takes_no_channel() -> None:
 
 def test_logit_factors_of_full_width_give_the_same_logits() -> None:
     model = builders.toy_model()
-    flow = flow_at(model, 1, builders.toy_images(24, seed=2), batch_size=10)
-    query, key = flow.logit_factors()
+    stream = builders.calibration_stream(model, builders.toy_images(24, seed=2), 1, batch_size=10)
+    query, key = BlockRepair(stream).logit_factors()
     assert query.shape == key.shape == (3, 8, 8)
     q, k = queries_and_keys(model, 1, builders.toy_images(8, seed=5))
     narrow_q = torch.einsum("bhnd,hkd->bhnk", q, query)
@@ -244,17 +223,19 @@ def test_logit_factors_of_full_width_give_the_same_logits() -> None:
 def test_logit_factors_share_the_strength_between_queries_and_keys_the_strongest_first() -> None:
     """The second moments of combined queries, and of combined keys around their mean, are one diagonal."""
     model, images = builders.toy_model(), builders.toy_images(24, seed=2)
-    flow = flow_at(model, 1, images, batch_size=10)
-    strength = strengths(flow, *queries_and_keys(model, 1, images))
+    stream = builders.calibration_stream(model, images, 1, batch_size=10)
+    strength = strengths(stream, *queries_and_keys(model, 1, images))
     assert strength.shape == (3, 8) and (strength.diff(dim=1) <= 0).all() and (strength >= 0).all()
 
 
-def strengths(flow: CalibrationStream, q: Tensor, k: Tensor) -> Tensor:
-    """(H, D): how much each of the factors' combinations counts, on the flow's own queries and keys (B, H, N, D)."""
-    weights = flow.sensitivity[flow.index].mid.token_weights(q.shape[2], flow.anatomy.num_prefix_tokens).double()
+def strengths(stream: CalibrationStream, q: Tensor, k: Tensor) -> Tensor:
+    """(H, D): how much each of the factors' combinations counts, on the stream's own queries and keys (B, H, N, D)."""
+    weights = stream.sensitivity[stream.index].mid.token_weights(q.shape[2], stream.anatomy.num_prefix_tokens).double()
     centred = k - k.mean(dim=2, keepdim=True)
     found = []
-    for part, factor, weight in zip((q, centred), flow.logit_factors(), (weights, 1 / q.shape[2]), strict=True):
+    for part, factor, weight in zip(
+        (q, centred), BlockRepair(stream).logit_factors(), (weights, 1 / q.shape[2]), strict=True
+    ):
         combined = torch.einsum("bhnd,hkd->bhnk", part, factor)
         moment = torch.einsum("bhnk,bhnl->hkl", combined * torch.as_tensor(weight)[..., None], combined) / len(q)
         found.append(moment.diagonal(dim1=1, dim2=2))
@@ -278,11 +259,11 @@ def queries_and_keys(model: nn.Module, index: int, images: Images) -> tuple[Tens
 def test_logits_of_any_rank_are_the_best_for_one_image(family: str) -> None:
     """Best: the singular value decomposition of the image's own logits, less their mean over keys."""
     model, images = builders.toy_model(family), builders.toy_images(1, seed=2)
-    flow = flow_at(model, 1, images)
-    query, key = flow.logit_factors()
+    stream = builders.calibration_stream(model, images, 1)
+    query, key = BlockRepair(stream).logit_factors()
     q, k = queries_and_keys(model, 1, images)
-    strength, num_tokens = strengths(flow, q, k), q.shape[2]
-    weights = flow.sensitivity[1].mid.token_weights(num_tokens, flow.anatomy.num_prefix_tokens).double()
+    strength, num_tokens = strengths(stream, q, k), q.shape[2]
+    weights = stream.sensitivity[1].mid.token_weights(num_tokens, stream.anatomy.num_prefix_tokens).double()
 
     def error(narrow: Tensor, head: int) -> float:
         gap = narrow - q[0, head] @ k[0, head].T
@@ -300,119 +281,6 @@ def test_logits_of_any_rank_are_the_best_for_one_image(family: str) -> None:
             assert error(narrow, head) == pytest.approx(least, rel=1e-2, abs=1e-4 * float(singular[0]))
 
 
-# Regression
-
-
-def second_moments(x: Tensor, y: Tensor, is_held: Tensor, *, centred: bool = True) -> dict[int | None, _Second]:
-    moments = Moments()
-    moments.add(torch.cat([x, y], dim=1), torch.ones(len(x)), is_held)
-    return {part: _Second.of(moments, part, None, centred=centred) for part in (0, 1, None)}
-
-
-def brute_force_slope(
-    x: Tensor, y: Tensor, is_held: Tensor, metric: Tensor, weight: Tensor | None = None, *, centred: bool
-) -> Tensor | None:
-    """Every ridge is fitted on one part and tried on the other; the best is fitted on all."""
-    x, y = x.double(), y.double()
-    weight = torch.ones(len(x), dtype=torch.float64) if weight is None else weight.double()
-
-    def origin(values: Tensor, weight: Tensor) -> Tensor:
-        return (weight[:, None] * values).sum(dim=0) / weight.sum() * float(centred)
-
-    def fit(chosen: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-        w = weight[chosen]
-        middle_x, middle_y = origin(x[chosen], w), origin(y[chosen], w)
-        around = x[chosen] - middle_x
-        second = around.T @ (w[:, None] * around) / w.sum()
-        cross = around.T @ (w[:, None] * (y[chosen] - middle_y)) / w.sum()
-        strength = ridge * second.diagonal().mean()
-        return torch.linalg.solve(second + strength * torch.eye(len(second)), cross).T, middle_x, middle_y
-
-    errors: dict[float | None, float] = {}
-    for ridge in (None, *RIDGES):
-        slope, middle_x, middle_y = fit(~is_held, ridge or 1.0)
-        error = y[is_held] - middle_y
-        if ridge is not None:
-            error = error - (x[is_held] - middle_x) @ slope.T
-        errors[ridge] = float((weight[is_held, None] * (error @ metric) * error).sum())
-    best = min(errors, key=lambda ridge: errors[ridge])
-    return None if best is None else fit(torch.ones_like(is_held), best)[0]
-
-
-@pytest.mark.parametrize("centred", [True, False])
-def test_regression_takes_the_ridge_that_is_best_on_held_out_samples(centred: bool) -> None:
-    found = set()
-    for seed in range(24):
-        generator = torch.Generator().manual_seed(seed)
-        count, noise = int(torch.randint(12, 60, (), generator=generator)), 10.0 ** float(seed % 6 - 2)
-        x = torch.randn(count, 6, generator=generator) * torch.logspace(-1, 0.5, 6)
-        x = x + torch.randn(6, generator=generator)
-        truth = torch.randn(6, 3, generator=generator)
-        y = x @ truth + noise * torch.randn(count, 3, generator=generator) + torch.randn(3, generator=generator)
-        is_held = torch.arange(count) % 4 == 3
-        root = torch.randn(3, 3, generator=generator, dtype=torch.float64)
-        metric = root @ root.T
-        slope = regression(second_moments(x, y, is_held, centred=centred), 6, slice(6, 9), metric)
-        expected = brute_force_slope(x, y, is_held, metric, centred=centred)
-        assert (slope is None) == (expected is None), seed
-        found.add(slope is None)
-        if slope is not None and expected is not None:
-            torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    assert found == {True, False}  # both answers were seen
-
-
-def test_a_target_that_has_nothing_to_do_with_the_features_gets_no_slope() -> None:
-    x = torch.eye(8).repeat(4, 1)
-    y = torch.cat([torch.full((8, 2), 1.0), torch.full((8, 2), -1.0)]).repeat(2, 1)  # as often +1 as -1 for every x
-    seconds = second_moments(x, y, torch.arange(32) >= 16)
-    assert regression(seconds, 8, slice(8, 10), torch.eye(2, dtype=torch.float64)) is None
-
-
-def test_features_that_never_vary_give_no_slope_or_a_finite_one() -> None:
-    generator = torch.Generator().manual_seed(0)
-    seconds = second_moments(torch.full((20, 4), 2.5), torch.randn(20, 2, generator=generator), torch.arange(20) < 5)
-    slope = regression(seconds, 4, slice(4, 6), torch.eye(2, dtype=torch.float64))
-    assert slope is None or bool(slope.isfinite().all())
-
-
-def test_powers_of_a_matrix_of_full_rank_are_those_of_its_eigenvalues() -> None:
-    root = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    matrix = root @ root.T + torch.eye(5)
-    torch.testing.assert_close(matrix_power(matrix, 0.5) @ matrix_power(matrix, 0.5), matrix)
-    torch.testing.assert_close(
-        matrix_power(matrix, -0.5) @ matrix @ matrix_power(matrix, -0.5), torch.eye(5, dtype=torch.float64)
-    )
-    assert matrix_power(torch.zeros(3, 3, dtype=torch.float64), -0.5).isfinite().all()
-
-
-# Samples
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 3])
-@pytest.mark.parametrize("patches", [1, PATCH_SAMPLES, 2 * PATCH_SAMPLES - 1, 2 * PATCH_SAMPLES, 200])
-def test_sampled_patches_weigh_as_much_as_all_and_no_place_is_left_out(prefix: int, patches: int) -> None:
-    num_tokens, seen = prefix + patches, torch.zeros(prefix + patches)
-    weights = torch.full((num_tokens,), 0.5 / patches)
-    weights[:prefix] = 3.0
-    places = torch.arange(num_tokens, dtype=torch.float32)[None, :, None].expand(2, -1, 1)
-    flow = SimpleNamespace(
-        anatomy=SimpleNamespace(num_prefix_tokens=prefix), batch_size=2, is_held=torch.arange(16) % 4 == 3
-    )
-    for start in range(0, 16, 2):
-        stage: Any = SimpleNamespace(flow=flow, batch=slice(start, start + 2))
-        values, counts, is_held = samples(stage, weights, places, 10 * places)
-        assert torch.equal(values[:, 1], 10 * values[:, 0])
-        assert float(counts.sum()) == pytest.approx(2 * float(weights.sum()), rel=1e-5)
-        assert int(is_held.sum()) == (len(values) // 2 if start % 4 == 2 else 0)
-        assert values[is_held, 0].tolist() == (values[: len(values) // 2, 0].tolist() if start % 4 == 2 else [])
-        taken = values[: len(values) // 2, 0].long()
-        assert taken[:prefix].tolist() == list(range(prefix))
-        assert len(taken) - prefix >= min(patches, PATCH_SAMPLES)
-        assert counts[:prefix].tolist() == [3.0] * prefix
-        seen[taken] += 1
-    assert (seen > 0).all()
-
-
 # Against the plain cut
 
 
@@ -427,8 +295,8 @@ def outputs(block: nn.Module, model: nn.Module, index: int, images: Images) -> T
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_repaired_block_errs_less_than_a_plain_one_on_images_it_has_not_seen(index: int) -> None:
     model, fresh = builders.toy_model(), builders.toy_images(64, seed=3)
-    flow = flow_at(model, index, builders.toy_images(128, seed=2))
-    place = flow.sensitivity[index].out
+    stream = builders.calibration_stream(model, builders.toy_images(128, seed=2), index)
+    place = stream.sensitivity[index].out
     weights = place.token_weights(17, 1)
     dense = outputs(blocks_of(model)[index], model, index, fresh)
 
@@ -438,7 +306,7 @@ def test_a_repaired_block_errs_less_than_a_plain_one_on_images_it_has_not_seen(i
 
     for seed in range(8):
         plan = builders.plan(examine(model), seed=seed).blocks[index]
-        plain, repaired = error(flow.slim(plan)), error(flow.repaired(plan).block)
+        plain, repaired = error(stream.slim(plan)), error(repair_block(stream, plan).block)
         assert repaired < 0.8 * plain, seed
 
 
@@ -480,10 +348,10 @@ def test_the_second_mlp_layer_regresses_what_it_loses_and_what_the_stream_has_lo
     metric = gain.double()[:, None] * place.metric * gain.double()
     for seed in range(6):
         plans = builders.plan(anatomy, seed=seed).blocks
-        flow = CalibrationStream(model, images, sensitivity, token_reduction="lfe", cutoff_token=0.85)
-        first = flow.repaired(plans[0]).block
-        flow.advance(first)
-        slim: Any = flow.repaired(replace(plans[1], keep_hidden=kept)).block
+        stream = CalibrationStream(model, images, sensitivity, token_reduction="lfe", cutoff_token=0.85)
+        first = repair_block(stream, plans[0]).block
+        stream.advance(first)
+        slim: Any = repair_block(stream, replace(plans[1], keep_hidden=kept)).block
 
         x = first(entering)
         mid = x + slim.ls1(slim.attn(slim.norm1(x)))
@@ -492,7 +360,7 @@ def test_the_second_mlp_layer_regresses_what_it_loses_and_what_the_stream_has_lo
         drift = (dense_out - mid - gain * parts.fc2(hidden)) / gain
         expected, features = cut.double(), hidden[..., kept].flatten(0, 1)
         for what, target in (("lost", lost), ("drift", drift)):
-            slope = brute_force_slope(features, target.flatten(0, 1), is_held, metric, weight, centred=True)
+            slope = reference.ridge_slope(features, target.flatten(0, 1), is_held, metric, weight, centred=True)
             if slope is not None:
                 found.add(what)
                 expected = expected + slope
@@ -512,51 +380,37 @@ def test_the_second_mlp_layer_regresses_what_it_loses_and_what_the_stream_has_lo
 @pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
 @every_family
 def test_every_family_is_repaired_under_every_token_reduction(family: str, kind: TokenReduction) -> None:
-    """What the flow holds at the end is what the repaired model computes, sizes included."""
+    """What the stream holds at the end is what the repaired model computes, sizes included."""
     model, images = builders.model(family), builders.images(8)
     anatomy = examine(model)
     prefix, width = anatomy.blocks[0].num_prefix_tokens, anatomy.blocks[0].width
     plan = replace(builders.plan(anatomy, seed=1, num_tokens=(16, 9, 4)), token_reduction=kind)
     plan = replace(plan, blocks=(replace(plan.blocks[0], num_tokens=13), *plan.blocks[1:]))
     sensitivity = measure_sensitivity(model, images)
-    flow = CalibrationStream(
+    stream = CalibrationStream(
         model, images, sensitivity, token_reduction=kind, cutoff_token=plan.cutoff_token, batch_size=3
     )
     for block, count in zip(plan.blocks, (13, 9, 4), strict=True):
-        repaired = flow.repaired(block)
+        repaired = repair_block(stream, block)
         assert isinstance(repaired.block, SlimBlock)
         is_last = repaired.block.is_last
-        flow.advance(repaired.block)
-        x, size = unpack(flow.x, width)
+        stream.advance(repaired.block)
+        x, size = unpack(stream.x, width)
         assert x.shape == (8, prefix + count, width) and x.isfinite().all()
         assert (size is not None) == (merges(kind) and not is_last)
         if size is not None:
             assert (size[:, prefix:].sum(dim=1) == 16).all()
-        assert flow.share is not None
-        assert flow.share.shape == (8, prefix + count, prefix + 16)
-        torch.testing.assert_close(flow.share.sum(dim=2), torch.ones(flow.share.shape[:2]))
+        assert stream.share is not None
+        assert stream.share.shape == (8, prefix + count, prefix + 16)
+        torch.testing.assert_close(stream.share.sum(dim=2), torch.ones(stream.share.shape[:2]))
         if size is not None:
-            torch.testing.assert_close(flow.share.square().sum(dim=2), 1 / size[..., 0])
+            torch.testing.assert_close(stream.share.square().sum(dim=2), 1 / size[..., 0])
     whole = repaired_model(model, plan, images, sensitivity, batch_size=3).model
     check_shapes(whole, apply_plan(model, plan))
     with torch.no_grad():
-        torch.testing.assert_close(predict(whole, images, batch_size=3), classify(model, flow.x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
-@torch.no_grad()
-def test_the_dense_stream_is_reduced_as_the_pruned_one(kind: TokenReduction) -> None:
-    """Where only tokens go, nothing else is lost: right after the reduction both streams are the same."""
-    model = builders.model("registers")
-    flow = flow_at(model, 1, builders.images(6), kind)
-    block = flow.slim(keep_all_block(flow.anatomy, 7))
-    for stage in flow.stages(block):
-        assert isinstance(block, SlimBlock)
-        drift = stage.mid_drift(block.ls1(block.attn.proj(stage.mixed)))
-        assert float(drift.abs().max()) < 1e-5
-        stage.reduce()
-        assert stage.share is not None
-        torch.testing.assert_close(stage.share @ flow.dense_mid[stage.batch], stage.x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            predict(whole, images, batch_size=3), classify(model, stream.x), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
@@ -594,12 +448,12 @@ def test_with_too_few_images_to_hold_some_out_only_the_biases_are_repaired(count
 def test_a_bias_that_alone_is_repaired_makes_the_mean_that_of_the_dense_stream() -> None:
     """One image, hidden units alone: the weighted mean over tokens of what leaves the block is the dense one."""
     model, images = builders.toy_model(), builders.toy_images(1, seed=2)
-    flow = flow_at(model, 1, images)
-    plan = replace(keep_all_block(flow.anatomy), keep_hidden=tuple(range(0, HIDDEN, 3)))
-    weights = flow.sensitivity[1].out.token_weights(17, 1)[:, None]
+    stream = builders.calibration_stream(model, images, 1)
+    plan = replace(keep_all_block(stream.anatomy), keep_hidden=tuple(range(0, HIDDEN, 3)))
+    weights = stream.sensitivity[1].out.token_weights(17, 1)[:, None]
     dense, plain, repaired = (
         (outputs(block, model, 1, images)[0] * weights).sum(dim=0)
-        for block in (blocks_of(model)[1], flow.slim(plan), flow.repaired(plan).block)
+        for block in (blocks_of(model)[1], stream.slim(plan), repair_block(stream, plan).block)
     )
     torch.testing.assert_close(repaired, dense, rtol=1e-4, atol=1e-4)
     assert furthest(plain, dense) > 0.01

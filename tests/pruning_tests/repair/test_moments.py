@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruning.repair.moments import Moments
+from pruning.repair.moments import Moments, Part
 
-PARTS = (0, 1, None)
+PARTS: tuple[Part, ...] = ("fit", "held", "all")
 
 
 def drawn(count: int = 200, width: int = 6, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +31,7 @@ def moments_of(x: Tensor, weight: Tensor, is_held: Tensor, sizes: tuple[int, ...
 
 def check(moments: Moments, x: Tensor, weight: Tensor, is_held: Tensor) -> None:
     for part in PARTS:
-        chosen = torch.ones_like(is_held) if part is None else is_held == bool(part)
+        chosen = {"fit": ~is_held, "held": is_held, "all": torch.ones_like(is_held)}[part]
         values, weights = x[chosen].double().numpy(), weight[chosen].double().numpy()
         covariance = np.cov(values, rowvar=False, ddof=0, aweights=weights)
         spread = np.sqrt(covariance.diagonal())
@@ -101,5 +101,5 @@ def test_one_sample_has_its_own_mean_and_no_spread() -> None:
 def test_moments_are_float64_and_keep_no_graph() -> None:
     moments = Moments()
     moments.add(torch.ones(3, 2, requires_grad=True) * 2, torch.ones(3), torch.tensor([True, False, False]))
-    assert moments.covariance(0).dtype == moments.mean(1).dtype == torch.float64
+    assert moments.covariance("fit").dtype == moments.mean("held").dtype == torch.float64
     assert not moments.mean().requires_grad and not moments.covariance().requires_grad

@@ -14,6 +14,7 @@ from pruning.measure.widths import multiples
 from pruning.methods.ranking import Ranking
 from pruning.model.anatomy import blocks_of, embed, examine, summary_token
 from pruning.model.surgery import as_slim
+from pruning.repair.compensation import BlockRepair
 from pruning.scores.channel import ChannelScores, ScoringInput
 from pruning.scores.criteria import CRITERIA
 from pruning.spectrum import low_pass
@@ -26,7 +27,7 @@ every_criterion = pytest.mark.parametrize("name", sorted(CRITERIA))
 every_criterion_that_looks = pytest.mark.parametrize("name", LOOKING)
 
 
-def scene(family: str = "vit", index: int = 1, *, num_images: int = 6) -> ScoringInput:
+def scoring_input(family: str = "vit", index: int = 1, *, num_images: int = 6) -> ScoringInput:
     """A tiny model, and what enters one of its blocks."""
     model, images = builders.model(family), builders.images(num_images)
     anatomy = examine(model).blocks[index]
@@ -39,7 +40,7 @@ def scene(family: str = "vit", index: int = 1, *, num_images: int = 6) -> Scorin
     return ScoringInput(
         model=model, anatomy=anatomy, index=index, blocks=list(blocks_of(model)[index:]), x=x, x_low=x_low,
         targets=targets, labels=images.labels, alpha=0.1, batch_size=4, precision="float32", seed=0,
-        flow=builders.flow(model, images, index),
+        repair=BlockRepair(builders.calibration_stream(model, images, index, batch_size=4)),
     )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def equal(one: ChannelScores, other: ChannelScores) -> bool:
 @every_criterion
 @pytest.mark.parametrize("family", list(builders.FAMILIES))
 def test_scores_have_the_shape_of_the_block_and_are_finite_and_not_negative(name: str, family: str) -> None:
-    scores = CRITERIA[name](scene(family))
+    scores = CRITERIA[name](scoring_input(family))
     assert (scores.qk.shape, scores.v.shape, scores.hidden.shape) == ((H, D), (H, D), (HIDDEN,))
     for kind in KINDS:
         score: Tensor = getattr(scores, kind)
@@ -62,7 +63,7 @@ def test_scores_have_the_shape_of_the_block_and_are_finite_and_not_negative(name
 
 @every_criterion
 def test_scores_in_bfloat16_are_float32_and_near_the_others(name: str) -> None:
-    exact = scene()
+    exact = scoring_input()
     scores, rough = CRITERIA[name](exact), CRITERIA[name](replace(exact, precision="bfloat16"))
     for kind in KINDS:
         wanted, got = getattr(scores, kind), getattr(rough, kind)
@@ -72,17 +73,17 @@ def test_scores_in_bfloat16_are_float32_and_near_the_others(name: str) -> None:
 
 @every_criterion
 def test_the_same_scene_gives_the_same_scores(name: str) -> None:
-    assert equal(CRITERIA[name](scene()), CRITERIA[name](scene()))
+    assert equal(CRITERIA[name](scoring_input()), CRITERIA[name](scoring_input()))
 
 
 @every_criterion
 def test_only_chance_looks_at_the_seed(name: str) -> None:
-    one = scene()
+    one = scoring_input()
     assert equal(CRITERIA[name](one), CRITERIA[name](replace(one, seed=1))) == (name != "random")
 
 
 def test_chance_is_another_for_every_seed_and_block() -> None:
-    one = scene()
+    one = scoring_input()
     drawn = [CRITERIA["random"](replace(one, seed=seed, index=index)) for seed in range(3) for index in range(3)]
     assert len({scores.hidden[0].item() for scores in drawn}) == 9
 
@@ -90,7 +91,7 @@ def test_chance_is_another_for_every_seed_and_block() -> None:
 @every_criterion
 @pytest.mark.parametrize("flag", [True, False])
 def test_the_model_is_left_as_it_was(name: str, flag: bool) -> None:
-    one = scene()
+    one = scoring_input()
     one.model.requires_grad_(flag)
     before, x = builders.state(one.model), one.x.clone()
     CRITERIA[name](one)
@@ -102,7 +103,7 @@ def test_the_model_is_left_as_it_was(name: str, flag: bool) -> None:
 @every_criterion_that_looks
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_an_error_that_names_block_and_layer(name: str, wrong: float) -> None:
-    one = scene(index=2)
+    one = scoring_input(index=2)
     block: Any = one.blocks[0]
     with torch.no_grad():
         block.attn.qkv.weight[5, 3] = wrong
@@ -122,7 +123,7 @@ def test_scores_that_are_not_finite_are_refused_and_named(kind: str, wrong: floa
 
 @every_criterion_that_looks
 def test_of_units_that_all_do_nothing_the_first_stay(name: str) -> None:
-    one = scene()
+    one = scoring_input()
     block: Any = one.blocks[0]
     with torch.no_grad():
         block.mlp.fc1.weight.zero_()
@@ -136,14 +137,14 @@ def test_of_units_that_all_do_nothing_the_first_stay(name: str) -> None:
 @every_criterion
 @pytest.mark.parametrize("index", [0, 2])
 def test_one_image_is_enough(name: str, index: int) -> None:
-    scores = CRITERIA[name](scene(index=index, num_images=1))
+    scores = CRITERIA[name](scoring_input(index=index, num_images=1))
     assert all((getattr(scores, kind) >= 0).all() for kind in KINDS)
 
 
 @every_criterion
 @pytest.mark.parametrize("batch_size", [1, 6, 100])
 def test_the_batch_size_changes_nothing(name: str, batch_size: int) -> None:
-    one = scene()
+    one = scoring_input()
     wanted, got = CRITERIA[name](one), CRITERIA[name](replace(one, batch_size=batch_size))
     for kind in KINDS:
         torch.testing.assert_close(getattr(got, kind), getattr(wanted, kind), rtol=1e-3, atol=1e-8)
@@ -153,7 +154,7 @@ def test_the_batch_size_changes_nothing(name: str, batch_size: int) -> None:
 @pytest.mark.parametrize("family", ["vit", "registers_average"])
 @pytest.mark.parametrize("index", [0, 2])
 def test_tokens_that_carry_a_size_of_one_change_nothing(name: str, family: str, index: int) -> None:
-    one = scene(family, index)
+    one = scoring_input(family, index)
     blocks = [as_slim(block, one.anatomy, is_last=block is one.blocks[-1]) for block in one.blocks]
     x, x_low = (torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) for x in (one.x, one.x_low))
     wanted, got = CRITERIA[name](one), CRITERIA[name](replace(one, blocks=blocks, x=x, x_low=x_low))
@@ -163,7 +164,7 @@ def test_tokens_that_carry_a_size_of_one_change_nothing(name: str, family: str, 
 
 @pytest.mark.parametrize("family", ["vit", "registers_average"])
 def test_taylor_is_lfs_of_the_cross_entropy_alone_on_images_as_they_are(family: str) -> None:
-    one = scene(family)
+    one = scoring_input(family)
     plain = replace(one, alpha=1.0, x_low=one.x)
     assert equal(CRITERIA["taylor"](one), CRITERIA["lfs"](plain))
     assert not equal(CRITERIA["taylor"](one), CRITERIA["lfs"](replace(one, alpha=1.0)))
@@ -171,7 +172,7 @@ def test_taylor_is_lfs_of_the_cross_entropy_alone_on_images_as_they_are(family: 
 
 
 def test_magnitude_is_the_mean_square_of_the_incoming_weights() -> None:
-    one = scene()
+    one = scoring_input()
     block: Any = one.blocks[0]
     rows, hidden = block.attn.qkv.weight.tolist(), block.mlp.fc1.weight.tolist()
     scores = CRITERIA["magnitude"](one)
@@ -186,7 +187,7 @@ def test_magnitude_is_the_mean_square_of_the_incoming_weights() -> None:
 
 
 def test_activation_is_the_spread_of_a_unit_times_the_norm_of_its_outgoing_weights() -> None:
-    one = scene()
+    one = scoring_input()
     block: Any = one.blocks[0]
     with torch.no_grad():
         qkv = block.attn.qkv(block.norm1(one.x)).flatten(0, 1)
@@ -202,7 +203,7 @@ def test_activation_is_the_spread_of_a_unit_times_the_norm_of_its_outgoing_weigh
 
 
 def test_a_unit_that_never_varies_or_that_nothing_listens_to_scores_nothing_by_activation() -> None:
-    one = scene()
+    one = scoring_input()
     block: Any = one.blocks[0]
     with torch.no_grad():
         block.mlp.fc1.weight[7] = 0  # its bias stays: a constant

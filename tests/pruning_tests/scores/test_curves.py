@@ -11,8 +11,8 @@ from torch import Tensor
 from pruning.model.anatomy import blocks_of, parts_of
 from pruning.model.surgery import keep_all_block
 from pruning.plan import TokenReduction
-from pruning.repair.compensation import CalibrationStream
-from pruning.repair.sensitivity import measure_sensitivity
+from pruning.repair.compensation import BlockRepair
+from pruning.repair.flow import CalibrationStream
 from pruning.scores.curves import RIDGE, RemovalCurves, _value_curve, interpolated, measure_curves, obs_removal_curve
 from tests.pruning_tests import builders
 
@@ -144,17 +144,11 @@ def test_between_two_points_lies_a_power_law_which_gives_a_power_law_back() -> N
 # A whole block
 
 
-def flow_of(
+def stream_of(
     family: str, count: int = 24, kind: TokenReduction = "merge", index: int = 1, batch_size: int = 64
 ) -> CalibrationStream:
     model, images = builders.toy_model(family), builders.toy_images(count, seed=2)
-    flow = CalibrationStream(
-        model, images, measure_sensitivity(model, images), token_reduction=kind, cutoff_token=0.85,
-        batch_size=batch_size,
-    )  # fmt: skip
-    for block in blocks_of(model)[:index]:
-        flow.advance(block)
-    return flow
+    return builders.calibration_stream(model, images, index, kind, batch_size=batch_size)
 
 
 def check(curves: RemovalCurves, *, has_qk: bool = True) -> None:
@@ -169,18 +163,18 @@ def check(curves: RemovalCurves, *, has_qk: bool = True) -> None:
 
 @pytest.mark.parametrize("family", ["vit", "average_pooling", "layer_scale", "qk_norm"])
 def test_curves_rise_from_nothing_and_orders_are_permutations(family: str) -> None:
-    flow = flow_of(family)
-    before = [builders.state(block) for block in flow.blocks]
-    check(measure_curves(flow), has_qk=family != "qk_norm")
-    assert all(builders.same_state(block, state) for block, state in zip(flow.blocks, before, strict=True))
+    stream = stream_of(family)
+    before = [builders.state(block) for block in stream.blocks]
+    check(measure_curves(BlockRepair(stream)), has_qk=family != "qk_norm")
+    assert all(builders.same_state(block, state) for block, state in zip(stream.blocks, before, strict=True))
 
 
 @torch.no_grad()
 def test_without_a_channel_left_the_loss_is_that_of_the_block_s_own_spread_or_of_even_attention() -> None:
     """All hidden units gone, all values gone, and all pairs gone, by hand from the dense stream."""
-    flow = flow_of("vit", batch_size=24)
-    curves, place, x = measure_curves(flow), flow.sensitivity[1], flow.x
-    block: Any = flow.blocks[1]
+    stream = stream_of("vit", batch_size=24)
+    curves, place, x = measure_curves(BlockRepair(stream)), stream.sensitivity[1], stream.x
+    block: Any = stream.blocks[1]
     mid, out = (at.token_weights(17, 1).double() for at in (place.mid, place.out))
 
     def loss(errors: Tensor, weights: Tensor, metric: Tensor, *, around_mean: bool) -> float:
@@ -223,38 +217,36 @@ def test_the_loss_of_fewer_pairs_is_measured_at_eighths_of_the_width() -> None:
             for channel in range(3, 8):
                 qkv.weight[24 + 8 * head + channel] = qkv.weight[24 + 8 * head + channel % 3]
                 qkv.bias[24 + 8 * head + channel] = 1.0  # for nothing: added to all keys
-    flow = CalibrationStream(
-        model, images, measure_sensitivity(model, images), token_reduction="lfe", cutoff_token=0.85
-    )
-    curve = measure_curves(flow).qk
+    stream = builders.calibration_stream(model, images, 0)
+    curve = measure_curves(BlockRepair(stream)).qk
     assert curve[5] < 1e-4 * curve[6]
     assert 0 < curve[6] < curve[7] < curve[8]
 
 
 @pytest.mark.parametrize("kind", ["merge", "attention", "lfe"])
 def test_curves_of_a_block_whose_tokens_are_reduced_count_what_is_left(kind: TokenReduction) -> None:
-    flow = flow_of("vit", kind=kind)
-    block = flow.slim(keep_all_block(flow.anatomy, 6))
-    curves, whole = measure_curves(flow, block), measure_curves(flow)
+    stream = stream_of("vit", kind=kind)
+    block = stream.slim(keep_all_block(stream.anatomy, 6))
+    curves, whole = measure_curves(BlockRepair(stream), block), measure_curves(BlockRepair(stream))
     check(curves)
     torch.testing.assert_close(curves.v, whole.v)  # before the reduction
     torch.testing.assert_close(curves.qk, whole.qk, rtol=1e-3, atol=1e-9)
     assert not torch.allclose(curves.hidden, whole.hidden, rtol=1e-3)
-    flow.advance(block)
-    check(measure_curves(flow))  # now with sizes, where tokens were merged
+    stream.advance(block)
+    check(measure_curves(BlockRepair(stream)))  # now with sizes, where tokens were merged
 
 
 def test_one_image_gives_finite_curves() -> None:
-    check(measure_curves(flow_of("vit", count=1)))
+    check(measure_curves(BlockRepair(stream_of("vit", count=1))))
 
 
 def test_curves_are_nats_of_the_metric_and_grow_with_the_square_of_the_layer() -> None:
     """Twice the output of both layers that add to the stream, same metric: four times the loss."""
-    flow = flow_of("vit", index=0)
-    once = measure_curves(flow)
-    block: Any = flow.blocks[0]
+    stream = stream_of("vit", index=0)
+    once = measure_curves(BlockRepair(stream))
+    block: Any = stream.blocks[0]
     with torch.no_grad():
         block.attn.proj.weight *= 2
-    twice = measure_curves(flow)
+    twice = measure_curves(BlockRepair(stream))
     torch.testing.assert_close(twice.v, 4 * once.v, rtol=1e-5, atol=1e-12)
     torch.testing.assert_close(twice.qk, 4 * once.qk, rtol=1e-3, atol=1e-9)

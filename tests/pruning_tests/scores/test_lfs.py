@@ -38,7 +38,7 @@ class Case:
         return after[:, 0] if of_block.has_class_token else after[:, of_block.num_prefix_tokens :].mean(dim=1)
 
     def score(self, *, alpha: float = ALPHA, batch_size: int = 32) -> ChannelScores:
-        scene = ScoringInput(
+        inputs = ScoringInput(
             model=self.model,
             anatomy=self.anatomy,
             index=self.index,
@@ -51,9 +51,9 @@ class Case:
             batch_size=batch_size,
             precision="float32",
             seed=0,
-            flow=None,  # type: ignore[arg-type]  # LFS does not look at it
+            repair=None,  # type: ignore[arg-type]  # LFS does not look at it
         )
-        return lfs.score(scene)
+        return lfs.score(inputs)
 
     def loss(self, model: nn.Module, alpha: float = ALPHA) -> Tensor:
         """By the definition, the mean over all images at once."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pruning.data import Images, InputSpec, load_split
 from pruning.measure.accuracy import predict, top1
 from pruning.measure.cost import count_macs
-from pruning.measure.stopwatch import device_name, time_against_dense
+from pruning.measure.stopwatch import device_name, fastest_precision, time_against_dense
 from pruning.measure.widths import AllowedWidths, measure_allowed_widths
 from pruning.methods.allocation import Profile, allocate, divergence, measure_profile
 from pruning.model.anatomy import blocks_of, examine
@@ -32,7 +32,6 @@ from pruning.model.loading import create_model
 from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
 from pruning.model.tokens import schedule
 from pruning.plan import Plan
-from pruning.precision import fastest_precision
 from pruning.repair.compensation import repaired_model
 from pruning.repair.sensitivity import measure_sensitivity
 

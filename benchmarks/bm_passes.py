@@ -20,13 +20,12 @@ from bm_no_training import DATA, images
 
 from pruning.measure.accuracy import predict, top1
 from pruning.measure.cost import count_macs
-from pruning.measure.stopwatch import device_name
+from pruning.measure.stopwatch import device_name, fastest_precision
 from pruning.methods.cascade import CascadeSettings, cascade
 from pruning.model.anatomy import examine
 from pruning.model.loading import create_model
 from pruning.model.surgery import keep_all_plan
 from pruning.plan import TokenReduction
-from pruning.precision import fastest_precision
 
 BUDGET, TARGET = 1.0, 0.6
 KINDS: tuple[tuple[str, TokenReduction], ...] = (("lfs", "lfe"), ("taylor", "merge"), ("obs", "attention-merge"))

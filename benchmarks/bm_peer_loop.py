@@ -50,9 +50,9 @@ from torch import Tensor, nn
 from pruning.data import Images
 from pruning.errors import VitfrontError
 from pruning.measure.accuracy import predict, top1
-from pruning.measure.stopwatch import device_name, time_against_dense
+from pruning.measure.stopwatch import device_name, fastest_precision, time_against_dense
 from pruning.model.anatomy import blocks_of
-from pruning.precision import Precision, fastest_precision
+from pruning.precision import Precision
 from search.config import Config, load_config
 from search.outcome import Candidate, Outcome
 from search.pareto import hypervolume, non_dominated

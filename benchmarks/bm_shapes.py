@@ -12,12 +12,11 @@ from typing import Any
 
 from bm_no_training import DATA, images
 
-from pruning.measure.stopwatch import time_against_dense
+from pruning.measure.stopwatch import fastest_precision, time_against_dense
 from pruning.model.anatomy import examine
 from pruning.model.loading import create_model
 from pruning.model.surgery import apply_plan
 from pruning.plan import BlockPlan, Plan
-from pruning.precision import fastest_precision
 
 RESULTS = Path(__file__).parent / "results" / "no_training.json"
 

@@ -18,7 +18,15 @@ from pruning.errors import VitfrontError
 from pruning.measure.accuracy import predict, top1, wilson_interval
 from pruning.measure.cost import count_macs, count_params
 from pruning.measure.retrieval import features, mean_average_precision, recall_at_1
-from pruning.measure.stopwatch import MIN_ROUNDS, Timing, device_id, device_name, keep_freed_memory, time_against_dense
+from pruning.measure.stopwatch import (
+    MIN_ROUNDS,
+    Timing,
+    device_id,
+    device_name,
+    fastest_precision,
+    keep_freed_memory,
+    time_against_dense,
+)
 from pruning.measure.widths import AllowedWidths, measure_allowed_widths
 from pruning.methods.allocation import Profile, measure_profile
 from pruning.methods.sparsity import sparsity_of
@@ -26,7 +34,7 @@ from pruning.model.anatomy import Anatomy, examine
 from pruning.model.exits import ExitHead, fit_exits, truncate
 from pruning.model.surgery import apply_plan, keep_all_plan
 from pruning.plan import Plan, TokenReduction
-from pruning.precision import Precision, fastest_precision, synchronize
+from pruning.precision import Precision, synchronize
 from pruning.repair.compensation import RepairedModel, repaired_model
 from pruning.repair.sensitivity import BlockSensitivity, measure_sensitivity
 from pruning.training import train

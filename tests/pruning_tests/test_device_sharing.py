@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pruning.data import Images
 from pruning.device_sharing import calling_on_yield, yield_device, yielding_between
 from pruning.measure.accuracy import predict
-from pruning.measure.stopwatch import time_against_dense
+from pruning.measure.stopwatch import fastest_precision, time_against_dense
 from pruning.measure.widths import measure_allowed_widths
 from pruning.methods.allocation import measure_profile
 from pruning.methods.cascade import CascadeSettings, cascade
@@ -21,7 +21,6 @@ from pruning.methods.softmask import SoftMaskSettings, SoftMaskTraining
 from pruning.methods.width import WidthSettings, WidthTraining
 from pruning.model.anatomy import examine
 from pruning.model.exits import fit_exits
-from pruning.precision import fastest_precision
 from pruning.repair.compensation import repaired_model
 from pruning.training import TrainSettings, train
 from tests.pruning_tests import builders

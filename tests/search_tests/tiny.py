@@ -65,7 +65,7 @@ def swin(seed: int = 0) -> torch.nn.Module:
     return create_model(SWIN, args=SWIN_ARGS | {"img_size": 16, "patch_size": 2, "num_classes": NUM_CLASSES})
 
 
-def steady_times(calls: Sequence[Any], device: torch.device, repeats: int) -> list[float]:
+def steady_times(calls: Sequence[Any], *_: Any) -> list[float]:
     """For `pruning.measure.widths._least_times`: each width is faster than all larger ones."""
     return [1.0 + index for index in range(len(calls))]
 

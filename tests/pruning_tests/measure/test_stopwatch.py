@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 from resource import RUSAGE_SELF, getrusage
 
@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from pruning.errors import SettingError
-from pruning.measure.stopwatch import Timing, device_name, median_interval, time_against_dense
+from pruning.measure.stopwatch import (
+    Timing,
+    device_name,
+    fastest_precision,
+    median_interval,
+    time_against_dense,
+    time_in_turn,
+)
+from pruning.precision import Precision
 
 
 class Work(nn.Module):
@@ -86,6 +94,84 @@ def test_all_models_run_equally_often_and_again_until_the_lap_is_long_enough() -
 def test_too_few_rounds_for_an_interval_are_refused(num_rounds: int) -> None:
     with pytest.raises(SettingError, match=f"{num_rounds} rounds give no 95 % interval; give 6 at least"):
         time_against_dense(Work(1), [], BATCH, num_rounds=num_rounds)
+
+
+# The timing loop
+
+
+class Clock:
+    """A clock that calls put forward."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.log: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self, name: str, *seconds: float) -> Callable[[], None]:
+        durations = iter(seconds)
+
+        def run() -> None:
+            self.log.append(name)
+            self.now += next(durations)
+
+        return run
+
+
+def test_calls_are_timed_in_turn_after_a_round_to_warm_up() -> None:
+    clock = Clock()
+    calls = [clock.call("a", 0.25, 5.0, 3.0, 4.0), clock.call("b", 9.0, 1.0, 2.0, 0.5)]
+    assert time_in_turn(calls, torch.device("cpu"), 3, clock=clock) == [[5.0, 1.0], [3.0, 2.0], [4.0, 0.5]]
+    assert clock.log == ["a", "b"] * 4  # in turn, so that what disturbs one disturbs all
+
+
+def test_a_call_that_is_repeated_within_its_lap_has_the_mean_of_its_times() -> None:
+    clock = Clock()
+    calls = [clock.call("a", 1, 1, 1, 2, 3, 7), clock.call("b", 0, 0, 0, 5, 5, 5)]
+    assert time_in_turn(calls, torch.device("cpu"), 1, num_repeats=3, clock=clock) == [[4.0, 5.0]]
+    assert clock.log == ["a", "a", "a", "b", "b", "b"] * 2
+
+
+# The faster precision
+
+
+class SlowIn(nn.Module):
+    """Does fifty times the work in one precision."""
+
+    def __init__(self, precision: Precision) -> None:
+        super().__init__()
+        self.precision = precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_half = torch.is_autocast_enabled("cpu")
+        for _ in range(50 if is_half == (self.precision == "bfloat16") else 1):
+            x = x * 0.5
+        return x
+
+
+@pytest.mark.parametrize(("slow", "fast"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_the_faster_precision_is_found(slow: Precision, fast: Precision) -> None:
+    assert fastest_precision(SlowIn(slow), torch.ones(100, 1000)) == fast
+
+
+@pytest.mark.parametrize(
+    ("rounds", "fast"),
+    [
+        ([[2.0, 9.0], [3.0, 1.0]], "bfloat16"),  # the least time of each counts, not its mean
+        ([[1.0, 1.5], [9.0, 1.5]], "float32"),
+        ([[1.0, 1.0]], "float32"),
+    ],
+)
+def test_the_least_time_of_each_precision_decides(rounds: list[list[float]], fast: Precision) -> None:
+    def timer(calls: Sequence[Callable[[], object]], device: torch.device, num_rounds: int) -> list[list[float]]:
+        assert (len(calls), device, num_rounds) == (2, BATCH.device, 7)
+        return rounds
+
+    assert fastest_precision(Work(1), BATCH, 7, timer=timer) == fast
+
+
+# The interval of the median
 
 
 def brute_force_rank(count: int) -> int:

@@ -14,15 +14,21 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from pruning.measure import widths
 from pruning.measure.cost import count_macs
-from pruning.measure.widths import AllowedWidths, faster_than_larger, measure_allowed_widths, multiples
+from pruning.measure.widths import (
+    AllowedWidths,
+    AttentionHalf,
+    MlpHalf,
+    faster_than_larger,
+    measure_allowed_widths,
+    multiples,
+)
 from pruning.methods.allocation import SHARES, Profile, allocate
 from pruning.methods.cascade import CascadeSettings, cascade
 from pruning.model.anatomy import Anatomy, examine
-from pruning.model.layers import SlimBlock, SlimMlp
 from pruning.model.surgery import keep_all_plan
 from pruning.plan import TOKEN_REDUCTIONS, Plan, TokenReduction
+from pruning.precision import Precision
 from pruning.scores.curves import RemovalCurves
 from tests.pruning_tests import builders
 
@@ -178,60 +184,45 @@ def test_asked_widths_are_rounded_to_the_smallest_that_have_as_much(seed: int) -
         assert drawn.least_hidden(width) == min(each for each in drawn.hidden if each >= width)
 
 
-# A device whose clock is ours
+# A device whose times are ours
 
 
-TURNS = 7
+ROUNDS = 7
 
 
 class Device:
-    """Takes as long as its formulas say, by its own clock: attention and MLP by their widths, a reduction by itself."""
+    """A timer by formulas: attention and MLP take their time by their widths, a reduction of tokens by itself."""
 
     def __init__(
         self, attention: Callable[[int, int], float], mlp: Callable[[int], float], reduction: float = 0.0
     ) -> None:
         self.attention, self.mlp, self.reduction = attention, mlp, reduction
-        self.now, self.calls = 0.0, 0
+        self.num_laps = 0
         self.num_tokens: set[int] = set()
-        """Patches that were there after a reduction."""
+        """Tokens that were there after a reduction."""
 
-    def perf_counter(self) -> float:
-        return self.now
+    def __call__(
+        self, calls: Sequence[Callable[[], object]], device: torch.device, num_rounds: int
+    ) -> list[list[float]]:
+        return [[self.seconds(call) for call in calls] for _ in range(num_rounds)]
 
-    def take(self, seconds: float) -> None:
-        self.calls += 1
-        self.now += seconds * (1 + self.calls % 7)  # disturbed: only every seventh is as fast as it can be
+    def seconds(self, call: Any) -> float:
+        self.num_laps += 1
+        disturbed = 1 + self.num_laps % 7  # only every seventh lap is as fast as it can be
+        if isinstance(call, MlpHalf):
+            return self.mlp(call.block.mlp.fc1.out_features) * disturbed
+        assert isinstance(call, AttentionHalf)
+        seconds = self.attention(call.block.attn.qk_width, call.block.attn.v_width) * disturbed
+        if call.block.reducer is None:
+            return seconds
+        self.num_tokens.add(call().shape[1])
+        return seconds + self.reduction
 
 
-@pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Device], Device]:
-    """Puts the device under what is measured."""
-
-    def put(device: Device) -> Device:
-        attend, reduce, forward = SlimBlock.attend, SlimBlock.reduce, SlimMlp.forward
-
-        def timed_attend(self: SlimBlock, x: Tensor, size: Tensor | None) -> Any:
-            device.take(device.attention(self.attn.qk_width, self.attn.v_width))
-            return attend(self, x, size)
-
-        def timed_reduce(self: SlimBlock, x: Tensor, clues: Any) -> Any:
-            after = reduce(self, x, clues)
-            if self.reducer is not None:
-                device.now += device.reduction
-                device.num_tokens.add(after[0].shape[1])
-            return after
-
-        def timed_forward(self: SlimMlp, x: Tensor) -> Tensor:
-            device.take(device.mlp(self.fc1.out_features))
-            return forward(self, x)
-
-        monkeypatch.setattr(SlimBlock, "attend", timed_attend)
-        monkeypatch.setattr(SlimBlock, "reduce", timed_reduce)
-        monkeypatch.setattr(SlimMlp, "forward", timed_forward)
-        monkeypatch.setattr(widths, "time", device)
-        return device
-
-    return put
+def measured(
+    model: nn.Module, device: Device, *, batch_size: int = 2, kind: TokenReduction = "none"
+) -> tuple[AllowedWidths, ...]:
+    return measure_allowed_widths(model, batch_size, token_reduction=kind, repeats=ROUNDS, timer=device)
 
 
 def wide_model(**args: Any) -> nn.Module:
@@ -251,41 +242,33 @@ def in_tiles_of_64(hidden: int) -> float:
     return float(tiles(hidden, 64))
 
 
-UseDevice = Callable[[Device], Device]
-
-
-def test_a_device_that_pads_heads_and_runs_in_tiles_is_offered_equal_pairs_and_full_tiles(use: UseDevice) -> None:
-    use(Device(padded, in_tiles_of_64))
-    found = measure_allowed_widths(wide_model(), 2, token_reduction="none", repeats=TURNS)
+def test_a_device_that_pads_heads_and_runs_in_tiles_is_offered_equal_pairs_and_full_tiles() -> None:
+    found = measured(wide_model(), Device(padded, in_tiles_of_64))
     assert found == (AllowedWidths(attention=((16, 16), (32, 32)), hidden=(64, 128, 192, 256)),) * 3
 
 
-def test_a_device_to_which_each_width_counts_is_offered_all_that_are_timed(use: UseDevice) -> None:
-    use(Device(lambda qk, v: float(2 * qk + v), float))
-    (found, *_) = measure_allowed_widths(wide_model(), 2, token_reduction="none", repeats=TURNS)
+def test_a_device_to_which_each_width_counts_is_offered_all_that_are_timed() -> None:
+    (found, *_) = measured(wide_model(), Device(lambda qk, v: float(2 * qk + v), float))
     assert set(found.attention) == set(squared((8, 16, 24, 32)))
     assert found.hidden == tuple(range(8, 257, 8))
 
 
-def test_a_device_to_which_no_width_counts_is_offered_the_dense_ones(use: UseDevice) -> None:
-    use(Device(lambda qk, v: 1.0, lambda hidden: 1.0))
-    found = measure_allowed_widths(wide_model(), 2, token_reduction="none", repeats=TURNS)
+def test_a_device_to_which_no_width_counts_is_offered_the_dense_ones() -> None:
+    found = measured(wide_model(), Device(lambda qk, v: 1.0, lambda hidden: 1.0))
     assert found == (AllowedWidths(attention=((32, 32),), hidden=(256,)),) * 3
 
 
-def test_normalised_queries_and_keys_are_timed_whole(use: UseDevice) -> None:
-    use(Device(lambda qk, v: float(qk + v), float))
-    (found, *_) = measure_allowed_widths(wide_model(qk_norm=True), 2, token_reduction="none", repeats=TURNS)
+def test_normalised_queries_and_keys_are_timed_whole() -> None:
+    (found, *_) = measured(wide_model(qk_norm=True), Device(lambda qk, v: float(qk + v), float))
     assert set(found.attention) == {(32, v) for v in (8, 16, 24, 32)}
 
 
 @pytest.mark.parametrize(("heads", "hidden_ratio", "most"), [(1, 1.0, 64), (4, 0.125, 8), (8, 4.0, 256), (2, 1.6, 102)])
 def test_widths_that_are_few_or_no_multiples_of_eight_have_the_dense_one_at_the_end(
-    use: UseDevice, heads: int, hidden_ratio: float, most: int
+    heads: int, hidden_ratio: float, most: int
 ) -> None:
-    use(Device(lambda qk, v: float(qk + v), float))
     model = builders.model(embed_dim=64, num_heads=heads, mlp_ratio=hidden_ratio)
-    (found, *_) = measure_allowed_widths(model, 1, token_reduction="none", repeats=TURNS)
+    (found, *_) = measured(model, Device(lambda qk, v: float(qk + v), float), batch_size=1)
     head = 64 // heads
     assert found.hidden == (*range(8, most, 8), most)
     assert set(found.attention) == set(squared((*range(8, head, 8), head)))
@@ -301,11 +284,9 @@ def matched_pairs(patches: int, left: int, width: int) -> int:
 
 
 @pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
-def test_the_time_of_a_reduction_is_told_in_multiply_adds_beyond_those_that_are_counted(
-    use: UseDevice, kind: TokenReduction
-) -> None:
-    device = use(Device(padded, in_tiles_of_64, reduction=0.75))
-    (found, *_) = measure_allowed_widths(wide_model(), 2, token_reduction=kind, repeats=TURNS)
+def test_the_time_of_a_reduction_is_told_in_multiply_adds_beyond_those_that_are_counted(kind: TokenReduction) -> None:
+    device = Device(padded, in_tiles_of_64, reduction=0.75)
+    (found, *_) = measured(wide_model(), device, kind=kind)
     tokens, width = 17, 64
     block = 2 * (32 + 32) * tokens * (2 * width + tokens) + 2 * tokens * width * 256
     a_second = block / (2.0 + 4.0)  # two tiles of a head, four of hidden units
@@ -316,22 +297,18 @@ def test_the_time_of_a_reduction_is_told_in_multiply_adds_beyond_those_that_are_
 
 
 @pytest.mark.parametrize("kind", ["lfe", "merge"])
-def test_a_reduction_that_takes_no_longer_than_is_counted_costs_nothing_more(
-    use: UseDevice, kind: TokenReduction
-) -> None:
-    use(Device(padded, in_tiles_of_64, reduction=1e-4))
-    assert {
-        each.reduction for each in measure_allowed_widths(wide_model(), 2, token_reduction=kind, repeats=TURNS)
-    } == {0.0}
+def test_a_reduction_that_takes_no_longer_than_is_counted_costs_nothing_more(kind: TokenReduction) -> None:
+    found = measured(wide_model(), Device(padded, in_tiles_of_64, reduction=1e-4), kind=kind)
+    assert {allowed.reduction for allowed in found} == {0.0}
 
 
-def test_equal_blocks_are_timed_once(use: UseDevice) -> None:
-    device = use(Device(padded, in_tiles_of_64))
+def test_equal_blocks_are_timed_once() -> None:
+    device = Device(padded, in_tiles_of_64)
     for number, depth in enumerate((1, 3), start=1):
-        found = measure_allowed_widths(wide_model(depth=depth), 1, token_reduction="none", repeats=2)
+        found = measured(wide_model(depth=depth), device, batch_size=1)
         assert found == (found[0],) * depth
-        # Four widths of queries and of values, 32 of hidden units; once to warm up and twice for the clock.
-        assert device.calls == number * 3 * (4 * 4 + 32)
+        # Four widths of queries and of values, 32 of hidden units.
+        assert device.num_laps == number * ROUNDS * (4 * 4 + 32)
 
 
 def swin(**args: Any) -> nn.Module:
@@ -341,35 +318,17 @@ def swin(**args: Any) -> nn.Module:
     return builders.randomised(named)
 
 
-def test_the_blocks_of_a_stage_share_their_widths_and_another_stage_another(use: UseDevice) -> None:
-    use(Device(lambda qk, v: float(qk + v), in_tiles_of_64))
-    found = measure_allowed_widths(swin(), 2, token_reduction="none", repeats=TURNS)
+def test_the_blocks_of_a_stage_share_their_widths_and_another_stage_another() -> None:
+    found = measured(swin(), Device(lambda qk, v: float(qk + v), in_tiles_of_64))
     pairs = tuple(squared((8, 16)))
     assert found[:2] == (AllowedWidths(attention=pairs, hidden=(64, 128)),) * 2
     assert found[2:] == (AllowedWidths(attention=pairs, hidden=(64, 128, 192, 256)),) * 2
 
 
-def test_the_least_of_the_turns_counts_and_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    device, turns = Device(padded, in_tiles_of_64), list[str]()
-    durations = {"a": iter([0.25, 5.0, 3.0, 4.0]), "b": iter([9.0, 1.0, 2.0, 0.5])}
-
-    def call(name: str) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            turns.append(name)
-            device.now += next(durations[name])
-            return torch.empty(0)
-
-        return run
-
-    monkeypatch.setattr(widths, "time", device)
-    assert widths._least_times([call("a"), call("b")], torch.device("cpu"), 3) == [3.0, 0.5]
-    assert turns == ["a", "b"] * 4  # in turn, so that what disturbs one disturbs all
-
-
 @pytest.mark.parametrize("family", ["vit", "distilled", "qk_norm", "layer_scale", "swin"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("learns", [True, False])
-def test_a_model_is_left_as_it_was(family: str, precision: Any, learns: bool) -> None:
+def test_a_model_is_left_as_it_was(family: str, precision: Precision, learns: bool) -> None:
     model = (swin() if family == "swin" else builders.model(family)).requires_grad_(learns).train(learns)
     before, modes = builders.state(model), [module.training for module in model.modules()]
     kind: TokenReduction = "none" if family == "swin" else "attention-merge"

@@ -1,8 +1,10 @@
-# `make search` finds a front, `make test` checks the code. Both first make .venv, once.
+# `make search` finds a front; `make check` and `make test` check the code. Each first makes .venv, once.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
+PYTEST := $(BIN)/pytest --numprocesses $(JOBS)
 # -qq leaves pip its errors and takes its warnings
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 PIP_FAILED = { echo 'the whole story: $(BIN)/python -m pip install -c constraints.txt -e .' >&2; exit 1; }
@@ -10,11 +12,12 @@ PIP_FAILED = { echo 'the whole story: $(BIN)/python -m pip install -c constraint
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help search studies test clean
+.PHONY: help search studies check test lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'PYTHON=python3.11 names the Python for .venv; ARGS="--name x --trials 32" goes to `vitfront run`'
+	@echo 'PYTHON=python3.11 names the Python for .venv; ARGS="--name x --trials 32" goes to `vitfront run`,'
+	@echo 'ARGS="-k plan" to pytest, which runs JOBS=2 processes'
 
 search: $(VENV)/.installed  ## find the front of the digits recipe (ARGS for another)
 	@$(BIN)/vitfront run $(ARGS)
@@ -22,12 +25,17 @@ search: $(VENV)/.installed  ## find the front of the digits recipe (ARGS for ano
 studies: $(VENV)/.installed  ## the papers' questions, asked of the digits: tables and figures in runs/
 	@for study in cutoff noise tokens order width-or-depth budgets; do $(BIN)/vitfront study $$study; done
 
-test: $(VENV)/.installed-dev  ## lint, types, import rules, tests: what CI runs
+check: lint  ## lint, types, import rules and the quick tests, in minutes
+	@$(PYTEST) -m 'not slow' $(ARGS)
+
+test: lint  ## lint, types, import rules and all tests: what CI runs
+	@$(PYTEST) $(ARGS)
+
+lint: $(VENV)/.installed-dev
 	@echo 'ruff check' && $(BIN)/ruff check
 	@echo 'ruff format' && $(BIN)/ruff format --check
 	@echo 'mypy' && $(BIN)/mypy
 	@echo 'lint-imports' && $(BIN)/lint-imports
-	@$(BIN)/pytest $(ARGS)
 
 clean:  ## remove .venv and the caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -35,7 +35,6 @@ COMING = {
     "pruning/methods/probing.py",
     "pruning/methods/profile.py",
     "pruning/methods/schedule.py",
-    "pruning/repair/regression.py",
     "search/suggest/rungs.py",
     "search/trial/methods.py",
 }

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-from search.views.plots import GRID_COLOUR
+from search.views.page import GRID_COLOUR
 
 mpl.use("Agg")
 

@@ -78,7 +78,7 @@ def compare(
     """Hypervolume of several sweeps, after trials and after seconds."""
     from search.commands.compare import compare_sweeps
     from search.records.files import write_atomically
-    from search.views.plots import comparison_html
+    from search.views.comparison_plot import comparison_html
 
     record = compare_sweeps(runs, names)
     if to is not None:

@@ -23,7 +23,7 @@ from search.errors import ConfigError
 from search.records.files import write_atomically
 from search.trial.context import lease_on
 from search.trial.inputs import load_inputs
-from search.views.plots import lottery_html
+from search.views.lottery_plot import lottery_html
 
 
 def run_lottery_seeds(

@@ -59,7 +59,7 @@ from search.trial.context import (
 )
 from search.trial.inputs import Inputs, load_inputs
 from search.trial.trial import start_trial
-from search.views.plots import front_html
+from search.views.front_plot import front_html
 
 
 def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | None = None) -> Front:

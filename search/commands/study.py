@@ -36,7 +36,7 @@ from search.space import Space
 from search.trial.context import TrialContext, prepare
 from search.trial.inputs import load_inputs
 from search.trial.trial import run_to_end
-from search.views.plots import study_html
+from search.views.study_plot import study_html
 
 STUDY_DEFAULTS: dict[str, Any] = {
     "space.method": "cascade",

@@ -12,7 +12,7 @@ import numpy as np
 
 from search.outcome import Measurement, Outcome, State
 from search.pareto import non_dominated
-from search.views.plots import StudyLine
+from search.views.study_plot import StudyLine
 
 SHARE = "share"
 """As a study's x: the measured share of the dense multiply-adds."""

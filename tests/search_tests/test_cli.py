@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from safetensors.torch import save_file
 
 from pruning.artifact import load
 from pruning.measure.cost import count_params
-from search.cli import main
 from search.config import SpaceConfig
 from search.front import Front
 from search.goal import Goal
@@ -27,18 +24,11 @@ from search.records.folder import Folder
 from search.space import Space
 from search.trial.trial import Ended, run_to_end
 from tests.search_tests import builders, tiny
+from tests.search_tests.command_line import call, check_refused, files
+from tests.search_tests.disk import largest_file
 from tests.search_tests.test_space import Chooser
 
 OUTCOMES = [builders.outcome("t000", 0.9, 1.0), builders.outcome("t001", 0.88, 2.0), builders.outcome("t002", 0.5, 2.5)]
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command."""
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    printed = capsys.readouterr()
-    code = stopped.value.code
-    return (0 if code is None else int(code)), printed.out, printed.err
 
 
 @pytest.fixture
@@ -53,22 +43,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pruning.measure.widths._least_times", tiny.steady_times)
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
-def check_refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str, says: list[str]) -> None:
-    """One line that says these things, exit code 2, nothing printed as a result, no file more or less."""
-    before = files(folder)
-    code, out, err = call(capsys, *arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("vitfront: ")
-    assert err.count("\n") == 1
-    for each in says:
-        assert each in err
-    assert files(folder) == before
 
 
 def corrupt(folder: Path) -> None:
@@ -162,17 +136,6 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     spoil(folder)
     sets = [argument for change in changes for argument in ("--set", change)]
     check_refused(capsys, folder, "run", "tiny.yaml", *sets, says=says)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The kernel refuses to let any file grow past `size` bytes, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_no_space_for_the_run_folder_is_one_line_and_leaves_nothing(

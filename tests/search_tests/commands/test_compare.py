@@ -15,7 +15,6 @@ from search.goal import Goal
 from search.outcome import Outcome
 from search.records import ledger
 from search.records.folder import Folder
-from search.views.plots import draw_comparison
 from tests.search_tests import builders
 
 DENSE = builders.measurement(0.8, 1.0)
@@ -86,15 +85,6 @@ def test_all_are_held_against_the_dense_model_of_the_first(runs: Path) -> None:
     place.write_front(replace(front, goal=Goal(dense=replace(DENSE, top1=0.2))))
     assert compare_sweeps(runs, ["gp-0", "random"])["by_trial"][1]["mean"] == pytest.approx((0.1,))
     assert compare_sweeps(runs, ["random"])["by_trial"][0]["mean"] == pytest.approx((0.4,))
-
-
-def test_the_figure_has_a_line_and_a_band_for_each(runs: Path) -> None:
-    figure = draw_comparison(compare_sweeps(runs, ["gp-0", "gp-1", "random"]))
-    lines = [trace for trace in figure.data if trace.fill is None]
-    bands = [trace for trace in figure.data if trace.fill == "toself"]
-    assert [trace.name for trace in lines] == ["gp (2 seeds)", "random (1 seed)"] * 2
-    assert len(bands) == 2  # of gp, left and right
-    assert tuple(lines[0].y) == pytest.approx((0.25, 0.25, 0.4))
 
 
 def test_a_sweep_without_times_is_refused(tmp_path: Path) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,10 +18,9 @@ from pruning.training import train
 from search.commands.lottery import lottery_csv, run_lottery_seeds, seeded_model, summaries
 from search.config import Config
 from search.trial.inputs import load_inputs
-from search.views.plots import draw_lottery, lottery_html, lottery_info
 from tests.search_tests import tiny
-from tests.search_tests.test_cli import call, check_refused, files
-from tests.search_tests.views.test_plots import Page
+from tests.search_tests.command_line import call, check_refused, files
+from tests.search_tests.views.pages import Page
 
 ARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 16, "depth": 1, "num_heads": 1}
 DATA = {"dataset": "digits", "calibration_images": 60, "probe_images": 40, "mean": [0.3], "std": [0.4]}
@@ -175,7 +173,6 @@ ROWS = [
     row("ticket", 1, 1, 0.6),
     row("ticket", 2, 1, 0.6, (4.0, 1.5)),
 ]
-RECORD = {"name": "a<b", "rows": [asdict(each) for each in ROWS]}
 
 
 def test_summary_is_over_the_seeds_of_an_arm_and_round() -> None:
@@ -193,22 +190,3 @@ def test_csv_has_a_line_a_training() -> None:
         "arm,round,sparsity,seed,top1,gradient_norm_first,gradient_norm_mean",
         "dense,0,0.0,0,0.9,4,3",
     ]
-
-
-def test_picture_shows_every_seed_its_mean_and_the_norms_of_the_last_round() -> None:
-    figure = draw_lottery(lottery_info(RECORD), "title")
-    seeds, means, norms = (trace for trace in figure.data if trace.name == "ticket")
-    assert isinstance(seeds, go.Scatter)
-    assert list(zip(seeds.x, seeds.y, strict=True)) == [
-        ("ticket, 50%", 80), ("ticket, 50%", 60), ("ticket, 100%", 70), ("ticket, 100%", 60),
-    ]  # fmt: skip
-    assert (list(means.x), list(means.y)) == (["ticket, 50%", "ticket, 100%"], pytest.approx([70, 65]))
-    assert (list(norms.x), list(norms.y)) == ([1, 2], [3, 1])
-    assert [trace.name for trace in figure.data if trace.showlegend is None] == ["dense", "ticket"]
-    assert (figure.layout.yaxis2.type, norms.yaxis) == ("log", "y2")
-
-
-def test_page_of_a_lottery_loads_nothing_and_its_name_is_text() -> None:
-    html = lottery_html(RECORD)
-    assert Page(html).loads == [] and Page(html).title == "Lottery tickets of a<b"
-    assert "a&lt;b" in html

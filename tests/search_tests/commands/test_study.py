@@ -17,7 +17,7 @@ from search.config import load_config
 from search.errors import ConfigError
 from search.outcome import Candidate
 from search.records.ledger import read
-from search.views.plots import StudyLine, draw_study, study_info
+from search.views.study_plot import StudyLine, draw_study, study_info
 from tests.search_tests import tiny
 
 NAMES = ["budgets", "cutoff", "noise", "order", "tokens", "width-or-depth"]

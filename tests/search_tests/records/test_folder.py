@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from search.errors import ConfigError, SweepError
 from search.front import Front
 from search.records.folder import Folder, export
 from tests.search_tests import builders, tiny
+from tests.search_tests.disk import largest_file
 
 POINTS = [
     builders.outcome("t003", 0.90, 1.2),
@@ -35,17 +33,6 @@ def runs(tmp_path: Path) -> Path:
     folder.config.write_text(tiny.config().to_yaml())
     folder.write_front(FRONT)
     return tmp_path / "runs"
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The kernel refuses to let any file grow past `size` bytes, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_settings_and_front_are_read_back(runs: Path) -> None:

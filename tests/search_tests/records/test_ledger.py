@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import resource
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from search.records import ledger
 from search.records.files import alone_in, write_atomically
 from search.records.ledger import Ledger
 from tests.search_tests import builders
+from tests.search_tests.disk import largest_file
 
 OUTCOMES = (
     builders.outcome("t000", 0.9, 1.5, top1_test=0.89),
@@ -38,17 +36,6 @@ def write(path: Path, outcomes: tuple[Outcome, ...]) -> None:
     with Ledger(path) as file:
         for outcome in outcomes:
             file.append(outcome)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The kernel refuses to let any file grow past `size` bytes, as a full disk does, after a partial write."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_outcomes_come_back_equal_and_in_order(path: Path) -> None:

@@ -1,9 +1,8 @@
-"""The picture shows each point once, where it was measured, and the page needs no network."""
+"""The picture of a front shows each model once, where it was measured, and its page needs no network."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import plotly.graph_objects as go
 import pytest
@@ -11,8 +10,9 @@ import pytest
 from search.front import Front
 from search.goal import Goal
 from search.outcome import Outcome
-from search.views.plots import front_html, front_info, front_picture
+from search.views.front_plot import draw_front, front_html, front_info
 from tests.search_tests import builders
+from tests.search_tests.views.pages import Page
 
 OUTCOMES = (
     builders.outcome("t000", 0.70, 1.5),
@@ -25,7 +25,7 @@ FRONT = Front.of("digits", OUTCOMES, builders.GOAL)
 
 
 def traces(front: Front, outcomes: tuple[Outcome, ...]) -> dict[str, go.Scatter]:
-    return {trace.name: trace for trace in front_picture(front, outcomes).data}
+    return {trace.name: trace for trace in draw_front(front_info(front, outcomes)).data}
 
 
 def places(trace: go.Scatter) -> list[tuple[float, float]]:
@@ -76,7 +76,7 @@ def test_counts_have_three_digits_and_a_unit(macs: int, text: str) -> None:
 
 
 def test_axes_name_what_they_show_and_its_unit() -> None:
-    layout = front_picture(FRONT, OUTCOMES).layout
+    layout = draw_front(front_info(FRONT, OUTCOMES)).layout
     assert layout.xaxis.title.text == "throughput, measured (img/s)"
     assert layout.yaxis.title.text == "top-1 on val (%)"
     assert (layout.plot_bgcolor, layout.paper_bgcolor) == ("white", "white")
@@ -94,7 +94,7 @@ def test_sweep_by_retrieval_is_drawn_by_it_without_bars_where_no_interval_was_ta
     assert places(drawn["dense"]) == [(100, 80)]
     assert drawn["front"].error_y.array is None
     assert drawn["front"].hovertext[0].split("<br>")[1:3] == ["top-1 20.00% (19.00% to 21.00%)", f"{called} 75.00%"]
-    assert front_picture(front, outcomes).layout.yaxis.title.text == f"{called} on val (%)"
+    assert draw_front(front_info(front, outcomes)).layout.yaxis.title.text == f"{called} on val (%)"
 
 
 def test_sweep_without_a_front_still_shows_the_dense_model() -> None:
@@ -104,33 +104,9 @@ def test_sweep_without_a_front_still_shows_the_dense_model() -> None:
     assert places(drawn["front"]) == []
 
 
-class Page(HTMLParser):
-    """What a page would load, and its title."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.loads: list[str] = []
-        self.title = ""
-        self._within = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._within = tag
-        self.loads += [str(value) for name, value in attrs if name in ("src", "href")]
-
-    def handle_endtag(self, tag: str) -> None:
-        self._within = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._within == "title":
-            self.title += data
-
-
-def test_page_loads_nothing_and_cannot_upload_the_figure() -> None:
+def test_page_of_a_front_loads_nothing() -> None:
     html = front_html(FRONT, OUTCOMES)
     assert Page(html).loads == []
-    assert "plotly.js v" in html
-    assert '"modeBarButtonsToRemove": ["sendChartToCloud"' in html
     assert "t001" in html
 
 

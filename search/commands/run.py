@@ -38,6 +38,7 @@ from search.config import Config, flat
 from search.errors import SweepError
 from search.front import Front, contenders, front_of
 from search.goal import Goal
+from search.observer import Observer
 from search.outcome import Candidate, Measurement, Outcome, idle_share, num_trials
 from search.records import ledger
 from search.records.ending import calling_on_interrupt
@@ -45,7 +46,7 @@ from search.records.files import write_atomically
 from search.records.folder import Folder
 from search.records.ledger import Ledger
 from search.records.profiles import ProfileCache
-from search.records.recorder import Observer, Recorder
+from search.records.recorder import Recorder
 from search.records.tracking import Tracker, default_uri
 from search.space import Space
 from search.trial.context import (

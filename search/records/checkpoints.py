@@ -1,4 +1,4 @@
-"""Trials that were training when a sweep stopped: one file each, which the driver writes and a resumed sweep reads.
+"""Checkpoints of trials that train: one file a trial, written by the driver, read when a stopped sweep resumes.
 
 A file is what `torch.save` writes of plain containers and tensors; it is read without unpickling any class.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pruning.errors import first_line_of
 from search.errors import SweepError
 from search.outcome import Candidate
 from search.records.files import write_by
@@ -19,22 +20,23 @@ from search.records.files import write_by
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A trial on its way."""
+    """The state of a trial after one of its epochs."""
 
     id: str
+    """Id of the trial."""
     candidate: Candidate
     state: Mapping[str, Any]
-    """Of `search.trial.trial.Epoch`."""
+    """Plain containers and tensors from which the trial goes on."""
 
 
 class Checkpoints:
-    """The files of one sweep."""
+    """The checkpoint files of one sweep."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Replaces what an earlier epoch of the trial wrote, whole or not at all.
+        """Replaces the checkpoint of an earlier epoch of the trial, wholly or not at all.
 
         Raises:
             SweepError: the disk refuses.
@@ -48,16 +50,19 @@ class Checkpoints:
         write_by(self._path(checkpoint.id), write)
 
     def remove(self, trial_id: str) -> None:
-        """The trial has ended."""
+        """Removes the checkpoint of a trial that has ended, if it has one."""
         self._path(trial_id).unlink(missing_ok=True)
 
     def read(self, done: Collection[str]) -> list[Checkpoint]:
-        """What is left of earlier runs, by id; the files of trials that ended since are removed.
+        """Reads the checkpoints that earlier runs left, by trial id.
+
+        Args:
+            done: ids of trials that have ended since; their files are removed.
 
         Raises:
             SweepError: a file cannot be read.
         """
-        found = []
+        checkpoints = []
         for path in sorted(self.folder.glob("t*.pt")):
             if path.stem in done:
                 path.unlink()
@@ -65,10 +70,12 @@ class Checkpoints:
             try:
                 record = torch.load(path, weights_only=True)
                 candidate = Candidate.from_json(record["candidate"])
+                checkpoints.append(Checkpoint(id=path.stem, candidate=candidate, state=record["state"]))
             except Exception as error:  # unpickling has errors of its own
-                raise SweepError(f"cannot read {path} ({error}); remove it to run its trial anew") from error
-            found.append(Checkpoint(id=path.stem, candidate=candidate, state=record["state"]))
-        return found
+                raise SweepError(
+                    f"cannot read {path} ({first_line_of(error)}); remove it to run its trial anew"
+                ) from error
+        return checkpoints
 
     def _path(self, trial_id: str) -> Path:
         return self.folder / f"{trial_id}.pt"

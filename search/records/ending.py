@@ -1,25 +1,12 @@
-"""When a sweep ends: what it found grows no more, or the user has seen enough."""
+"""The end of a sweep by Ctrl-C."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-
-def is_saturated(hypervolumes: Sequence[float], patience: int, min_gain: float) -> bool:
-    """Whether the last trials found too little.
-
-    Args:
-        hypervolumes: after each measured trial.
-        patience: so many trials count as the last ones; 0: never.
-        min_gain: share of the hypervolume, below which their gain is too little.
-    """
-    if not 0 < patience < len(hypervolumes):
-        return False
-    return hypervolumes[-1] - hypervolumes[-1 - patience] < min_gain * hypervolumes[-1]
 
 
 @contextmanager

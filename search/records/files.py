@@ -1,4 +1,4 @@
-"""Files among processes that may be killed, or meet: written whole or not at all, by one at a time."""
+"""Files of processes that may be killed or meet: written wholly or not at all, by one process at a time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pruning.errors import first_line_of
 from search.errors import SweepError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` to `path`; whoever reads sees the old file or the new one, even after a power cut.
+    """Writes a text to a file, durably: a reader sees the old file or the new one, even after a power cut.
 
     Raises:
         SweepError: the file cannot be written; the old one is untouched.
@@ -29,7 +30,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_by(path: Path, write: Callable[[Path], None]) -> None:
-    """Has a function write a draft, which then takes the place of `path`.
+    """Lets a function write a draft, which then takes the place of a file.
+
+    Args:
+        write: writes the draft at the path that it is given, beside the file.
 
     Raises:
         SweepError: the file cannot be written; the old one is untouched.
@@ -40,8 +44,8 @@ def write_by(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:  # torch's own for a full disk
         draft.unlink(missing_ok=True)
-        told = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise SweepError(f"cannot write {path}: {told}") from error
+        reason = getattr(error, "strerror", None) or first_line_of(error)
+        raise SweepError(f"cannot write {path}: {reason}") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -55,7 +59,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Waits until no other process is within this for the same folder, and keeps the others out meanwhile."""
+    """Holds the lock of a folder: waits until no other process holds it, and keeps the others waiting meanwhile."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

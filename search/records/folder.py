@@ -1,4 +1,4 @@
-"""runs/NAME: where everything of a sweep lies, and what is read from it once the sweep has a front."""
+"""The folder of a sweep, runs/NAME: its paths, its settings and front read back, and the export of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from search.records.files import write_atomically
 
 
 class Folder:
-    """The paths of a sweep. Reading fails with SweepError where the sweep or its front is not there."""
+    """The paths of a sweep's files."""
 
     def __init__(self, runs: Path, name: str) -> None:
         self.path = runs / name
@@ -26,24 +26,33 @@ class Folder:
         self.table = self.path / "front.csv"
         self.models = self.path / "models"
         self.weights = self.path / "weights"
-        """Of the models that were trained, while they may be on the front."""
+        """Folder for weights of trained models, as long as these may be on the front."""
         self.checkpoints = self.path / "checkpoints"
-        """Of the trials that are training."""
+        """Folder for checkpoints of the trials that are training."""
 
     def weights_of(self, outcome_id: str) -> Path:
+        """Returns the path of a trained model's weights."""
         return self.weights / f"{outcome_id}.safetensors"
 
     def read_config(self) -> Config:
-        """The settings that the sweep was started with."""
+        """Reads the settings that the sweep was started with.
+
+        Raises:
+            SweepError: there is no such sweep, or its settings cannot be read.
+        """
         try:
             return Config.from_dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            raise SweepError(f"no sweep {self.path.name!r} in {self.path.parent}{self._others()}") from None
+            raise SweepError(f"no sweep {self.path.name!r} in {self.path.parent}{self._names_there()}") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise SweepError(f"cannot read {self.config}: {' '.join(str(error).split())}") from error
 
     def read_front(self) -> Front:
-        """The front that `write_front` left."""
+        """Reads the front that `write_front` left.
+
+        Raises:
+            SweepError: there is no such sweep, it has no front yet, or its front cannot be read.
+        """
         try:
             return Front.from_json(json.loads(self.front.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -53,23 +62,26 @@ class Folder:
             raise SweepError(f"cannot read {self.front}: {error}") from error
 
     def write_front(self, front: Front) -> None:
-        """Writes front.json, whole or not at all.
+        """Writes front.json, wholly or not at all.
 
         Raises:
             SweepError: the disk refuses.
         """
         write_atomically(self.front, json.dumps(front.to_json(), indent=1))
 
-    def _others(self) -> str:
+    def _names_there(self) -> str:
         names = sorted(path.parent.name for path in self.path.parent.glob("*/config.yaml"))
         return f"; there are {', '.join(names)}" if names else "; `vitfront run` makes one"
 
 
 def export(runs: Path, name: str, how: str, target: Path) -> Outcome:
-    """Copies the model of a point of the front to a new folder; gives the point.
+    """Copies the model of a point of the front to a new folder; returns the point.
 
     Args:
-        how: see `Front.pick`.
+        runs: folder of all sweeps.
+        name: name of the sweep.
+        how: `knee`, `fastest`, `most-accurate`, or the id of a point.
+        target: folder to create for the model.
 
     Raises:
         SweepError: no such sweep or point.

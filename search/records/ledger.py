@@ -1,7 +1,7 @@
-"""Durable outcomes: one JSON line each, only ever appended. A sweep resumes from what stands here.
+"""The ledger of a sweep: one JSON line an outcome, only ever appended. A sweep resumes from its ledger.
 
-A line counts once its newline is on the disk. What follows the last newline is the torn line of a killed driver:
-readers ignore it, the next writer cuts it off.
+A line counts once its newline is on the disk. Bytes after the last newline are the torn line of a killed driver: readers
+ignore them, the next writer cuts them off.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from search.records.files import sync_folder
 
 
 def read(path: Path) -> tuple[Outcome, ...]:
-    """The outcomes so far, also while a sweep is writing; none if there is no file.
+    """Reads the outcomes so far, also while a sweep is writing; there are none if there is no file.
 
     Raises:
         SweepError: the file cannot be read, or one of its lines is not an outcome.
@@ -34,7 +34,7 @@ def read(path: Path) -> tuple[Outcome, ...]:
 
 
 class Ledger:
-    """The ledger opened for writing, by one process at a time.
+    """A ledger opened for writing, by one process at a time.
 
     with Ledger(runs / "digits" / "outcomes.jsonl") as ledger:
         done = ledger.found
@@ -56,7 +56,7 @@ class Ledger:
         try:
             self._lock()
             self.found: tuple[Outcome, ...] = read(path)
-            """What stood there when it was opened."""
+            """Outcomes that the ledger held when it was opened."""
             self._end = self._cut_torn_line()
             sync_folder(path.parent)
         except OSError as error:
@@ -85,7 +85,7 @@ class Ledger:
         self._end += len(lines)
 
     def close(self) -> None:
-        """Gives the lock back."""
+        """Closes the file and gives its lock back."""
         os.close(self._handle)
 
     def __enter__(self) -> Ledger:

@@ -1,8 +1,8 @@
-"""What MLflow shows of a sweep: one run a sweep, one child run a trial. The only file that imports mlflow.
+"""Tracking of a sweep in MLflow: one run a sweep, one child run a trial. The only file that imports mlflow.
 
-The ledger is the truth, MLflow its picture: whatever MLflow lacks is written again from the ledger, and nothing is
-ever read back from MLflow but what it already has. A trial is written in an order that survives a kill at any
-point: its run ends last, so a run that has ended is complete, and one that has not is written again in place.
+The ledger is the truth, MLflow its picture: outcomes that MLflow lacks are written again from the ledger, and MLflow is
+only ever asked which runs, metrics and tags it has. A trial is written in an order that survives a kill at any point:
+its run ends last, so a run that has ended is complete, and one that has not is written again in place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-# Before mlflow is imported, as it reads them then; whoever sets them keeps their own.
+# Before mlflow is imported, which reads them then; values that the user has set stay.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a sweep needs no network, and reports to nobody
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a trial
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # 7 of 120 s hold the search up if a server is gone
@@ -31,6 +31,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError  # mlflow lets some through
 
+from pruning.errors import first_line_of
 from search.errors import SweepError
 from search.front import Front
 from search.goal import metric_of
@@ -41,19 +42,19 @@ from search.records.files import alone_in
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 EXPERIMENT = "vitfront"
-MAX_REASON_CHARS = 5000  # MLflow's own limit for a tag
-MAX_PARAM_CHARS = 6000
+MAX_REASON_CHARS = 5000  # MLflow's limit for a tag
+MAX_PARAM_CHARS = 6000  # MLflow's limit for a param
 
 
 def default_uri(runs: Path) -> str:
-    """Where sweeps are tracked: `MLFLOW_TRACKING_URI`, or else a SQLite file in the folder of all sweeps."""
+    """Returns the store that sweeps are tracked in: `MLFLOW_TRACKING_URI`, or else a SQLite file among the sweeps."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.absolute()}/mlflow.db"
 
 
 class Tracker:
-    """Writes a sweep to MLflow. Only the driver has one.
+    """Writes a sweep to MLflow; only the driver has a tracker.
 
-    A tracking server that goes down costs a warning, not the sweep: what could not be written waits, is tried
+    A tracking server that goes down costs a warning, not the sweep: outcomes that could not be written wait, are tried
     again with later trials, and at the latest when the sweep is resumed.
     """
 
@@ -71,14 +72,15 @@ class Tracker:
         """Finds the sweep's run, or begins it.
 
         Args:
-            uri: of the tracking server, or of a database (`sqlite:////absolute/path.db`), made if it is missing.
-            artifact_root: folder for the artifacts; a tracking server has its own and ignores it.
+            uri: address of the tracking server or of a database (`sqlite:////absolute/path.db`), which is created if
+                it is missing.
+            artifact_root: folder for the artifacts; a tracking server has a folder of its own and ignores this one.
             sweep: name of the sweep, and of its run.
             params: the settings, flat.
             run_dir: folder of the sweep; one name in two folders is two sweeps.
-            done: ids of the ledger's outcomes. A run of this sweep that has others belongs to an earlier sweep
-                whose folder was deleted; it is left as it is.
-            retry_seconds: how long a server that is down is left alone.
+            done: ids of the ledger's outcomes. A run of this sweep with other ids belongs to an earlier sweep whose
+                folder was deleted; it is left as it is.
+            retry_seconds: seconds for which a server that is down is left alone.
 
         Raises:
             SweepError: MLflow cannot be reached or used.
@@ -94,20 +96,21 @@ class Tracker:
             self._parent, self._children = self._find_sweep(sweep, str(run_dir.absolute()), frozenset(done))
             self._log_settings(params)
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise SweepError(f"MLflow cannot be used at {uri} ({_one_line(error)}); set MLFLOW_TRACKING_URI") from error
+            reason = first_line_of(error)
+            raise SweepError(f"MLflow cannot be used at {uri} ({reason}); set MLFLOW_TRACKING_URI") from error
 
     @property
     def run_id(self) -> str:
-        """Id of the sweep's run."""
+        """MLflow's id of the sweep's run."""
         run_id: str = self._parent.info.run_id
         return run_id
 
     def sync(self, outcomes: Sequence[Outcome], hypervolumes: Sequence[float]) -> None:
-        """Writes the outcomes that MLflow lacks: after a resume, or after an outage.
+        """Writes the outcomes that MLflow lacks, after a resume or an outage.
 
         Args:
-            outcomes: all of the ledger, in its order.
-            hypervolumes: the hypervolume after each of them.
+            outcomes: all outcomes of the ledger, in its order.
+            hypervolumes: hypervolume after each of them.
         """
         self._waiting = deque(zip(outcomes, hypervolumes, range(1, len(outcomes) + 1), strict=True))
         with self._tolerant():
@@ -117,9 +120,9 @@ class Tracker:
         """Writes one outcome.
 
         Args:
-            outcome: the trial.
-            hypervolume: of all outcomes up to and with this one.
-            number: how many those are.
+            outcome: outcome of a trial.
+            hypervolume: hypervolume of all outcomes up to and with this one.
+            number: number of these outcomes.
         """
         self._waiting.append((outcome, hypervolume, number))
         if time.monotonic() >= self._retry_at:
@@ -131,9 +134,9 @@ class Tracker:
 
         Args:
             front: the final front.
-            outcomes: all of the ledger; measurements that changed since they were logged are logged anew.
-            html: the picture of the front.
-            csv_text: the front as a table.
+            outcomes: all outcomes of the ledger; measurements that changed since they were logged are logged anew.
+            html: picture of the front.
+            csv_text: table of the front.
         """
         with self._tolerant(last=True):
             self._write_waiting()
@@ -163,7 +166,7 @@ class Tracker:
         return experiment_id
 
     def _find_sweep(self, sweep: str, run_dir: str, done: frozenset[str]) -> tuple[Run, dict[str, Run]]:
-        """The sweep's run and its children by trial id."""
+        """Returns the sweep's run, which is begun if there is none, and its child runs by trial id."""
         tags = {"vitfront.sweep": sweep, "vitfront.run_dir": run_dir}
         for run in all_runs(self._client, self._experiment, "vitfront.sweep", sweep):
             if run.data.tags["vitfront.run_dir"] == run_dir:
@@ -179,7 +182,7 @@ class Tracker:
         return {run.data.tags["vitfront.trial"]: run for run in runs}
 
     def _log_settings(self, params: Mapping[str, object]) -> None:
-        """MLflow never changes a param: what a resume sets anew stands in a tag."""
+        """Writes the settings as params; MLflow never changes a param, so what a resume sets anew stands in a tag."""
         texts = {key: str(value)[:MAX_PARAM_CHARS] for key, value in params.items()}
         there = self._parent.data.params
         new = [Param(key, text) for key, text in texts.items() if key not in there]
@@ -190,7 +193,11 @@ class Tracker:
 
     @contextmanager
     def _tolerant(self, *, last: bool = False) -> Iterator[None]:
-        """Turns what goes wrong within into one warning an outage, and one more if no later call can make up for it."""
+        """Turns errors into one warning an outage, and one more if no later call can make up for it.
+
+        Args:
+            last: no later call will write what this one could not.
+        """
         try:
             yield
             self._down, self._retry_at = False, 0.0
@@ -198,7 +205,7 @@ class Tracker:
             warned, self._down, self._retry_at = self._down, True, time.monotonic() + self._retry_seconds
             if last or not warned:
                 advice = "the sweep is not harmed, resume it to write what MLflow lacks"
-                warnings.warn(f"cannot write to MLflow ({_one_line(error)}); {advice}", stacklevel=4)
+                warnings.warn(f"cannot write to MLflow ({first_line_of(error)}); {advice}", stacklevel=4)
 
     def _write_waiting(self, *, fresh: bool = False) -> None:
         if fresh or self._down:  # after an outage: the call that failed may have arrived all the same
@@ -242,7 +249,7 @@ class Tracker:
         return self._client.create_run(self._experiment, started, tags, outcome.id)
 
     def _tag_children(self, front: Front, outcomes: Sequence[Outcome]) -> None:
-        """Writes only what differs: a resumed sweep has tagged most of them before."""
+        """Tags the child runs that are on the front; writes only tags and metrics that differ from MLflow's."""
         on_front = {point.id for point in front.points}
         self._children = self._find_children(self._parent)
         for outcome in outcomes:
@@ -258,7 +265,7 @@ class Tracker:
 
 
 def all_runs(client: MlflowClient, experiment: str, tag: str, value: str, page_size: int = 1000) -> Iterator[Run]:
-    """Every run that has this tag with this value, the newest first."""
+    """Yields every run that has a tag with a value, the newest first."""
     page_token = None
     while True:
         page = client.search_runs(
@@ -275,10 +282,10 @@ def all_runs(client: MlflowClient, experiment: str, tag: str, value: str, page_s
 
 
 def serve_ui(uri: str, artifact_root: Path, port: int) -> int:
-    """MLflow's pages on 127.0.0.1, until Ctrl-C.
+    """Serves MLflow's pages on 127.0.0.1, until Ctrl-C.
 
     Returns:
-        The exit code of the server; 0 after Ctrl-C.
+        Exit code of the server; 0 after Ctrl-C.
 
     Raises:
         SweepError: the store is a tracking server, which has its own pages.
@@ -300,9 +307,9 @@ def _is_server(uri: str) -> bool:
 
 
 def _scalars(outcome: Outcome) -> dict[str, float]:
-    taken = asdict(outcome.measurement) if outcome.measurement is not None else {}
+    metrics = asdict(outcome.measurement) if outcome.measurement is not None else {}
     cost = {"seconds": outcome.seconds, "forward_passes": outcome.forward_passes}
-    return cost | {name: float(value) for name, value in taken.items() if value is not None}
+    return cost | {name: float(value) for name, value in metrics.items() if value is not None}
 
 
 def _best(front: Front) -> dict[str, float]:
@@ -320,7 +327,3 @@ def _metrics(values: Mapping[str, float], timestamp_ms: int) -> list[Metric]:
 
 def _now_ms() -> int:
     return round(1000 * time.time())
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

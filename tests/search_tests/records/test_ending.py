@@ -1,4 +1,4 @@
-"""When a sweep ends by itself, and what Ctrl-C does."""
+"""Ctrl-C in a sweep."""
 
 from __future__ import annotations
 
@@ -8,29 +8,7 @@ from typing import Any
 
 import pytest
 
-from search.records.ending import calling_on_interrupt, is_saturated
-
-
-@pytest.mark.parametrize(
-    ("volumes", "patience", "expected"),
-    [
-        ([], 1, False),
-        ([1.0], 1, False),
-        ([1.0, 1.0], 1, True),
-        ([1.0, 1.0], 2, False),
-        ([0.5, 1.0, 1.0, 1.0], 2, True),
-        ([0.5, 1.0, 1.0, 1.0], 3, False),
-        ([1.0, 1.0, 1.02], 2, False),
-        ([1.0, 1.0, 1.02, 1.02], 2, False),
-        ([1.0, 1.0, 1.02, 1.02, 1.02], 2, True),
-        ([1.0] * 10, 0, False),
-        ([0.0] * 10, 3, False),  # nothing was found yet: that is not saturation
-    ],
-)
-def test_a_search_is_saturated_when_its_last_trials_gained_too_little(
-    volumes: list[float], patience: int, expected: bool
-) -> None:
-    assert is_saturated(volumes, patience, 0.01) is expected
+from search.records.ending import calling_on_interrupt
 
 
 @pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])  # the latter in the background

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +11,6 @@ import pytest
 from search.errors import SweepError
 from search.outcome import Outcome, State
 from search.records import ledger
-from search.records.files import alone_in, write_atomically
 from search.records.ledger import Ledger
 from tests.search_tests import builders
 from tests.search_tests.disk import largest_file
@@ -161,44 +157,3 @@ def test_ledger_that_cannot_be_opened_names_path_and_reason(tmp_path: Path) -> N
         Ledger(tmp_path / "file" / "outcomes.jsonl")
     with pytest.raises(SweepError, match="Is a directory"):
         ledger.read(tmp_path)
-
-
-def test_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "front.json"
-    write_atomically(path, "old")
-    write_atomically(path, "new \N{SNOWMAN}\n")
-    assert path.read_bytes() == "new \N{SNOWMAN}\n".encode()
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_atomic_write_keeps_to_the_umask(tmp_path: Path) -> None:
-    umask = os.umask(0o027)
-    try:
-        write_atomically(tmp_path / "front.json", "text")
-    finally:
-        os.umask(umask)
-    assert stat.S_IMODE((tmp_path / "front.json").stat().st_mode) == 0o640
-
-
-def test_atomic_write_that_fails_keeps_the_old_file_and_no_draft(tmp_path: Path) -> None:
-    path = tmp_path / "front.json"
-    write_atomically(path, "old")
-    with largest_file(100), pytest.raises(SweepError, match=r"cannot write .*front\.json: File too large"):
-        write_atomically(path, "x" * 1000)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_atomic_write_into_a_missing_folder_names_the_path(tmp_path: Path) -> None:
-    with pytest.raises(SweepError, match=r"cannot write .*missing/front\.json: No such file"):
-        write_atomically(tmp_path / "missing" / "front.json", "text")
-
-
-def test_alone_in_keeps_others_out_until_it_ends(tmp_path: Path) -> None:
-    other = os.open(tmp_path, os.O_RDONLY)
-    try:
-        with alone_in(tmp_path), pytest.raises(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    finally:
-        os.close(other)

@@ -108,7 +108,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 
 def stairs(outcomes: Sequence[Outcome]) -> list[tuple[int, float]]:
-    """The curve of the hypervolume that a complete sweep shows."""
+    """Computes the curve of the hypervolume that a complete sweep shows."""
     return list(enumerate(running_hypervolume(outcomes, builders.GOAL), start=1))
 
 

@@ -1,7 +1,7 @@
 """The ledger of a sweep: one JSON line an outcome, only ever appended. A sweep resumes from its ledger.
 
-A line counts once its newline is on the disk. Bytes after the last newline are the torn line of a killed driver: readers
-ignore them, the next writer cuts them off.
+A line counts once its newline is on the disk. Bytes after the last newline are the torn line of a killed driver:
+readers ignore them, the next writer cuts them off.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ def test_outcome_is_in_the_ledger_before_the_observer_and_the_tracker_hear_of_it
             recorder.ended([outcome], {})
         recorder.close()
     ids = ["t000", "t001", "t002"]
-    assert sweep.observer.finishes == [(id, volume, ids[: n + 1]) for n, (id, volume) in enumerate(zip(ids, volumes))]
-    assert sweep.tracker.logged == [(id, volume, n) for n, (id, volume) in enumerate(zip(ids, volumes), start=1)]
+    assert sweep.observer.finishes == [(ids[n], volumes[n], ids[: n + 1]) for n in range(3)]
+    assert sweep.tracker.logged == [(ids[n], volumes[n], n + 1) for n in range(3)]
     assert [outcome.id for outcome in recorder.outcomes] == ids
     assert recorder.outcomes == list(ledger.read(sweep.folder.ledger))
 
@@ -162,13 +162,14 @@ def test_weights_are_kept_while_their_model_may_be_on_the_front(sweep: Sweep) ->
     with Ledger(sweep.folder.ledger) as book:
         recorder = sweep.recorder(book)
         recorder.ended([trained("t000", 0.8, 2.0)], {"t000": WEIGHTS})
-        recorder.ended(
-            [trained("t001", 0.7, 1.98)], {"t001": WEIGHTS}
-        )  # less accurate, but not slower beyond the noise
+        worse_within_the_noise = trained("t001", 0.7, 1.98)
+        recorder.ended([worse_within_the_noise], {"t001": WEIGHTS})
         assert sweep.weights() == ["t000", "t001"]
-        recorder.ended([trained("t002", 0.8, 3.0)], {"t002": WEIGHTS})  # beats both
+        better_than_both = trained("t002", 0.8, 3.0)
+        recorder.ended([better_than_both], {"t002": WEIGHTS})
         assert sweep.weights() == ["t002"]
-        recorder.ended([trained("t003", 0.5, 1.2)], {"t003": WEIGHTS})  # beaten when it ends
+        beaten_when_it_ends = trained("t003", 0.5, 1.2)
+        recorder.ended([beaten_when_it_ends], {"t003": WEIGHTS})
         recorder.ended([builders.failed("t004")], {})
     assert sweep.weights() == ["t002"]
 

@@ -1,7 +1,7 @@
-"""Several sweeps against each other: hypervolume after so many trials, and after so many seconds.
+"""Compares sweeps: hypervolume after so many trials, and after so many seconds.
 
-Sweeps whose names differ in a number at the end (`gp-0`, `gp-1`) are one line, over its seeds. All are held against the
-dense model of the first sweep, so that hypervolumes compare.
+Sweeps whose names differ in a number at the end (`gp-0`, `gp-1`) are averaged as seeds of one line (`gp`). All are
+measured against the dense model of the first sweep, so that hypervolumes compare.
 """
 
 from __future__ import annotations
@@ -25,30 +25,78 @@ from search.records.folder import Folder
 Array = NDArray[np.float64]
 
 MILESTONES = (10, 20, 40, 80, 120, 200, 400, 800)
-"""Trials."""
+"""Numbers of trials at which hypervolumes are told."""
 
 STEPS = 200
-"""Of a curve over time."""
+"""Number of steps of a curve over time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepTrace:
-    """One sweep, trial by trial."""
+    """The hypervolume of one sweep, trial by trial."""
 
     line: str
-    """Its name without the number at the end."""
+    """Name of the sweep without the number at its end."""
     hypervolumes: tuple[float, ...]
-    """After each trial, in the order in which they ended."""
+    """Hypervolume after each trial, in the order in which the trials ended."""
     seconds: tuple[float, ...]
-    """At which each ended, from the start of the first."""
+    """Time at which each trial ended, in seconds since the sweep began."""
 
     def after(self, seconds: float) -> float:
-        """The hypervolume that there was by then."""
-        return max((v for v, end in zip(self.hypervolumes, self.seconds, strict=True) if end <= seconds), default=0.0)
+        """Returns the hypervolume of the trials that had ended by then; 0 before the first."""
+        ends = zip(self.hypervolumes, self.seconds, strict=True)
+        return max((hypervolume for hypervolume, end in ends if end <= seconds), default=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """The hypervolume of one line, as mean over its seeds."""
+
+    line: str
+    num_seeds: int
+    x: tuple[float, ...]
+    """Numbers of trials, or seconds."""
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    """Lower end of the 95 % interval of the mean, by the t distribution; for one seed the mean itself."""
+    high: tuple[float, ...]
+    """Upper end of the 95 % interval of the mean."""
+
+
+def compare_sweeps(runs: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Returns the curves of several sweeps as plain values.
+
+    Returns:
+        `by_trial` and `by_second`: the curves, a dict each; `milestones`: numbers of trials to read them at.
+
+    Raises:
+        SweepError: there is no such sweep, it has no front yet, or it was recorded before times were.
+    """
+    dense = Folder(runs, names[0]).read_front().goal.dense
+    lines: dict[str, list[SweepTrace]] = {}
+    for name in names:
+        trace = read_trace(runs, name, dense)
+        lines.setdefault(trace.line, []).append(trace)
+    by_trial, by_second = [], []
+    for line, traces in lines.items():
+        count = min(len(trace.hypervolumes) for trace in traces)
+        by_trial.append(_curve(line, range(1, count + 1), [trace.hypervolumes[:count] for trace in traces]))
+        end = min(trace.seconds[-1] for trace in traces)
+        grid = [end * step / STEPS for step in range(STEPS + 1)]
+        by_second.append(_curve(line, grid, [[trace.after(x) for x in grid] for trace in traces]))
+    most_trials = max(len(curve.x) for curve in by_trial)
+    return {
+        "by_trial": [asdict(curve) for curve in by_trial],
+        "by_second": [asdict(curve) for curve in by_second],
+        "milestones": [count for count in MILESTONES if count <= most_trials],
+    }
 
 
 def read_trace(runs: Path, name: str, dense: Measurement | None = None) -> SweepTrace:
-    """What a sweep found, against a dense model; by default its own.
+    """Reads the hypervolumes of a sweep from its ledger.
+
+    Args:
+        dense: model to measure the hypervolumes against; by default the sweep's own dense model.
 
     Raises:
         SweepError: there is no such sweep, it has no front yet, or it was recorded before times were.
@@ -58,67 +106,28 @@ def read_trace(runs: Path, name: str, dense: Measurement | None = None) -> Sweep
     if dense is not None:
         goal = replace(goal, dense=dense)
     ends: dict[str, tuple[float, float]] = {}
-    for outcome, volume in zip(outcomes, running_hypervolume(outcomes, goal), strict=True):
-        ends[outcome.trial] = (volume, outcome.ended_s)
-    if any(end <= 0 for _, end in ends.values()):
+    for outcome, hypervolume in zip(outcomes, running_hypervolume(outcomes, goal), strict=True):
+        ends[outcome.trial] = (hypervolume, outcome.ended_s)  # the exits of a trial count together
+    if any(ended_s <= 0 for _, ended_s in ends.values()):
         raise SweepError(f"sweep {name!r} was recorded before the times of its trials were; run it again")
-    volumes, seconds = zip(*ends.values(), strict=True)
-    return SweepTrace(line=re.sub(r"-\d+$", "", name), hypervolumes=volumes, seconds=seconds)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """Hypervolume of one line, over its seeds."""
-
-    line: str
-    num_seeds: int
-    x: tuple[float, ...]
-    mean: tuple[float, ...]
-    low: tuple[float, ...]
-    """Ends of the 95 % interval of the mean, by the t distribution; of one seed the mean itself."""
-    high: tuple[float, ...]
-
-
-def compare_sweeps(runs: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The curves of several sweeps: `by_trial` and `by_second`, and at which trials to read them.
-
-    Raises:
-        SweepError: as `read_trace`.
-    """
-    dense = Folder(runs, names[0]).read_front().goal.dense
-    courses = [read_trace(runs, name, dense) for name in names]
-    lines: dict[str, list[SweepTrace]] = {}
-    for trace in courses:
-        lines.setdefault(trace.line, []).append(trace)
-    by_trial, by_second = [], []
-    for line, some in lines.items():
-        count = min(len(trace.hypervolumes) for trace in some)
-        by_trial.append(_curve(line, range(1, count + 1), [trace.hypervolumes[:count] for trace in some]))
-        end = min(trace.seconds[-1] for trace in some)
-        grid = [end * step / STEPS for step in range(STEPS + 1)]
-        by_second.append(_curve(line, grid, [[trace.after(x) for x in grid] for trace in some]))
-    most = max(len(curve.x) for curve in by_trial)
-    return {
-        "by_trial": [asdict(curve) for curve in by_trial],
-        "by_second": [asdict(curve) for curve in by_second],
-        "milestones": [count for count in MILESTONES if count <= most],
-    }
+    hypervolumes, seconds = zip(*ends.values(), strict=True)
+    return SweepTrace(line=re.sub(r"-\d+$", "", name), hypervolumes=hypervolumes, seconds=seconds)
 
 
 def _curve(line: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Curve:
+    """Averages the values of several seeds, (seeds, n)."""
     table = np.array(values, dtype=np.float64)
-    spread = _half_interval(table)
-    mean = table.mean(axis=0)
+    mean, half_interval = table.mean(axis=0), _half_interval(table)
     return Curve(
-        line=line, num_seeds=len(table), x=tuple(map(float, x)), mean=tuple(mean), low=tuple(mean - spread),
-        high=tuple(mean + spread),
+        line=line, num_seeds=len(table), x=tuple(map(float, x)), mean=tuple(mean), low=tuple(mean - half_interval),
+        high=tuple(mean + half_interval),
     )  # fmt: skip
 
 
 def _half_interval(table: Array) -> Array:
-    """(seeds, n) -> (n,)"""
-    seeds, count = table.shape
-    if seeds == 1:
+    """Computes half the 95 % interval of the mean over the seeds, (seeds, n) -> (n,); 0 for one seed."""
+    num_seeds, count = table.shape
+    if num_seeds == 1:
         return np.zeros(count)
-    quantile: float = t.ppf(0.975, seeds - 1)
-    return quantile * table.std(axis=0, ddof=1) / np.sqrt(seeds)
+    quantile: float = t.ppf(0.975, num_seeds - 1)
+    return quantile * table.std(axis=0, ddof=1) / np.sqrt(num_seeds)

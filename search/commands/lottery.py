@@ -1,4 +1,4 @@
-"""The lottery of a recipe, seed by seed: what `vitfront lottery` does."""
+"""Runs the lottery of a recipe, seed by seed, and keeps its record: `vitfront lottery`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pruning.data import Splits
 from pruning.measure.stopwatch import device_name
 from pruning.methods.lottery import Arm, LotteryRow, LotterySettings, run_lottery
 from pruning.model.loading import create_model
@@ -36,11 +37,17 @@ def run_lottery_seeds(
     seeds: int,
     on_stage: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """The record of all seeds, which is also written to `lottery_folder`: table.csv, result.json and lottery.html.
+    """Runs a lottery for every seed, and writes table.csv, result.json and lottery.html into `lottery_folder`.
 
     Args:
-        seeds: how many, counted up from the seed of the recipe's training.
-        on_stage: called before each training with what comes.
+        sparsity: share of the blocks' weights to remove.
+        rounds: number of rounds of training and pruning in which they are removed.
+        rewind_step: training step whose weights a ticket is rewound to.
+        seeds: number of seeds, counted up from the seed of the recipe's training.
+        on_stage: called before each training with a text that tells which.
+
+    Returns:
+        The content of result.json.
 
     Raises:
         VitfrontError: wrong input, or a training diverged.
@@ -55,36 +62,26 @@ def run_lottery_seeds(
         raise ConfigError(f"{seeds} seeds are none; give 1 at least")
     settings = LotterySettings(training=training.settings(), sparsity=sparsity, rounds=rounds, rewind_step=rewind_step)
     splits = load_inputs(config, runs).splits  # its model may be trained already
-    images = splits.training
-    num_steps = settings.num_steps(len(images))
+    num_steps = settings.num_steps(len(splits.training))  # checks the rewind step
     torch.set_num_threads(config.resources.cpus_per_trial)  # as in a sweep
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # As a sweep trains: what runs this device's inference faster is not what to train with.
     precision: Precision = "float32" if config.measure.precision == "auto" else config.measure.precision
     folder = lottery_folder(runs, config.name)
-    folder.mkdir(parents=True, exist_ok=True)  # what stands in its way shows now, not after the trainings
+    folder.mkdir(parents=True, exist_ok=True)  # a file in its way shows now, not after the trainings
     rows: list[LotteryRow] = []
     for index in range(seeds):
-        seed = training.seed + index
-        with lease_on(device).shared():  # nothing is timed here, but a sweep on this device may be timing
-            result = run_lottery(
-                seeded_model(config, seed).to(device),
-                images,
-                splits.val,
-                replace(settings, training=replace(settings.training, seed=seed)),
-                fresh=lambda seed: seeded_model(config, seed, untouched=True),
-                precision=precision,
-                on_stage=_teller(on_stage, f"seed {index + 1} of {seeds}", rounds),
-            )
-        rows += result.rows
+        seed = replace(settings, training=replace(settings.training, seed=training.seed + index))
+        rows += _run_seed(config, splits, seed, device, precision, _for_seed(on_stage, index, seeds, rounds))
     conditions = {
         "device": device_name(device), "precision": precision, "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }  # fmt: skip
     record = {
         "name": config.name, "sparsity": sparsity, "rounds": rounds, "rewind_step": rewind_step, "seeds": seeds,
-        "steps": num_steps, "training_images": len(images), "val_images": len(splits.val), "conditions": conditions,
-        "config": config.model_dump(mode="json"), "arms": summaries(rows), "rows": [_plain(row) for row in rows],
+        "steps": num_steps, "training_images": len(splits.training), "val_images": len(splits.val),
+        "conditions": conditions, "config": config.model_dump(mode="json"), "arms": summaries(rows),
+        "rows": [_plain(row) for row in rows],
     }  # fmt: skip
     write_atomically(folder / "table.csv", lottery_csv(rows))
     write_atomically(folder / "lottery.html", lottery_html(record))
@@ -92,16 +89,34 @@ def run_lottery_seeds(
     return record
 
 
+def _run_seed(
+    config: Config, splits: Splits, settings: LotterySettings, device: torch.device, precision: Precision,
+    on_stage: Callable[[Arm, int, nn.Module], None] | None,
+) -> Sequence[LotteryRow]:  # fmt: skip
+    """Runs the lottery of one seed, which stands in the settings of its training."""
+    with lease_on(device).shared():  # nothing is timed here, but a sweep on this device may be timing
+        return run_lottery(
+            seeded_model(config, settings.training.seed).to(device),
+            splits.training,
+            splits.val,
+            settings,
+            fresh=lambda seed: seeded_model(config, seed, untouched=True),
+            precision=precision,
+            on_stage=on_stage,
+        ).rows
+
+
 def lottery_folder(runs: Path, name: str) -> Path:
-    """Where the lottery of a recipe lies; the next one of that name takes its place."""
+    """Returns the folder of a recipe's lottery; the next lottery of that name takes its place."""
     return runs / f"lottery-{name}"
 
 
 def seeded_model(config: Config, seed: int, *, untouched: bool = False) -> nn.Module:
-    """The recipe's model as training from a seed finds it.
+    """Creates the recipe's model with the weights from which its training starts.
 
     Args:
-        untouched: drawn by the seed even where the recipe starts from given weights.
+        seed: draws the weights that the recipe does not give.
+        untouched: draws all weights by the seed, even where the recipe starts from given ones.
     """
     torch.manual_seed(seed)
     name, args = config.model.name, config.model.args
@@ -111,34 +126,36 @@ def seeded_model(config: Config, seed: int, *, untouched: bool = False) -> nn.Mo
 
 
 def summaries(rows: Sequence[LotteryRow]) -> list[dict[str, Any]]:
-    """For each arm and round, in the order in which they come: accuracy and gradient norm, over the seeds.
+    """Averages accuracy and gradient norm over the seeds, for each arm and round in the order in which they come.
 
-    `gradient_norm_first` is that of the first step, before any weight has moved; `gradient_norm_mean` of all steps.
+    `gradient_norm_first` is the norm in the first step, before any weight has moved; `gradient_norm_mean` is the mean
+    over all steps.
     """
-    together: dict[tuple[Arm, int], list[LotteryRow]] = {}
+    by_arm_and_round: dict[tuple[Arm, int], list[LotteryRow]] = {}
     for row in rows:
-        together.setdefault((row.arm, row.round), []).append(row)
+        by_arm_and_round.setdefault((row.arm, row.round), []).append(row)
     return [
         {
             "arm": arm,
             "round": number,
-            "sparsity": some[0].sparsity,
-            "top1": fmean(row.top1 for row in some),
-            "top1_low": min(row.top1 for row in some),
-            "top1_high": max(row.top1 for row in some),
-            "gradient_norm_first": fmean(row.gradient_norms[0] for row in some),
-            "gradient_norm_mean": fmean(fmean(row.gradient_norms) for row in some),
+            "sparsity": seeds[0].sparsity,
+            "top1": fmean(row.top1 for row in seeds),
+            "top1_low": min(row.top1 for row in seeds),
+            "top1_high": max(row.top1 for row in seeds),
+            "gradient_norm_first": fmean(row.gradient_norms[0] for row in seeds),
+            "gradient_norm_mean": fmean(fmean(row.gradient_norms) for row in seeds),
         }
-        for (arm, number), some in together.items()
+        for (arm, number), seeds in by_arm_and_round.items()
     ]
 
 
 def _plain(row: LotteryRow) -> dict[str, Any]:
+    """Returns a row as plain values; gradient norms keep four digits."""
     return asdict(row) | {"gradient_norms": [float(f"{norm:.4g}") for norm in row.gradient_norms]}
 
 
 def lottery_csv(rows: Sequence[LotteryRow]) -> str:
-    """A line for each training."""
+    """Writes the table of a lottery, a line for each training."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("arm", "round", "sparsity", "seed", "top1", "gradient_norm_first", "gradient_norm_mean"))
@@ -148,9 +165,10 @@ def lottery_csv(rows: Sequence[LotteryRow]) -> str:
     return text.getvalue()
 
 
-def _teller(
-    on_stage: Callable[[str], None] | None, seed: str, rounds: int
+def _for_seed(
+    on_stage: Callable[[str], None] | None, index: int, seeds: int, rounds: int
 ) -> Callable[[Arm, int, nn.Module], None] | None:
+    """Makes the callback of one seed's lottery from the callback of all seeds."""
     if on_stage is None:
         return None
-    return lambda arm, number, model: on_stage(f"{seed}: {arm}, pruned {number} of {rounds} times")
+    return lambda arm, number, model: on_stage(f"seed {index + 1} of {seeds}: {arm}, pruned {number} of {rounds} times")

@@ -6,7 +6,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -44,8 +44,22 @@ def config(**changes: Any) -> Config:
     return tiny.config(**(CHANGES | changes))
 
 
-def hold(config: Config, runs: Path, **other: Any) -> dict[str, Any]:
+def run(config: Config, runs: Path, **other: Any) -> dict[str, Any]:
     return run_lottery_seeds(config, runs, **({"sparsity": 0.75, "rounds": 1, "rewind_step": 0, "seeds": 1} | other))
+
+
+class Lottery(NamedTuple):
+    record: dict[str, Any]
+    stages: list[str]
+    """The texts that told of its trainings, in their order."""
+
+
+@pytest.fixture(scope="module")
+def lottery(tmp_path_factory: pytest.TempPathFactory) -> Lottery:
+    """A lottery of two seeds and one round, in a folder without trained weights."""
+    stages: list[str] = []
+    record = run(config(), tmp_path_factory.mktemp("lottery"), seeds=2, on_stage=stages.append)
+    return Lottery(record, stages)
 
 
 def row(arm: Arm, number: int, seed: int, share: float, norms: tuple[float, ...] = (1.0,)) -> LotteryRow:
@@ -70,7 +84,7 @@ def test_lottery_is_printed_as_a_table_and_written(capsys: pytest.CaptureFixture
     assert [(line["arm"], int(line["round"]), int(line["seed"])) for line in lines] == [
         (*arm, seed) for seed in (3, 4) for arm in ARMS
     ]
-    assert [float(line["top1"]) for line in lines] == [each["top1"] for each in record["rows"]]
+    assert [float(line["top1"]) for line in lines] == [training["top1"] for training in record["rows"]]
     assert Page((folder / "runs" / "lottery-mine" / "lottery.html").read_text()).loads == []
 
 
@@ -81,7 +95,7 @@ def test_json_is_the_record_that_is_written(capsys: pytest.CaptureFixture[str], 
     assert code == 0
     assert record == json.loads((folder / "there" / "lottery-tiny" / "result.json").read_text())
     assert (record["sparsity"], record["rewind_step"], record["steps"]) == (0.8, 2, 6)
-    assert all(len(each["gradient_norms"]) == 6 for each in record["rows"])
+    assert all(len(training["gradient_norms"]) == 6 for training in record["rows"])
 
 
 def test_recipe_without_training_is_refused(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
@@ -107,8 +121,7 @@ def test_wrong_lottery_is_one_line_and_leaves_nothing(
     check_refused(capsys, folder, "lottery", "tiny.yaml", *given, says=says)
 
 
-def test_dense_arm_is_the_model_that_a_sweep_would_train(tmp_path: Path) -> None:
-    record = hold(config(), tmp_path)
+def test_dense_arm_is_the_model_that_a_sweep_would_train(tmp_path: Path, lottery: Lottery) -> None:
     inputs = load_inputs(config(), tmp_path)
     assert not inputs.trained
     splits, training = inputs.splits, config().model.training
@@ -128,19 +141,19 @@ def test_dense_arm_is_the_model_that_a_sweep_would_train(tmp_path: Path) -> None
         norms.append(float(torch.cat(gradients).norm()))
 
     train(inputs.model, images, training.settings(), after_step=note)
-    dense = record["rows"][0]
+    dense = lottery.record["rows"][0]
     assert dense["top1"] == top1(predict(inputs.model, splits.val), splits.val.labels)
     assert dense["gradient_norms"] == pytest.approx(norms, rel=1e-3)
-    assert record["training_images"] == 100
+    assert lottery.record["training_images"] == 100
 
 
-def test_lottery_starts_untrained_even_where_a_sweep_has_left_trained_weights(tmp_path: Path) -> None:
-    first = hold(config(), tmp_path)["rows"]
+def test_lottery_starts_untrained_even_where_a_sweep_has_left_trained_weights(tmp_path: Path, lottery: Lottery) -> None:
     cache = load_inputs(config(), tmp_path).cache
     cache.parent.mkdir()
     save_file(seeded_model(config(), 99).state_dict(), cache)
     assert load_inputs(config(), tmp_path).trained
-    assert hold(config(), tmp_path)["rows"] == first
+    first_seed = [row for row in lottery.record["rows"] if row["seed"] == 3]
+    assert run(config(), tmp_path)["rows"] == first_seed
 
 
 def test_given_weights_are_where_training_starts_but_not_what_is_drawn_anew(tmp_path: Path) -> None:
@@ -157,12 +170,10 @@ def test_given_weights_are_where_training_starts_but_not_what_is_drawn_anew(tmp_
         )
 
 
-def test_each_training_is_told_before_it_starts(tmp_path: Path) -> None:
-    told: list[str] = []
-    hold(config(), tmp_path, seeds=2, on_stage=told.append)
-    assert told[0] == "seed 1 of 2: dense, pruned 0 of 1 times"
-    assert told[-1] == "seed 2 of 2: sparse-aware, pruned 1 of 1 times"
-    assert len(told) == 8
+def test_each_training_is_told_before_it_starts(lottery: Lottery) -> None:
+    assert lottery.stages[0] == "seed 1 of 2: dense, pruned 0 of 1 times"
+    assert lottery.stages[-1] == "seed 2 of 2: sparse-aware, pruned 1 of 1 times"
+    assert len(lottery.stages) == 8
 
 
 ROWS = [

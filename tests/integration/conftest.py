@@ -1,17 +1,41 @@
-"""A Ray of our own, for tests of whole sweeps in this process."""
+"""What whole sweeps share: Ray, a model that dies when it is told to, and one finished sweep."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
 
+from search.commands.run import run_sweep
+from tests.integration import sweeps
+from tests.integration.sweeps import NUM_TRIALS, Sweep, Watcher
 
-@pytest.fixture(scope="module")
-def one_node() -> Iterator[None]:
-    """Ray for all sweeps of a file, so that they share its workers; one core, so that trials follow each other."""
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+@pytest.fixture(scope="session", autouse=True)
+def no_ray_is_left() -> Iterator[None]:
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def one_node() -> None:
+    """Ray that runs on from file to file."""
+    sweeps.start_ray()
+
+
+@pytest.fixture(scope="session")
+def flag(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that kills a worker."""
+    return tmp_path_factory.mktemp("flag") / "die"
+
+
+@pytest.fixture(scope="session")
+def first(flag: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A sweep in which a worker is killed as soon as the first trial has ended. Who would change it takes a copy."""
+    sweeps.start_ray()
+    runs = tmp_path_factory.mktemp("first") / "runs"
+    watcher = Watcher(on_finished=lambda outcome: flag.touch() if outcome.id == "t000" else None)
+    config = sweeps.config(flag, search={"trials": NUM_TRIALS})
+    return Sweep(runs, config, watcher, run_sweep(config, runs, watcher))

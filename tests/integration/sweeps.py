@@ -1,20 +1,61 @@
-"""What the tests of whole sweeps share: a recipe of seconds, a watcher, and a model that can be told to die."""
+"""What the tests of whole sweeps share: a recipe of seconds, a watcher, a model that can be told to die, and copies."""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import shutil
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import timm
+from mlflow import MlflowClient
+from mlflow.entities import Run
 from timm.models import register_model
 from torch import nn
 
 from search.config import Config
+from search.front import Front
 from search.outcome import Candidate, Outcome
+from search.records import ledger
+from search.records.folder import Folder
+from search.records.tracking import default_uri
 
+ROOT = Path(__file__).parents[2]
 DEPTH = 3
+NUM_TRIALS = 4
+
+# Whoever runs the tests in the background has Ctrl-C ignored, and the processes started here inherit that.
+RUN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import tests.integration.sweeps
+from search.cli import main
+main(["run", "recipe.yaml"])
+"""
+
+
+def start_ray() -> None:
+    """Ray for all sweeps, so that they share its workers; one core, so that trials follow each other."""
+    if not ray.is_initialized():
+        ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def start_vitfront(config: Config, folder: Path) -> subprocess.Popen[str]:
+    """`vitfront run` in a process of its own, below `folder`; its output is read from pipes."""
+    (folder / "recipe.yaml").write_text(config.to_yaml())
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
 @register_model
@@ -92,3 +133,66 @@ class Watcher:
 
     def interrupted(self) -> None:
         self.num_stages += 1
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as it was when it had ended."""
+
+    runs: Path
+    config: Config
+    watcher: Watcher
+    front: Front
+
+    @property
+    def folder(self) -> Folder:
+        return Folder(self.runs, self.config.name)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return record_of(self.front)
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        return ledger.read(self.folder.ledger)
+
+    def with_trials(self, num_trials: int) -> Config:
+        search = self.config.search.model_copy(update={"trials": num_trials})
+        return self.config.model_copy(update={"search": search})
+
+    def copy(self, runs: Path) -> Sweep:
+        """The sweep as if it had been run in another folder, which must not be there."""
+        copy_runs(self.runs, runs)
+        return replace(self, runs=runs)
+
+    def mlflow(self) -> tuple[MlflowClient, list[Run], dict[str, Run]]:
+        """The client, the sweep's runs, and the trials' runs by name."""
+        client = MlflowClient(tracking_uri=default_uri(self.runs))
+        experiment = client.get_experiment_by_name("vitfront")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id], max_results=1000)
+        parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+        assert len({run.info.run_name for run in children}) == len(children)
+        return client, parents, {run.info.run_name: run for run in children}
+
+
+def record_of(front: Front) -> dict[str, Any]:
+    """The content of front.json."""
+    record: dict[str, Any] = json.loads(json.dumps(front.to_json()))
+    return record
+
+
+def copy_runs(runs: Path, to: Path) -> None:
+    """Copies all sweeps and their MLflow, which knows its folder by absolute paths."""
+    shutil.copytree(runs, to, ignore=shutil.ignore_patterns("mlflow.db*"))
+    with closing(sqlite3.connect(runs / "mlflow.db")) as old, closing(sqlite3.connect(to / "mlflow.db")) as new:
+        old.backup(new)  # mlflow has it open
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("tags", "value")):
+            new.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(runs), str(to)))
+        new.commit()
+
+
+def copy_cache(runs: Path, to: Path) -> None:
+    """Copies the dense weights and the profile alone: for other sweeps of the same model and images."""
+    shutil.copytree(runs / ".cache", to / ".cache")

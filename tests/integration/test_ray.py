@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import ray
@@ -24,27 +24,24 @@ from search.records.tracking import default_uri
 from tests.integration import sweeps
 from tests.integration.sweeps import Watcher
 
-ROOT = Path(__file__).parents[2]
-# Whoever runs the tests in the background has Ctrl-C ignored, and the processes started here inherit that.
-RUN = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from search.cli import main
-main(["run", "tiny.yaml"])
-"""
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """A sweep of `vitfront run` that got Ctrl-C as soon as its first trial had ended."""
+    """A sweep of `vitfront run` that got Ctrl-C as soon as its first trial had ended, and once more at once."""
 
     runs: Path
     config: Config
     exit_code: int
     stdout: str
     stderr: str
+    book_before: bytes
+    """Its ledger when it got the first."""
     book: bytes
-    """Its ledger then."""
+    """Its ledger in the end."""
+    files: list[str]
+    """What its folder had in the end."""
     mlflow_status: str
 
 
@@ -57,45 +54,59 @@ def status_of_the_sweep(runs: Path) -> str:
     return status
 
 
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """Sends Ctrl-C until the process ends: Python loses one that comes while it cleans up an object."""
+    while process.returncode is None:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=20)
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
     folder = tmp_path_factory.mktemp("stopped")
     config = sweeps.config(None, search={"trials": 50})
-    (folder / "tiny.yaml").write_text(config.to_yaml())
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    with process:
+    runs, books = folder / "runs", []
+    with sweeps.start_vitfront(config, folder) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         lines = []
         for line in process.stderr:
             lines.append(line)
-            if line.startswith(("1/50 t000 ", "no further trial starts")):
-                process.send_signal(signal.SIGINT)  # the second leaves at once
+            if line.startswith("1/50 t000 "):
+                books.append(Folder(runs, "tiny").ledger.read_bytes())
+                process.send_signal(signal.SIGINT)
+            if line.startswith("no further trial starts"):
+                Thread(target=interrupt, args=(process,)).start()
         stdout = process.stdout.read()
-    runs = folder / "runs"
     return Stopped(
         runs=runs,
         config=config,
         exit_code=process.returncode,
         stdout=stdout,
         stderr="".join(lines),
+        book_before=books[0],
         book=Folder(runs, "tiny").ledger.read_bytes(),
+        files=sorted(path.name for path in Folder(runs, "tiny").path.iterdir()),
         mlflow_status=status_of_the_sweep(runs),
     )
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def no_ray() -> None:
+    """Ray of other files is ended, so that a sweep has to find its own."""
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster(no_ray: None) -> Iterator[Cluster]:
     """A cluster of one node that nobody is connected to."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    yield made
-    made.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
 
 
-def test_ctrl_c_ends_a_sweep_without_a_traceback_and_keeps_what_it_has(stopped: Stopped) -> None:
+def test_second_ctrl_c_ends_a_sweep_at_once_without_a_traceback_and_loses_nothing(stopped: Stopped) -> None:
     assert stopped.exit_code == 130
     assert stopped.stdout == ""
     # The progress ("1/50 done, ...") is no line of a trial; on a busy machine it was seen once.
@@ -104,30 +115,32 @@ def test_ctrl_c_ends_a_sweep_without_a_traceback_and_keeps_what_it_has(stopped: 
     assert "no" in told  # further trial starts
     assert set(told[3:]) <= {"no", "2/50", "3/50"}
     assert 1 <= stopped.book.count(b"\n") <= 3
+    assert b"t000" in stopped.book_before
+    assert stopped.book.startswith(stopped.book_before)
     assert stopped.mlflow_status == "KILLED"
-    assert sorted(path.name for path in Folder(stopped.runs, "tiny").path.iterdir()) == [
-        "config.yaml",
-        "outcomes.jsonl",
-    ]
+    assert stopped.files == ["config.yaml", "outcomes.jsonl"]
 
 
 def test_sweep_goes_on_on_the_cluster_at_the_address(stopped: Stopped, cluster: Cluster) -> None:
     used = []
     watcher = Watcher(on_started=lambda _: used.append(ray.get_runtime_context().gcs_address))
-    search = stopped.config.search.model_copy(update={"trials": 2})
+    num_before = stopped.book.count(b"\n")
+    search = stopped.config.search.model_copy(update={"trials": num_before + 1})
     config = stopped.config.model_copy(update={"search": search})
-    record = run_sweep(config, stopped.runs, watcher, address=cluster.address)
+    front = run_sweep(config, stopped.runs, watcher, address=cluster.address)
     assert set(used) == {cluster.address}
     assert not ray.is_initialized()
-    assert watcher.started_ids == ["t001"]
+    assert watcher.started_ids == [f"t{num_before:03d}"]
     folder = Folder(stopped.runs, "tiny")
     assert folder.ledger.read_bytes().startswith(stopped.book)
-    assert [outcome.id for outcome in ledger.read(folder.ledger)] == ["t000", "t001"]
-    assert record["trials"] == 2
-    assert record["ended_by"] == "trials"
+    assert [outcome.id for outcome in ledger.read(folder.ledger)] == [
+        f"t{number:03d}" for number in range(num_before + 1)
+    ]
+    assert (front.trials, front.ended_by) == (num_before + 1, "trials")
     assert status_of_the_sweep(stopped.runs) == "FINISHED"
 
 
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "no.where.invalid:6379", "ray:/x"])
 def test_address_without_a_cluster_is_one_line_and_leaves_nothing(tmp_path: Path, address: str) -> None:
     with pytest.raises(SweepError, match=f"^no Ray cluster at '{address}': ") as raised:

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,83 +23,20 @@ from pruning.measure.cost import count_macs, count_params
 from pruning.model.anatomy import examine
 from pruning.plan import Plan
 from search.commands.run import run_sweep
-from search.config import Config
 from search.errors import ConfigError, SweepError
-from search.front import contenders, non_dominated, running_hypervolume
-from search.outcome import Measurement, Outcome, State, idle_share
-from search.records import ledger
-from search.records.folder import Folder
-from search.records.tracking import default_uri
+from search.front import contenders, running_hypervolume
+from search.outcome import State, idle_share
+from search.pareto import non_dominated
 from search.trial.inputs import load_inputs
 from tests.integration import sweeps
-from tests.integration.sweeps import Watcher
+from tests.integration.sweeps import NUM_TRIALS, Sweep, Watcher, record_of
 
-pytestmark = pytest.mark.usefixtures("one_node")
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.usefixtures("one_node")]
 
-NUM_TRIALS = 4
 POINT = {
     *("id", "top1", "top1_low", "top1_high", "top1_test", "throughput_img_s", "speedup", "speedup_low", "speedup_high"),
     *("latency_ms_p50", "macs", "params", "sparsity", "recall_at_1", "mean_average_precision", "candidate", "plan"),
 }
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep as it was when it had ended."""
-
-    runs: Path
-    config: Config
-    watcher: Watcher
-    record: dict[str, Any]
-
-    @property
-    def folder(self) -> Folder:
-        return Folder(self.runs, self.config.name)
-
-    @property
-    def outcomes(self) -> tuple[Outcome, ...]:
-        return ledger.read(self.folder.ledger)
-
-    def with_trials(self, num_trials: int) -> Config:
-        search = self.config.search.model_copy(update={"trials": num_trials})
-        return self.config.model_copy(update={"search": search})
-
-    def mlflow(self) -> tuple[MlflowClient, list[Run], dict[str, Run]]:
-        """The client, the sweep's runs, and the trials' runs by name."""
-        client = MlflowClient(tracking_uri=default_uri(self.runs))
-        experiment = client.get_experiment_by_name("vitfront")
-        assert experiment is not None
-        runs = client.search_runs([experiment.experiment_id], max_results=1000)
-        parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-        children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
-        assert len({run.info.run_name for run in children}) == len(children)
-        return client, parents, {run.info.run_name: run for run in children}
-
-
-@pytest.fixture(scope="module")
-def flag(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that kills a worker."""
-    return tmp_path_factory.mktemp("flag") / "die"
-
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A disk of its own, of 32 MB, where we may mount one, so that it can be full; else a folder."""
-    folder = tmp_path_factory.mktemp("disk")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "vitfront-test", str(folder)]
-    is_mounted = subprocess.run(mount, capture_output=True).returncode == 0
-    yield folder
-    if is_mounted:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # mlflow never closes its database
-
-
-@pytest.fixture(scope="module")
-def first(flag: Path, disk: Path) -> Sweep:
-    """A sweep in which a worker is killed as soon as the first trial has ended."""
-    runs = disk / "runs"
-    watcher = Watcher(on_finished=lambda outcome: flag.touch() if outcome.id == "t000" else None)
-    config = sweeps.config(flag, search={"trials": NUM_TRIALS})
-    return Sweep(runs, config, watcher, run_sweep(config, runs, watcher))
 
 
 def images(sweep: Sweep, split: str) -> Images:
@@ -139,8 +75,7 @@ def test_watcher_is_told_of_every_trial(first: Sweep) -> None:
     ids = [outcome.id for outcome in first.outcomes]
     assert first.watcher.started_ids == first.watcher.finished_ids == ids
     # Their start is half the accuracy of the dense model, and its speed, which is 1 in every run.
-    dense = Measurement(**first.record["dense"])
-    assert first.watcher.hypervolumes == list(running_hypervolume(first.outcomes, dense))
+    assert first.watcher.hypervolumes == list(running_hypervolume(first.outcomes, first.front.goal))
 
 
 def test_dense_model_was_tried_first_and_has_learned(first: Sweep) -> None:
@@ -168,7 +103,7 @@ def test_folder_of_a_sweep_holds_its_files_and_no_others(first: Sweep) -> None:
 
 def test_front_json_is_as_documented(first: Sweep) -> None:
     record = json.loads(first.folder.front.read_text(encoding="utf-8"))
-    assert record == json.loads(json.dumps(first.record))
+    assert record == first.record
     assert record.keys() >= {"name", "objectives", "dense", "reference_point", "hypervolume", "points"}
     assert (record["name"], record["trials"]) == ("tiny", NUM_TRIALS)
     assert record["objectives"] == [
@@ -186,7 +121,7 @@ def test_points_are_those_that_no_other_beats_and_run_from_slow_to_fast(first: S
     assert throughput == sorted(throughput)
     values = torch.tensor([[point["top1"], point["speedup"]] for point in points]).double().numpy()
     assert list(non_dominated(values)) == list(range(len(points)))
-    assert {point["id"] for point in points} <= {outcome.id for outcome in contenders(first.outcomes)}
+    assert {point["id"] for point in points} <= {outcome.id for outcome in contenders(first.outcomes, "top1")}
 
 
 def test_dense_model_and_every_point_have_a_test_accuracy(first: Sweep) -> None:
@@ -281,7 +216,7 @@ def test_same_command_again_does_nothing(first: Sweep) -> None:
 
     files, (_, parents, children) = state(), first.mlflow()
     watcher = Watcher()
-    assert run_sweep(first.config, first.runs, watcher) == json.loads(json.dumps(first.record))
+    assert record_of(run_sweep(first.config, first.runs, watcher)) == first.record
     assert watcher.num_stages == 0
     assert state() == files
     _, parents_now, children_now = first.mlflow()
@@ -300,9 +235,8 @@ def test_sweep_of_other_settings_may_not_take_the_name(first: Sweep, flag: Path)
 
 
 def test_full_disk_ends_the_sweep_and_harms_nothing(first: Sweep, disk: Path) -> None:
-    if not disk.is_mount():
-        pytest.skip("needs a disk of its own, and no tmpfs could be mounted here")
-    book, front = first.folder.ledger.read_bytes(), first.folder.front.read_bytes()
+    sweep = first.copy(disk / "runs")
+    book, front = sweep.folder.ledger.read_bytes(), sweep.folder.front.read_bytes()
 
     def fill(_: str) -> None:
         with suppress(OSError), (disk / "filler").open("ab", buffering=0) as file:
@@ -314,12 +248,22 @@ def test_full_disk_ends_the_sweep_and_harms_nothing(first: Sweep, disk: Path) ->
         pytest.warns(UserWarning, match="cannot write to MLflow .*resume it to write what MLflow lacks"),
         pytest.raises(SweepError, match=r"^cannot use the ledger .*outcomes\.jsonl: No space left on device$"),
     ):
-        run_sweep(first.with_trials(NUM_TRIALS + 30), first.runs, watcher)
+        run_sweep(sweep.with_trials(NUM_TRIALS + 30), sweep.runs, watcher)
     (disk / "filler").unlink()
     assert len(watcher.started_ids) < 30
-    assert first.folder.ledger.read_bytes().startswith(book)
-    assert len(first.outcomes) == NUM_TRIALS + len(watcher.finished_ids)  # a line may fit into the ledger's last page
-    assert first.folder.front.read_bytes() == front
+    assert sweep.folder.ledger.read_bytes().startswith(book)
+    assert len(sweep.outcomes) == NUM_TRIALS + len(watcher.finished_ids)  # a line may fit into the ledger's last page
+    assert sweep.folder.front.read_bytes() == front
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, of 32 MB, so that it can be full."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "vitfront-test", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs a disk of its own, and no tmpfs could be mounted here")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)  # mlflow never closes its database
 
 
 @dataclass(frozen=True)
@@ -329,28 +273,27 @@ class Resumed:
     sweep: Sweep
     book: bytes
     """The ledger before that."""
-    num_before: int
     children: dict[str, Run]
     """What MLflow had before that."""
 
 
 @pytest.fixture(scope="module")
-def resumed(first: Sweep) -> Resumed:
-    book, (_, _, children) = first.folder.ledger.read_bytes(), first.mlflow()
-    first.folder.ledger.write_bytes(book + book[:100])
-    first.folder.front.unlink()
-    num_before = len(first.outcomes)
-    config, watcher = first.with_trials(num_before + 2), Watcher()
-    record = run_sweep(config, first.runs, watcher)
-    return Resumed(Sweep(first.runs, config, watcher, record), book, num_before, children)
+def resumed(first: Sweep, tmp_path_factory: pytest.TempPathFactory) -> Resumed:
+    sweep = first.copy(tmp_path_factory.mktemp("resumed") / "runs")
+    book, (_, _, children) = sweep.folder.ledger.read_bytes(), sweep.mlflow()
+    sweep.folder.ledger.write_bytes(book + book[:100])
+    sweep.folder.front.unlink()
+    config, watcher = sweep.with_trials(NUM_TRIALS + 2), Watcher()
+    front = run_sweep(config, sweep.runs, watcher)
+    return Resumed(Sweep(sweep.runs, config, watcher, front), book, children)
 
 
 def test_resume_runs_only_what_is_left(resumed: Resumed) -> None:
-    sweep, start = resumed.sweep, resumed.num_before
+    sweep, ids = resumed.sweep, [f"t{number:03d}" for number in range(NUM_TRIALS + 2)]
     assert sweep.folder.ledger.read_bytes().startswith(resumed.book)
-    assert sweep.watcher.started_ids == sweep.watcher.finished_ids == [f"t{start:03d}", f"t{start + 1:03d}"]
-    assert [outcome.id for outcome in sweep.outcomes] == [f"t{number:03d}" for number in range(start + 2)]
-    assert len({outcome.candidate for outcome in sweep.outcomes}) == start + 2
+    assert sweep.watcher.started_ids == sweep.watcher.finished_ids == ids[NUM_TRIALS:]
+    assert [outcome.id for outcome in sweep.outcomes] == ids
+    assert len({outcome.candidate for outcome in sweep.outcomes}) == len(ids)
 
 
 def test_outcomes_say_when_they_ended_and_a_resume_counts_on(resumed: Resumed) -> None:
@@ -372,8 +315,8 @@ def test_outcomes_say_how_long_their_worker_waited(resumed: Resumed) -> None:
 
 def test_resume_writes_the_front_anew(resumed: Resumed) -> None:
     sweep = resumed.sweep
-    assert json.loads(sweep.folder.front.read_text()) == json.loads(json.dumps(sweep.record))
-    assert sweep.record["trials"] == resumed.num_before + 2
+    assert json.loads(sweep.folder.front.read_text()) == sweep.record
+    assert sweep.record["trials"] == NUM_TRIALS + 2
     assert {path.name for path in sweep.folder.models.iterdir()} == {point["id"] for point in sweep.record["points"]}
     assert sweep.folder.read_config() == sweep.config
 
@@ -387,8 +330,8 @@ def test_resume_adds_to_the_run_in_mlflow(resumed: Resumed) -> None:
         assert children[name].info.to_proto() == run.info.to_proto()
         assert children[name].data.params == run.data.params
     curve = history(client, parent, "hypervolume")
-    assert [step for step, _ in curve] == list(range(1, resumed.num_before + 3))
-    assert [value for _, value in curve[resumed.num_before :]] == sweep.watcher.hypervolumes
+    assert [step for step, _ in curve] == list(range(1, NUM_TRIALS + 3))
+    assert [value for _, value in curve[NUM_TRIALS:]] == sweep.watcher.hypervolumes
 
 
 def test_what_is_wrong_with_the_input_on_a_worker_is_told_as_it_was_raised(flag: Path, tmp_path: Path) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import ray
 from mlflow import MlflowClient
 
 from pruning.artifact import load
@@ -22,7 +19,9 @@ from search.records.folder import Folder
 from search.records.tracking import default_uri
 from search.trial.inputs import load_inputs
 from tests.integration import sweeps
-from tests.integration.sweeps import Watcher
+from tests.integration.sweeps import Sweep, Watcher, copy_cache, record_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.usefixtures("one_node")]
 
 NUM_EPOCHS = 4
 TRAINING = {"epochs": NUM_EPOCHS, "batch_size": 32, "max_shift": 0}
@@ -45,19 +44,11 @@ class Swept:
 
 
 @pytest.fixture(scope="module")
-def one_worker() -> Iterator[None]:
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def swept(one_worker: None, tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    runs = tmp_path_factory.mktemp("runs")
+def swept(first: Sweep, flag: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    runs = tmp_path_factory.mktemp("trained")
+    copy_cache(first.runs, runs)
     config = sweeps.config(
-        None,
+        flag,
         space={"method": ["learned", "unstructured"], "exit_block": [1, sweeps.DEPTH], "recovery": "distill"},
         learned=TRAINING, distill=TRAINING, search={"trials": 4},
     )  # fmt: skip
@@ -103,28 +94,28 @@ def test_learned_trial_puts_a_point_for_each_exit_into_the_ledger(swept: Swept) 
 
 def test_a_finished_sweep_is_not_run_again(swept: Swept) -> None:
     watcher = Watcher()
-    record = run_sweep(swept.config, swept.runs, watcher)
-    assert watcher.num_stages == 0 and record["trials"] == 4
+    front = run_sweep(swept.config, swept.runs, watcher)
+    assert watcher.num_stages == 0 and front.trials == 4
 
 
 def test_weights_are_kept_for_those_that_may_be_on_the_front_alone(swept: Swept) -> None:
     kept = {path.stem for path in swept.folder.weights.iterdir()}
-    assert kept == {outcome.id for outcome in contenders(swept.outcomes) if outcome.has_weights}
+    assert kept == {outcome.id for outcome in contenders(swept.outcomes, "top1") if outcome.has_weights}
 
 
 def test_models_of_the_front_are_those_that_were_trained(swept: Swept) -> None:
     val = load_inputs(swept.config, swept.runs).splits.val
     trained = {outcome.id: outcome for outcome in swept.outcomes if outcome.has_weights}
-    points = [point for point in swept.folder.read_front()["points"] if point["id"] in trained]
+    points = [point for point in swept.folder.read_front().points if point.id in trained]
     assert points
     for point in points:
-        model, _ = load(swept.folder.models / point["id"])
-        assert top1(predict(model, val), val.labels) == point["top1"] == trained[point["id"]].measurement.top1  # type: ignore[union-attr]
+        model, _ = load(swept.folder.models / point.id)
+        assert top1(predict(model, val), val.labels) == top1_of(point) == top1_of(trained[point.id])
 
 
 def test_epochs_are_curves_in_mlflow(swept: Swept) -> None:
     client = MlflowClient(tracking_uri=default_uri(swept.runs))
-    (experiment,) = [each for each in client.search_experiments() if each.name == "vitfront"]
+    (experiment,) = [found for found in client.search_experiments() if found.name == "vitfront"]
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {"tiny", *(outcome.id for outcome in swept.outcomes)}
     curve = client.get_metric_history(runs["t000"].info.run_id, "train_loss")
@@ -132,20 +123,43 @@ def test_epochs_are_curves_in_mlflow(swept: Swept) -> None:
     assert [point.value for point in curve] == [epoch["loss"] for epoch in swept.outcomes[0].history]
 
 
-def test_trials_of_one_plan_are_trained_once_also_by_a_resumed_sweep(one_worker: None, tmp_path: Path) -> None:
-    """Nothing may go, so all have the dense shape, cut at the first block: who trains it first trains it for all."""
+def top1_of(outcome: Outcome) -> float:
+    assert outcome.measurement is not None
+    return outcome.measurement.top1
+
+
+@pytest.fixture(scope="module")
+def of_one_plan(first: Sweep, flag: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A sweep that ended because it found no more: nothing may go, so all have the dense shape, cut at a block."""
+    runs = tmp_path_factory.mktemp("of-one-plan")
+    copy_cache(first.runs, runs)
     space = {"exit_block": 1, "target_ratio": 1.0, "recovery": "distill"}
+    search = {"trials": 50, "patience": 2, "min_gain": 1.0}
+    config = sweeps.config(flag, space=space, distill=TRAINING, search=search)
+    watcher = Watcher()
+    return Sweep(runs, config, watcher, run_sweep(config, runs, watcher))
 
-    def run(num_trials: int) -> tuple[dict[str, Any], Watcher]:
-        watcher = Watcher()
-        config = sweeps.config(None, space=space, distill=TRAINING, search={"trials": num_trials})
-        return run_sweep(config, tmp_path, watcher), watcher
 
-    for num_trials, trained in ((2, {"t000"}), (4, set())):
-        record, watcher = run(num_trials)
-        assert {trial_id for trial_id, _ in watcher.epochs} == trained
-        outcomes = ledger.read(Folder(tmp_path, "tiny").ledger)
-        assert [outcome.same_as for outcome in outcomes] == [None, *["t000"] * (num_trials - 1)]
-        assert [path.stem for path in Folder(tmp_path, "tiny").weights.iterdir()] == ["t000"]
-        (point,) = record["points"]
-        assert point["top1"] == outcomes[0].measurement.top1  # type: ignore[union-attr]
+def test_search_that_finds_no_more_ends_and_is_finished(of_one_plan: Sweep) -> None:
+    assert of_one_plan.front.ended_by == "saturation"
+    assert 3 <= of_one_plan.front.trials < 10
+    again = Watcher()
+    assert record_of(run_sweep(of_one_plan.config, of_one_plan.runs, again)) == of_one_plan.record
+    assert again.started_ids == []
+
+
+def test_trials_of_one_plan_are_trained_once_also_by_a_resumed_sweep(of_one_plan: Sweep, tmp_path: Path) -> None:
+    """Who trains the plan first trains it for all; a sweep that is resumed to find more goes on to its last trial."""
+    longer = of_one_plan.copy(tmp_path / "runs").with_trials(of_one_plan.front.trials + 2)
+    config = longer.model_copy(update={"search": longer.search.model_copy(update={"patience": 0})})
+    watcher = Watcher()
+    front = run_sweep(config, tmp_path / "runs", watcher)
+    assert (front.trials, front.ended_by) == (of_one_plan.front.trials + 2, "trials")
+    resumed = Sweep(tmp_path / "runs", config, watcher, front)
+    for sweep, trained in ((of_one_plan, {"t000"}), (resumed, set())):
+        assert {trial_id for trial_id, _ in sweep.watcher.epochs} == trained
+        outcomes = sweep.outcomes
+        assert [outcome.same_as for outcome in outcomes] == [None, *["t000"] * (sweep.front.trials - 1)]
+        assert [path.stem for path in sweep.folder.weights.iterdir()] == ["t000"]
+        (point,) = sweep.front.points
+        assert top1_of(point) == top1_of(outcomes[0])

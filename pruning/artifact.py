@@ -1,4 +1,4 @@
-"""A pruned model on disk: plan.json (what it is) and model.safetensors (its weights). No pickle.
+"""A pruned model on disk: plan.json (its description) and model.safetensors (its weights). No pickle.
 
 plan.json: {"format": 2, "model": {"name", "args"}, "input": {"size", "mean", "std", ...}, "plan": {...}}.
 """
@@ -33,16 +33,19 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """All but the weights."""
+    """The description of a saved model: everything but its weights."""
 
     name: str
-    """timm's name of the dense model."""
+    """The name of the dense model in timm."""
     args: Mapping[str, Any]
-    """What `timm.create_model` took besides."""
+    """The further arguments of `timm.create_model` for the dense model."""
     input: InputSpec
+    """The images that the model takes."""
     plan: Plan
+    """The plan by which the dense model was pruned."""
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the record that plan.json holds."""
         return {
             "format": FORMAT,
             "model": {"name": self.name, "args": dict(self.args)},
@@ -52,7 +55,7 @@ class Description:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Description:
-        """What `to_json` wrote.
+        """Reads the description that `to_json` wrote.
 
         Raises:
             ArtifactError: another format, or anything else that `to_json` does not write.
@@ -71,7 +74,7 @@ class Description:
 
 
 def save(model: nn.Module, description: Description, folder: str | Path) -> None:
-    """Writes the folder, whole or not at all; one that is there is replaced.
+    """Saves a model in a folder, completely or not at all; an existing folder is replaced.
 
     Raises:
         ArtifactError: the folder cannot be written.
@@ -92,7 +95,7 @@ def save(model: nn.Module, description: Description, folder: str | Path) -> None
 
 
 def load(folder: str | Path) -> tuple[nn.Module, Description]:
-    """The model, in eval mode on the CPU, and its description.
+    """Loads a saved model, in eval mode on the CPU, and its description.
 
     Raises:
         ArtifactError: a file is missing or is not what `save` wrote.
@@ -112,7 +115,7 @@ def load(folder: str | Path) -> tuple[nn.Module, Description]:
 
 
 def read_description(folder: Path) -> Description:
-    """plan.json of a saved model.
+    """Reads the description of a saved model from its plan.json.
 
     Raises:
         ArtifactError: it is missing or is not what `save` wrote.
@@ -125,13 +128,13 @@ def read_description(folder: Path) -> Description:
 
 
 def skeleton(description: Description) -> nn.Module:
-    """The model with random weights: timm's dense model, cut and pruned by the plan."""
+    """Creates the model with random weights: timm's dense model, cut and pruned by the plan."""
     dense = create_model(description.name, args=description.args)
     return apply_plan(truncate(dense, description.plan.exit_block), description.plan)
 
 
 def save_weights(weights: Weights, path: Path) -> None:
-    """Writes a model's weights alone, whole or not at all.
+    """Saves a model's weights alone, completely or not at all.
 
     Raises:
         ArtifactError: the file cannot be written.
@@ -142,7 +145,7 @@ def save_weights(weights: Weights, path: Path) -> None:
         save_file(_contiguous(weights), draft)
         os.replace(draft, path)
     except Exception as error:  # safetensors has an error type of its own for a full disk
-        with contextlib.suppress(OSError):  # where its folder could not be made, there is none
+        with contextlib.suppress(OSError):  # where its folder could not be made, there is no draft
             draft.unlink()
         raise ArtifactError(f"cannot write {path}: {error}") from error
 

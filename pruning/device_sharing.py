@@ -1,7 +1,8 @@
-"""Turns on a device that several processes share: between two batches, a loop lets others go first.
+"""Sharing of a device between processes: a loop can let others have it between two batches.
 
-Who times a model wants the device alone, and who works on it meanwhile can stop between two batches: there the loops of
-this library call `yield_device`. What that does is up to who runs them; by default nothing. No timed lap calls it.
+A process that times a model needs the device alone, and one that works on it meanwhile can stop between two batches:
+there the loops of this library call `yield_device`. It does nothing unless the program that runs the loops sets a
+callback by `calling_on_yield`. No timed lap calls it.
 """
 
 from __future__ import annotations
@@ -12,27 +13,27 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_asked: list[Callable[[], None]] = []
+_callbacks: list[Callable[[], None]] = []
 
 
 def yield_device() -> None:
-    """Whoever waits for the device may have it now; returns once it is ours again."""
-    if _asked:
-        _asked[-1]()
+    """Releases the device if another process waits for it; blocks until it is held again."""
+    if _callbacks:
+        _callbacks[-1]()
 
 
 def yielding_between(batches: Iterable[T]) -> Iterator[T]:
-    """The same batches; gives way before each."""
+    """Yields the batches, and calls `yield_device` before each."""
     for batch in batches:
         yield_device()
         yield batch
 
 
 @contextmanager
-def calling_on_yield(ask: Callable[[], None]) -> Iterator[None]:
-    """Within this, `yield_device` calls `ask`; of several, the innermost."""
-    _asked.append(ask)
+def calling_on_yield(callback: Callable[[], None]) -> Iterator[None]:
+    """Has `yield_device` call `callback` within the context; where contexts are nested, the innermost one's."""
+    _callbacks.append(callback)
     try:
         yield
     finally:
-        _asked.pop()
+        _callbacks.pop()

@@ -1,7 +1,7 @@
-"""Everything that can be wrong with what the user gave, as one tree.
+"""The errors in a user's input, as one tree.
 
     VitfrontError (ValueError)
-    ├── ModelError             a model that cannot be had or is not of a supported family
+    ├── ModelError             a model that cannot be created or is not of a supported family
     │   └── CheckpointError    weights whose names or shapes do not fit the model
     ├── DataError              images or classes that are missing, empty or broken
     ├── PlanError              a plan that does not fit its model
@@ -14,11 +14,11 @@ Each message is one line: what is wrong, the value, and what would do. Our own m
 
 
 class VitfrontError(ValueError):
-    """The root; the command line prints it as one line and exits with 2."""
+    """The root of all errors in a user's input; the command line prints it as one line and exits with 2."""
 
 
 class ModelError(VitfrontError):
-    """A model that cannot be had or is not of a supported family."""
+    """A model that cannot be created or is not of a supported family."""
 
 
 class CheckpointError(ModelError):

@@ -1,4 +1,4 @@
-"""What is kept of a model, as pure data: JSON both ways, no tensor, no module."""
+"""Plans of what is kept of a model, as pure data: JSON both ways, no tensor, no module."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from pruning.errors import PlanError
 Indices = tuple[int, ...]
 
 TokenReduction = Literal["none", "lfe", "attention", "merge", "lfe-merge", "attention-merge"]
-"""none: all tokens stay. lfe: drop by low-frequency energy (VTC-LFC). attention: drop by class attention, the
-dropped become one token (EViT). merge: average the most similar pairs (ToMe). lfe-merge, attention-merge: the same, and
-what carries little low-frequency energy, or gets little class attention, goes first."""
+"""The ways to reduce tokens. none: all tokens stay. lfe: drop by low-frequency energy (VTC-LFC). attention: drop by
+class attention, the dropped become one token (EViT). merge: average the most similar pairs (ToMe). lfe-merge,
+attention-merge: average pairs, tokens of little low-frequency energy, or of little class attention, first."""
 
 TOKEN_REDUCTIONS: tuple[TokenReduction, ...] = get_args(TokenReduction)[1:]
-"""All that take tokens away."""
+"""The token reductions that take tokens away: all but `none`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPlan:
-    """The units of one block that stay. All indices count in the dense block and ascend."""
+    """The units that one block keeps. All indices count in the dense block and ascend."""
 
     keep_heads: Indices
-    """Attention heads, out of the dense block's `num_heads`."""
+    """The kept attention heads."""
 
     keep_qk: tuple[Indices, ...]
-    """One entry a kept head: its query/key channels, within the head; all entries equally long."""
+    """For every kept head, its kept query/key channels, counted within the head; all heads keep equally many."""
 
     keep_v: tuple[Indices, ...]
-    """One entry a kept head: its value channels, within the head; all entries equally long."""
+    """For every kept head, its kept value channels, counted within the head; all heads keep equally many."""
 
     keep_hidden: Indices
-    """Hidden units of the MLP."""
+    """The kept hidden units of the MLP."""
 
     num_tokens: int
-    """Patch tokens that leave the block's attention (prefix tokens always stay and are not counted)."""
+    """The number of patch tokens that leave the block's attention; prefix tokens always stay and are not counted."""
 
     def __post_init__(self) -> None:
         for name, kept in (("head", self.keep_heads), ("hidden unit", self.keep_hidden)):
@@ -58,6 +58,7 @@ class BlockPlan:
 
     @property
     def shape(self) -> BlockShape:
+        """The widths of the block."""
         return BlockShape(
             num_heads=len(self.keep_heads),
             qk_width=len(self.keep_qk[0]),
@@ -69,35 +70,35 @@ class BlockPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """The widths of one block: all that its speed depends on."""
+    """The widths of one block, on which alone its speed depends."""
 
     num_heads: int
     qk_width: int
-    """Query/key channels a head."""
+    """The number of query/key channels of each head."""
     v_width: int
-    """Value channels a head."""
+    """The number of value channels of each head."""
     num_hidden: int
     num_tokens: int
-    """Patch tokens after the block's attention."""
+    """The number of patch tokens after the block's attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which units of a model are kept, block by block, and after which block it answers."""
+    """The units of a model that are kept, block by block, and the block after which it answers."""
 
     blocks: tuple[BlockPlan, ...]
-    """The blocks that stay; the exit is after the last of them."""
+    """The plans of the blocks that stay; the model answers after the last of them."""
 
     cutoff_token: float = 0.85
-    """Cut-off frequency of the token score (LFE) that picks the tokens at run time, in (0, 1]."""
+    """The cut-off frequency of the token score (LFE) that picks tokens at run time, in (0, 1]."""
 
     token_reduction: TokenReduction = "lfe"
-    """What becomes of the tokens that do not leave a block."""
+    """The way in which blocks reduce their tokens."""
 
     def __post_init__(self) -> None:
         if self.token_reduction not in get_args(TokenReduction):
-            known = ", ".join(get_args(TokenReduction))
-            raise PlanError(f"no token reduction {self.token_reduction!r}; there are {known}")
+            names = ", ".join(get_args(TokenReduction))
+            raise PlanError(f"no token reduction {self.token_reduction!r}; there are {names}")
         if not self.blocks:
             raise PlanError("the plan keeps no block; keep 1 at least")
         counts = [block.num_tokens for block in self.blocks]
@@ -106,17 +107,18 @@ class Plan:
 
     @property
     def exit_block(self) -> int:
-        """The model answers after this many blocks."""
+        """The number of blocks after which the model answers."""
         return len(self.blocks)
 
     @property
     def shape_hash(self) -> str:
-        """Equal for plans whose models have the same widths, and so run equally fast."""
+        """A hash of the widths: equal for plans whose models run equally fast."""
         widths = json.dumps([self.token_reduction, *(asdict(block.shape) for block in self.blocks)], sort_keys=True)
         return hashlib.sha256(widths.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers. By hand: `asdict` copies every index, 41 ms for a ViT-Base."""
+        """Returns the plan as plain lists and numbers."""
+        # By hand: `asdict` copies every index, 41 ms for a ViT-Base.
         blocks = [
             {
                 "keep_heads": list(block.keep_heads),
@@ -131,7 +133,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Plan:
-        """The plan that `to_json` wrote.
+        """Reads the plan that `to_json` wrote.
 
         Raises:
             PlanError: a key is missing or unknown, or the indices are not a plan.

@@ -12,7 +12,7 @@ from pruning.errors import SettingError
 
 
 def low_pass(images: Tensor, cutoff: float) -> Tensor:
-    """Images with only their low frequencies left: F^-1(F(X) * G), VTC-LFC eq. 2.
+    """Returns images with only their low frequencies left: F^-1(F(X) * G), VTC-LFC eq. 2.
 
     G is a Gaussian around the zero frequency; its standard deviation is cutoff * K / 2 frequency bins,
     K the shorter side.
@@ -37,7 +37,7 @@ def low_pass(images: Tensor, cutoff: float) -> Tensor:
 
 
 def token_filter(num_tokens: int, cutoff: float) -> Tensor:
-    """The same filter along a sequence of tokens, as a matrix: `token_filter(N, cutoff) @ x` filters x.
+    """Returns the low-pass filter along a sequence of tokens as a matrix: `token_filter(N, cutoff) @ x` filters x.
 
     A matrix product is what the devices are fastest at, in every precision; a Fourier transform is not.
 

@@ -1,4 +1,4 @@
-"""Logits, top-1 accuracy and its interval.
+"""Logits of a model, top-1 accuracy and its interval.
 
 B images, K classes.
 """
@@ -16,7 +16,7 @@ from pruning.precision import Precision, autocast
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: Images, *, batch_size: int = 64, precision: Precision = "float32") -> Tensor:
-    """Logits of all images, (B, K) float32, on the model's device."""
+    """Returns the logits of all images, (B, K) float32, on the model's device; puts the model in eval mode."""
     device = next(model.parameters()).device
     model.eval()
     with autocast(device, precision):
@@ -24,13 +24,18 @@ def predict(model: nn.Module, images: Images, *, batch_size: int = 64, precision
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:
-    """The share of images whose largest logit is their label, in [0, 1]; one with a NaN is wrong. (B, K), (B,)."""
+    """Returns the share of images whose largest logit is their label, in [0, 1]; a NaN among the logits is wrong.
+
+    Args:
+        logits: (B, K).
+        labels: (B,), class indices.
+    """
     right = (logits.argmax(dim=1) == labels.to(logits.device)) & ~logits.isnan().any(dim=1)
     return right.cpu().double().mean().item()
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share seen in `count` draws (Wilson 1927), within [0, 1]."""
+    """Returns the 95 % interval of a share seen in `count` draws (Wilson 1927), within [0, 1]."""
     z = 1.959964
     middle = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

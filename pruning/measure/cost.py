@@ -18,7 +18,7 @@ from pruning.plan import BlockShape, Plan, TokenReduction
 
 
 def count_macs(anatomy: Anatomy, plan: Plan) -> int:
-    """Multiply-adds an image of the pruned model."""
+    """Counts the multiply-adds of the pruned model for one image."""
     first, last = anatomy.blocks[0], anatomy.blocks[plan.exit_block - 1]
     total = first.num_patches * first.width * anatomy.patch_inputs
     patches = first.num_patches
@@ -30,14 +30,16 @@ def count_macs(anatomy: Anatomy, plan: Plan) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockMacs:
-    """Multiply-adds of one block, by part."""
+    """The multiply-adds of one block for one image, by part."""
 
     entry: int
-    """Of the patch merging before the block."""
+    """The multiply-adds of the patch merging before the block."""
     attention: int
+    """The multiply-adds of qkv, logits, mixing of values, and projection."""
     reduction: int
-    """Of the tokens: the low-pass filter, the matching of pairs."""
+    """The multiply-adds of the token reduction: the low-pass filter, the matching of pairs."""
     mlp: int
+    """The multiply-adds of both MLP layers."""
 
     @property
     def total(self) -> int:
@@ -47,7 +49,7 @@ class BlockMacs:
 def block_macs(
     anatomy: BlockAnatomy, shape: BlockShape, patches_in: int, token_reduction: TokenReduction = "lfe"
 ) -> BlockMacs:
-    """Of one block that `patches_in` patch tokens enter.
+    """Counts the multiply-adds of one block that `patches_in` patch tokens enter.
 
     With N tokens in and N' out, width C, H heads of K query/key and V value channels, h hidden units, each token
     attending to T (all N, or those of its window): attention N*H*(K + V)*(2*C + T), MLP 2*N'*C*h, reduction as
@@ -65,12 +67,15 @@ def block_macs(
 
 
 def channel_macs(anatomy: BlockAnatomy, num_tokens: int) -> int:
-    """Of one query/key pair, or one value channel, of one head: its projections and its part of the attention."""
+    """Counts the multiply-adds of one query/key pair, or one value channel, of one head.
+
+    Counted are its projections and its part of the attention, where `num_tokens` tokens enter the block.
+    """
     return num_tokens * (2 * anatomy.width + (anatomy.window_area or num_tokens))
 
 
 def reduction_macs(anatomy: BlockAnatomy, shape: BlockShape, patches_in: int, token_reduction: TokenReduction) -> int:
-    """Where M patches become M': the filter M^2*C, and for merging M/2 * M/2 * K in every round of matching."""
+    """Counts the multiply-adds of reducing M patches to M': the filter M^2*C, and M/2 * M/2 * K a round of matching."""
     if shape.num_tokens == patches_in:
         return 0
     total = patches_in**2 * anatomy.width if REDUCERS[token_reduction].has_filter else 0
@@ -82,5 +87,5 @@ def reduction_macs(anatomy: BlockAnatomy, shape: BlockShape, patches_in: int, to
 
 
 def count_params(model: nn.Module) -> int:
-    """Numbers in the model's parameters."""
+    """Counts the numbers in the model's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,6 +1,6 @@
-"""What a timm vision transformer is made of: the only file that knows timm's attribute names.
+"""The parts of a timm vision transformer: the only file that knows timm's attribute names.
 
-Blocks pass on a sequence of tokens, whatever the family; a Swin's are its grid, row by row.
+Blocks pass on a sequence of tokens, whatever the family; a Swin's tokens are its grid, row by row.
 
 B images, N tokens (prefix tokens first, then patches), C model width, H heads, D head width.
 """
@@ -31,7 +31,7 @@ SUPPORTED = (
 )
 
 TAIL_PREFIXES = ("norm.", "fc_norm.", "attn_pool.", "head.", "head_dist.")
-"""Parameters of everything after the blocks: what a depth exit replaces."""
+"""Name prefixes of all parameters after the blocks: those that a depth exit replaces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,31 +43,31 @@ class BlockAnatomy:
     head_dim: int
     num_hidden: int
     num_patches: int
-    """Patch tokens that its attention sees in the dense model."""
+    """The number of patch tokens that the block's attention sees in the dense model."""
     num_prefix_tokens: int
-    """Class, distillation and register tokens: they come first and are never dropped."""
+    """The number of class, distillation and register tokens: they come first and are never dropped."""
     has_class_token: bool
     has_qk_norm: bool
-    """Queries and keys are normalised over the head width, which therefore has to stay whole."""
+    """True where queries and keys are normalised over the head width, all channels of which therefore have to stay."""
     window_area: int | None = None
-    """Tokens of one attention window; None where every token attends to all. Windows need every token of the grid,
-    so a block with windows cannot reduce them."""
+    """The number of tokens in one attention window; None where every token attends to all. Windows need every token of
+    the grid, so a block with windows cannot reduce them."""
     entry_macs: int = 0
-    """Multiply-adds of the patch merging before it."""
+    """The multiply-adds of the patch merging before the block; 0 without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """A dense model: its blocks, and what is around them."""
+    """The dense sizes of a model: of its blocks, and of what is around them."""
 
     blocks: tuple[BlockAnatomy, ...]
     exits: tuple[int, ...]
-    """After so many blocks the model may answer: after each of a ViT's, after each stage of a Swin's."""
+    """The numbers of blocks after which the model may answer: any for a ViT, the ends of stages for a Swin."""
     num_classes: int
     num_head_inputs: int
-    """Tokens that a classifier of their own reads: 1, or 2 for a distilled DeiT."""
+    """The number of tokens that have a classifier each: 1, or 2 for a distilled DeiT."""
     patch_inputs: int
-    """Values in one patch: channels * height * width."""
+    """The number of values in one patch: channels * height * width."""
     image_size: tuple[int, int]
     in_channels: int
 
@@ -77,22 +77,22 @@ class Anatomy:
 
     @property
     def has_windows(self) -> bool:
-        """Attention is within windows, so tokens cannot be reduced."""
+        """True where attention is within windows, so that tokens cannot be reduced."""
         return any(block.window_area is not None for block in self.blocks)
 
 
 @dataclass(frozen=True)
 class BlockParts:
-    """The modules of one block, by what they do: `x += ls1(proj(attention(qkv(norm1(x)))))`, then the MLP."""
+    """The modules of one block, which computes `x += ls1(proj(attention(qkv(norm1(x)))))`, then the MLP."""
 
     downsample: Downsample | None
-    """The patch merging before the block."""
+    """The patch merging before the block; None without one."""
     norm1: nn.Module
     qkv: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
     windows: Windows | None
-    """Where attention is within windows; None where every token attends to all."""
+    """The windows within which tokens attend; None where every token attends to all."""
     proj: nn.Linear
     ls1: nn.Module
     norm2: nn.Module
@@ -103,10 +103,10 @@ class BlockParts:
 
 
 def examine(model: nn.Module) -> Anatomy:
-    """The anatomy of a dense model.
+    """Returns the anatomy of a dense model.
 
     Raises:
-        ModelError: the model is of no supported family, or a part of it is one that pruning does not know.
+        ModelError: the model is of no supported family, or has a part that pruning does not know.
     """
     if type(model) is SwinTransformer:
         return _examine_swin(model)
@@ -123,7 +123,7 @@ def examine(model: nn.Module) -> Anatomy:
         _check_block(index, block)
     first: Any = model.blocks[0]
     patch = model.patch_embed
-    each = BlockAnatomy(
+    block_anatomy = BlockAnatomy(
         width=model.embed_dim,
         num_heads=first.attn.num_heads,
         head_dim=first.attn.head_dim,
@@ -134,7 +134,7 @@ def examine(model: nn.Module) -> Anatomy:
         has_qk_norm=not isinstance(first.attn.q_norm, nn.Identity),
     )
     return Anatomy(
-        blocks=(each,) * len(model.blocks),
+        blocks=(block_anatomy,) * len(model.blocks),
         exits=tuple(range(1, len(model.blocks) + 1)),
         num_classes=model.num_classes,
         num_head_inputs=2 if isinstance(model, VisionTransformerDistilled) else 1,
@@ -145,7 +145,7 @@ def examine(model: nn.Module) -> Anatomy:
 
 
 def _check_block(index: int, block: Any) -> None:
-    """Refuses what would be pruned wrongly: gates, norms on the attention output, gated MLPs, parallel blocks."""
+    """Refuses parts that would be pruned wrongly: gates, norms on the attention output, gated MLPs, parallel blocks."""
     unknown = None
     if type(block) is not Block:
         unknown = type(block).__name__
@@ -214,26 +214,26 @@ def _grid_block_anatomy(block: Any) -> BlockAnatomy:
 
 
 def blocks_of(model: nn.Module) -> nn.Sequential:
-    """The transformer blocks, first to last, each from tokens (B, N, C) to tokens."""
+    """Returns the transformer blocks, first to last; each takes tokens (B, N, C) and gives tokens."""
     if not isinstance(model, SwinTransformer):
         blocks = model.blocks
         assert isinstance(blocks, nn.Sequential)
         return blocks
     if not isinstance(model.layers[0], SwinTransformerStage):
         return model.layers[1:-1]  # between the layers that flatten the grid and make it again
-    found = []
+    grid_blocks = []
     stages: Any = model.layers
     for stage in stages:
         for index, block in enumerate(stage.blocks):
             downsample = None
             if index == 0 and not isinstance(stage.downsample, nn.Identity):
                 downsample = Downsample(stage.downsample, stage.input_resolution)
-            found.append(GridBlock(downsample, block))
-    return nn.Sequential(*found)
+            grid_blocks.append(GridBlock(downsample, block))
+    return nn.Sequential(*grid_blocks)
 
 
 def parts_of(block: Any) -> BlockParts:
-    """The parts of a timm block, or of our own slim one, which carries the same names."""
+    """Returns the parts of a timm block, or of our own slim one, whose parts have the same names."""
     if isinstance(block, GridBlock):
         return _grid_parts(block)
     attn, mlp = block.attn, block.mlp
@@ -260,16 +260,16 @@ def _grid_parts(block: GridBlock) -> BlockParts:
         grid=inner.input_resolution, window=inner.window_size, shift=inner.shift_size, mask=inner.attn_mask,
         bias_table=inner.attn.relative_position_bias_table, bias_index=inner.attn.relative_position_index,
     )  # fmt: skip
-    whole = nn.Identity()
+    identity = nn.Identity()
     return BlockParts(
-        downsample=block.downsample, norm1=inner.norm1, qkv=inner.attn.qkv, q_norm=whole, k_norm=whole,
-        windows=windows, proj=inner.attn.proj, ls1=whole, norm2=inner.norm2, fc1=inner.mlp.fc1, act=inner.mlp.act,
-        fc2=inner.mlp.fc2, ls2=whole,
+        downsample=block.downsample, norm1=inner.norm1, qkv=inner.attn.qkv, q_norm=identity, k_norm=identity,
+        windows=windows, proj=inner.attn.proj, ls1=identity, norm2=inner.norm2, fc1=inner.mlp.fc1, act=inner.mlp.act,
+        fc2=inner.mlp.fc2, ls2=identity,
     )  # fmt: skip
 
 
 def embed(model: Any, images: Tensor) -> Tensor:
-    """What enters the first block. images: (B, channels, height, width) -> (B, N, C)."""
+    """Turns images (B, channels, height, width) into the input of the first block (B, N, C)."""
     x: Tensor = model.patch_embed(images)
     if isinstance(model, SwinTransformer):
         return x.flatten(1, 2)
@@ -277,7 +277,7 @@ def embed(model: Any, images: Tensor) -> Tensor:
 
 
 def classify(model: Any, x: Tensor) -> Tensor:
-    """Logits from what leaves the last block. x: (B, N, C) -> (B, classes)."""
+    """Turns the output of the last block (B, N, C) into logits (B, classes)."""
     if isinstance(model, SwinTransformer):
         x = x[:, None]  # pooled over a grid of one row
     logits: Tensor = model.forward_head(model.norm(x))
@@ -285,17 +285,17 @@ def classify(model: Any, x: Tensor) -> Tensor:
 
 
 def tail_tokens(model: Any, x: Tensor) -> Tensor:
-    """The tokens that `classify` reads: the prefix alone where the class token answers, else all of them."""
+    """Picks the tokens that `classify` reads: the prefix alone where the class token answers, else all of them."""
     return x[:, : model.num_prefix_tokens] if model.global_pool == "token" else x
 
 
 def summary_token(anatomy: BlockAnatomy, x: Tensor) -> Tensor:
-    """One vector an image: the class token, or the mean of the patches where there is none. (B, N, C) -> (B, C)."""
+    """Returns a vector for each image (B, C): the class token of x (B, N, C), or the mean patch where there is none."""
     return x[:, 0] if anatomy.has_class_token else x[:, anatomy.num_prefix_tokens :].mean(dim=1)
 
 
 def with_blocks(model: nn.Module, blocks: list[nn.Module]) -> nn.Module:
-    """A copy of the model around other blocks, from its first on. They are taken as they are; all else is copied.
+    """Copies the model with these blocks in place of its first ones, and without the others; they are not copied.
 
     Where they end at another width than the model's (the exit of a Swin's stage), norm and classifier are new ones
     of that width, whose logits are all 0.

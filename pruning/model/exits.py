@@ -1,7 +1,7 @@
-"""Depth exits: the model answers after an earlier block, through a classifier of its own (WDPruning).
+"""Depth exits: the model answers after an earlier block, through a classifier of the exit's own (WDPruning).
 
 An exit's classifier is a copy of the model's tail (final norm and head, both heads of a distilled DeiT; a new one where
-the stream has another width there, as after an earlier stage of a Swin) fitted to the features after its block. The
+the stream has another width there, as after an earlier stage of a Swin), fitted to the features after its block. The
 blocks stay frozen, so one pass over the images gives the features of every exit.
 
 B images, T tokens that the tail reads, C width, K classes.
@@ -23,25 +23,28 @@ from pruning.model.anatomy import TAIL_PREFIXES, Anatomy, blocks_of, classify, e
 from pruning.precision import Precision, autocast
 
 ExitHead = dict[str, Tensor]
-"""The parameters of one exit's tail, by the names they have in the model."""
+"""The parameters of one exit's tail (norm and classifier), by the names they have in the model."""
 
 
 def exit_head_of(model: nn.Module) -> ExitHead:
-    """The model's own tail, copied."""
+    """Copies the parameters of the model's own tail."""
     state = model.state_dict()
     return {name: state[name].clone() for name in state if name.startswith(TAIL_PREFIXES)}
 
 
-def truncate(model: nn.Module, exit_block: int, head: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """A copy of the model that answers after `exit_block` blocks, with that exit's classifier (default: its own).
+def truncate(model: nn.Module, exit_block: int, exit_head: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Copies the model so that it answers after `exit_block` blocks.
+
+    Args:
+        exit_head: that exit's norm and classifier; by default the model's own.
 
     Raises:
         PlanError: the model cannot answer after so many blocks.
     """
     _check_exit(exit_block, examine(model))
     shorter = with_blocks(model, [copy.deepcopy(block) for block in blocks_of(model)[:exit_block]])
-    if head is not None:
-        missing, unknown = shorter.load_state_dict(dict(head), strict=False)
+    if exit_head is not None:
+        missing, unknown = shorter.load_state_dict(dict(exit_head), strict=False)
         assert not unknown and not any(name.startswith(TAIL_PREFIXES) for name in missing)
     return shorter
 
@@ -68,7 +71,7 @@ def fit_exits(
     precision: Precision = "float32",
     seed: int = 0,
 ) -> dict[int, ExitHead]:
-    """The classifiers of several exits, each fitted on cached features; the model is left as it was.
+    """Fits the classifiers of several exits, each on cached features; the model is left as it was.
 
     Loss: (1 - distillation) * cross-entropy + distillation * KL(dense logits || exit logits); AdamW, cosine schedule.
 
@@ -77,7 +80,7 @@ def fit_exits(
         distillation: weight of the dense logits, in [0, 1].
 
     Returns:
-        exit block -> its tail.
+        The fitted tail of each exit, by its exit block.
 
     Raises:
         PlanError: the model cannot answer after so many blocks.
@@ -87,22 +90,22 @@ def fit_exits(
     for exit_block in exit_blocks:
         _check_exit(exit_block, anatomy)
     earlier = sorted(set(exit_blocks) - {depth})
-    heads: dict[int, ExitHead] = {}
+    exit_heads: dict[int, ExitHead] = {}
     if earlier:
         features, logits = _features(model, images, earlier, batch_size, precision)
         for exit_block in earlier:
-            heads[exit_block] = _fit(
+            exit_heads[exit_block] = _fit(
                 truncate(model, exit_block), features[exit_block], images.labels.to(logits.device), logits,
                 epochs=epochs, learning_rate=learning_rate, distillation=distillation, seed=seed,
             )  # fmt: skip
-    return heads | ({depth: exit_head_of(model)} if depth in exit_blocks else {})
+    return exit_heads | ({depth: exit_head_of(model)} if depth in exit_blocks else {})
 
 
 @torch.no_grad()
 def _features(
     model: nn.Module, images: Images, exit_blocks: Sequence[int], batch_size: int, precision: Precision
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """The tokens that each exit's tail reads, (B, T, C), and the dense logits, (B, K)."""
+    """Returns the tokens that each exit's tail reads, (B, T, C), and the dense logits, (B, K)."""
     device = next(model.parameters()).device
     kept: dict[int, list[Tensor]] = {exit_block: [] for exit_block in exit_blocks}
     logits = []

@@ -1,4 +1,4 @@
-"""Blocks whose units are multiplied by gates: a gate of 0 does what pruning the unit does, and has a gradient.
+"""Blocks whose units are multiplied by gates: a gate of 0 has the effect of pruning the unit, and has a gradient.
 
 B images, N tokens, C model width, H heads, D head width, h hidden units.
 """
@@ -19,25 +19,25 @@ from pruning.plan import BlockPlan
 
 @dataclass(frozen=True, kw_only=True)
 class BlockGates:
-    """What the units of one block are multiplied by."""
+    """The factors that the units of one block are multiplied by."""
 
     qk: Tensor
-    """(H, D): query/key pairs, once for their product."""
+    """(H, D), of query/key pairs: one factor for the product of query and key."""
     v: Tensor
-    """(H, D)."""
+    """(H, D), of value channels."""
     hidden: Tensor
-    """(h,)."""
+    """(h,), of hidden units."""
 
 
 class Gates(nn.Module, ABC):
-    """Gives the gates of one block; what is learned of them are its parameters."""
+    """A module that returns the gates of one block; its parameters are learned."""
 
     @abstractmethod
     def forward(self) -> BlockGates: ...
 
 
 class FixedGates(Gates):
-    """Gates that stay as they are."""
+    """Gates that never change."""
 
     qk: Tensor
     v: Tensor
@@ -53,14 +53,14 @@ class FixedGates(Gates):
 
 
 class GatedBlock(nn.Module):
-    """A dense block with gates. It shares the block's memory."""
+    """A dense block with gates; it shares the block's memory."""
 
     def __init__(self, block: SlimBlock, gates: Gates) -> None:
         super().__init__()
         self.block, self.gates = block, gates
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
+        """Runs the block with its gates. (B, N, C) -> (B, N, C)."""
         block, gates = self.block, self.gates()
         x, size = block.enter(x)
         q, k, v = block.attn.project(block.norm1(x))
@@ -71,10 +71,10 @@ class GatedBlock(nn.Module):
 
 
 def plan_of_gates(gates: BlockGates, anatomy: BlockAnatomy) -> BlockPlan:
-    """The units whose gate is not 0. A head all of whose values are gone is gone.
+    """Makes the plan that keeps the units whose gate is not 0; a head without any value channel left goes.
 
     Raises:
-        AssertionError: the heads that stay keep different numbers of channels, or a kind of unit is gone altogether.
+        AssertionError: the heads that stay keep different numbers of channels, or a kind of unit goes altogether.
     """
     heads = gates.v.ne(0).any(dim=1).nonzero()[:, 0].tolist()
     return BlockPlan(
@@ -87,7 +87,7 @@ def plan_of_gates(gates: BlockGates, anatomy: BlockAnatomy) -> BlockPlan:
 
 
 def gates_of_plan(plan: BlockPlan, anatomy: BlockAnatomy, device: torch.device | str = "cpu") -> BlockGates:
-    """1 for every unit that stays, 0 for every other."""
+    """Makes the gates that are 1 for every unit that the plan keeps, and 0 for every other."""
 
     def ones(count: int, kept: Sequence[int]) -> Tensor:
         return torch.zeros(count, device=device).index_fill(0, torch.tensor(kept, device=device), 1.0)

@@ -16,7 +16,10 @@ from pruning.model.windows import Downsample, Windows
 
 
 class SlimAttention(nn.Module):
-    """Self-attention with K != V. `scale` is the dense head's: pruning channels does not re-scale the rest."""
+    """Self-attention whose heads have query/key channels (K) and value channels (V) in different numbers.
+
+    `scale` is the dense head's: pruning channels does not re-scale the rest.
+    """
 
     def __init__(
         self,
@@ -30,7 +33,7 @@ class SlimAttention(nn.Module):
         q_norm: nn.Module,
         k_norm: nn.Module,
     ) -> None:
-        """qkv gives H*K queries, H*K keys, H*V values, in this order; proj takes H*V."""
+        """Takes the layers as they are; qkv gives H*K queries, H*K keys, H*V values, in this order; proj takes H*V."""
         super().__init__()
         assert qkv.out_features == num_heads * (2 * qk_width + v_width)
         assert proj.in_features == num_heads * v_width
@@ -38,20 +41,21 @@ class SlimAttention(nn.Module):
         self.num_heads, self.qk_width, self.v_width, self.scale = num_heads, qk_width, v_width, scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
+        """Attends and projects. (B, N, C) -> (B, N, C)."""
         return self.proj(self.mix(*self.project(x)))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys (B, H, N, K), values (B, H, N, V)."""
+        """Returns queries and keys (B, H, N, K) and values (B, H, N, V) of tokens (B, N, C)."""
         inner = self.num_heads * self.qk_width
         q, k, v = self.qkv(x).split([inner, inner, self.num_heads * self.v_width], dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
         return self.q_norm(q), self.k_norm(k), v
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None) -> Tensor:
-        """Values mixed by fused attention, the input of `proj`: (B, N, H*V).
+        """Mixes the values by fused attention into the input of `proj`: (B, N, H*V).
 
-        size: (B, N, 1) patches that a token stands for: it counts as often (ToMe's proportional attention).
+        Args:
+            size: (B, N, 1), the patches that each token stands for: it counts as often (ToMe's proportional attention).
         """
         return self._mix(q, k, v, log_size(size, q.dtype))
 
@@ -65,7 +69,7 @@ class SlimAttention(nn.Module):
         return mixed[..., :v_width].transpose(1, 2).flatten(2)
 
     def mix_with_map(self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The same (B, N, H*V), and the attention (B, H, N, N), for the blocks that need all of it."""
+        """Returns the mixed values (B, N, H*V) and the attention map (B, H, N, N), for blocks that need all of it."""
         logits = (q * self.scale) @ k.transpose(-2, -1)
         bias = log_size(size, logits.dtype)
         attention = (logits if bias is None else logits + bias).softmax(dim=-1)
@@ -73,10 +77,10 @@ class SlimAttention(nn.Module):
 
 
 class WindowedAttention(SlimAttention):
-    """The same within windows (Swin): queries, keys and values are (B * windows, H, tokens of a window, width)."""
+    """Attention within windows (Swin): queries, keys and values are (B * windows, H, tokens of a window, width)."""
 
     def __init__(self, qkv: nn.Linear, proj: nn.Linear, *, windows: Windows, **widths: Any) -> None:
-        """widths: as `SlimAttention` takes them."""
+        """Takes the windows beside the arguments of `SlimAttention`."""
         super().__init__(qkv, proj, **widths)
         self.windows = windows
 
@@ -84,18 +88,18 @@ class WindowedAttention(SlimAttention):
         return super().project(self.windows.partition(x))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None) -> Tensor:
-        """(B, N, H*V); tokens of windows have no sizes."""
+        """Mixes the values within their windows: (B, N, H*V). Tokens of windows have no sizes."""
         assert size is None
         return self.windows.reverse(self._mix(q, k, v, self.windows.logit_bias(q.shape[0]).to(q.dtype)))
 
 
 def log_size(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What proportional attention adds to the logits. (B, N, 1) -> (B, 1, 1, N)."""
+    """Returns the term that proportional attention adds to the logits. (B, N, 1) -> (B, 1, 1, N)."""
     return None if size is None else size.float().log().to(dtype).transpose(1, 2)[:, None]
 
 
 class SlimMlp(nn.Module):
-    """Linear, activation, linear."""
+    """An MLP of two linear layers with an activation between them."""
 
     def __init__(self, fc1: nn.Linear, act: nn.Module, fc2: nn.Linear) -> None:
         super().__init__()
@@ -106,10 +110,10 @@ class SlimMlp(nn.Module):
 
 
 class SlimBlock(nn.Module):
-    """Attention, then the tokens are reduced, then the MLP (VTC-LFC's place for the reduction).
+    """A block that attends, then reduces the tokens (VTC-LFC's place for it), then applies the MLP.
 
     Once tokens are merged they have sizes. A size travels with its token, as one more channel behind the C of the
-    model, so that whatever batches, orders or stores a stream keeps both together; the last block takes it off.
+    model, so that code that batches, orders or stores a stream keeps both together; the last block takes it off.
     """
 
     def __init__(
@@ -133,41 +137,42 @@ class SlimBlock(nn.Module):
         self.width, self.is_last = attn.qkv.in_features, is_last
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) or (B, N, C + 1) with sizes -> the same for N', the tokens that the reduction leaves."""
+        """Runs the block: (B, N, C), or (B, N, C + 1) with sizes, to N' tokens, those that the reduction leaves."""
         x, size = self.enter(x)
-        mixed, clues = self.attend(x, size)
-        x, size, _ = self.reduce(x + self.ls1(self.attn.proj(mixed)), clues)
+        mixed, state = self.attend(x, size)
+        x, size, _ = self.reduce(x + self.ls1(self.attn.proj(mixed)), state)
         return self.pack(x + self.ls2(self.mlp(self.norm2(x))), size)
 
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The block's tokens (B, N, C), and their sizes (B, N, 1) if they have any."""
+        """Splits the block's input into tokens (B, N, C) and their sizes (B, N, 1), if any; merges a Swin's patches."""
         return (self.downsample(x), None) if self.downsample is not None else unpack(x, self.width)
 
     def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What is in the stream after attention, and after the MLP, of a block that reduces no tokens."""
+        """Returns the stream after attention and after the MLP, (B, N, C) both, of a block that reduces no tokens."""
         x, size = self.enter(x)
         mid = x + self.ls1(self.attn.proj(self.attend(x, size)[0]))
         return mid, mid + self.ls2(self.mlp(self.norm2(mid)))
 
     def attend(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, AttentionState]:
-        """The input of the attention's projection (B, N, H*V), and what the reduction may look at."""
+        """Returns the input of the attention's projection (B, N, H*V), and the state that a reduction may look at."""
         q, k, v = self.attn.project(self.norm1(x))
         if self.reducer is not None and self.reducer.needs_map:
             mixed, attention = self.attn.mix_with_map(q, k, v, size)
             return mixed, AttentionState(q=q, k=k, scale=self.attn.scale, size=size, attention=attention)
         return self.attn.mix(q, k, v, size), AttentionState(q=q, k=k, scale=self.attn.scale, size=size, attention=None)
 
-    def reduce(self, x: Tensor, clues: AttentionState) -> tuple[Tensor, Tensor | None, Reduced | None]:
-        """The tokens that go on, their sizes, and what was done."""
+    def reduce(self, x: Tensor, state: AttentionState) -> tuple[Tensor, Tensor | None, Reduced | None]:
+        """Returns the tokens that go on (B, N', C), their sizes (B, N', 1) if any, and the reduction that was made."""
         if self.reducer is None:
-            return x, clues.size, None
-        reduced = self.reducer.choose(x, clues)
+            return x, state.size, None
+        reduced = self.reducer.choose(x, state)
         return reduced.apply(x), reduced.size, reduced
 
     def pack(self, x: Tensor, size: Tensor | None) -> Tensor:
+        """Appends the sizes to the tokens, if there are any and a block comes after this one."""
         return x if size is None or self.is_last else torch.cat([x, size.to(x.dtype)], dim=-1)
 
 
 def unpack(x: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
-    """The tokens (B, N, C), and their sizes (B, N, 1) if they have any."""
+    """Splits a stream into its tokens (B, N, C) and their sizes (B, N, 1), if they have any."""
     return (x, None) if x.shape[-1] == width else (x[..., :width], x[..., width:])

@@ -1,4 +1,4 @@
-"""Low-frequency energy: which tokens carry the image (VTC-LFC, eq. 6-9).
+"""Low-frequency energy: a score of the tokens that carry the image (VTC-LFC, eq. 6-9).
 
 B images, N tokens, P prefix tokens, M = N - P patch tokens, H heads, C width.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def low_frequency_energy(patches: Tensor, token_filter: Tensor) -> Tensor:
-    """The share of each token that passes the low-pass filter: |(F x)_i| / |x_i|, L2 norms (eq. 6).
+    """Returns the share of each token that passes the low-pass filter: |(F x)_i| / |x_i|, L2 norms (eq. 6).
 
     Args:
         patches: (B, M, C) patch tokens, as a sequence.
@@ -20,14 +20,14 @@ def low_frequency_energy(patches: Tensor, token_filter: Tensor) -> Tensor:
         (B, M), at least 0; 1 for a constant sequence; 0 for a token that is zero.
     """
     passed = torch.linalg.vector_norm((token_filter.to(patches.dtype) @ patches).float(), dim=-1)
-    whole = torch.linalg.vector_norm(patches.float(), dim=-1)
-    return torch.where(whole > 0, passed / whole.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    norm = torch.linalg.vector_norm(patches.float(), dim=-1)
+    return torch.where(norm > 0, passed / norm.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
 
 
 def attention_received(attention: Tensor, num_prefix_tokens: int, has_class_token: bool) -> Tensor:
-    """How much the class token makes of each patch, directly and through the other patches (eq. 7-9).
+    """Returns the attention of the class token to each patch, direct and through the other patches (eq. 7-9).
 
-    Head by head, then their mean: A(cls, i) * mean_j A(j, cls) + A(cls, cls) * mean_j A(j, i),
+    Computed head by head, then averaged: A(cls, i) * mean_j A(j, cls) + A(cls, cls) * mean_j A(j, i),
     j over the patches. Without a class token: mean_j A(j, i).
 
     Args:
@@ -49,7 +49,7 @@ def attention_received(attention: Tensor, num_prefix_tokens: int, has_class_toke
 def score_tokens(
     x: Tensor, attention: Tensor, token_filter: Tensor, *, num_prefix_tokens: int, has_class_token: bool
 ) -> Tensor:
-    """The score of every patch token: its low-frequency energy times the attention it receives.
+    """Scores every patch token by its low-frequency energy times the attention it receives.
 
     Args:
         x: (B, N, C) tokens after the block's attention.

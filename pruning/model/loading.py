@@ -1,4 +1,4 @@
-"""The dense model, by timm name and checkpoint."""
+"""Dense models by timm name and checkpoint."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pruning.model.anatomy import SUPPORTED, examine
 def create_model(
     name: str, *, args: Mapping[str, Any] | None = None, checkpoint: str | Path | None = None, pretrained: bool = False
 ) -> nn.Module:
-    """A dense model in eval mode, float32, on the CPU.
+    """Creates a dense model, in eval mode, float32, on the CPU.
 
     Args:
         name: timm's name.
-        args: what `timm.create_model` takes besides (num_classes, img_size, depth, ...).
+        args: further arguments of `timm.create_model` (num_classes, img_size, depth, ...).
         checkpoint: weights to load, .safetensors or PyTorch; never unpickled beyond plain tensors.
-        pretrained: timm's own weights, from its hub.
+        pretrained: load timm's own weights, from its hub.
 
     Raises:
         ModelError: an unknown name or argument, or a model of no supported family.
@@ -46,14 +46,18 @@ def create_model(
 
 
 def default_input(model: nn.Module) -> dict[str, Any]:
-    """What timm knows of the model's images: mean, std, interpolation, crop_pct, ..."""
-    known = model.pretrained_cfg
-    assert isinstance(known, dict)
-    return known
+    """Returns timm's settings for the model's images: mean, std, interpolation, crop_pct, ..."""
+    settings = model.pretrained_cfg
+    assert isinstance(settings, dict)
+    return settings
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Name -> tensor, from a .safetensors or PyTorch file (unwraps `state_dict`, `model`, ...)."""
+    """Reads tensors by name from a .safetensors or PyTorch file (unwraps `state_dict`, `model`, ...).
+
+    Raises:
+        CheckpointError: the file is missing or cannot be read.
+    """
     from timm.models import load_state_dict
 
     if not Path(path).is_file():
@@ -67,22 +71,22 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copies weights into the model, every one of them and in its precision.
+    """Copies weights into the model, all of them, in the model's precision.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape; nothing was loaded then.
     """
-    own = model.state_dict()
+    model_state = model.state_dict()
     wrong = [
-        f"{name} is {list(weights[name].shape)}, not {list(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        f"{name} is {list(weights[name].shape)}, not {list(model_state[name].shape)}"
+        for name in model_state
+        if name in weights and weights[name].shape != model_state[name].shape
     ]
-    wrong += [f"{name} is missing" for name in own if name not in weights]
-    wrong += [f"{name} is unknown to the model" for name in weights if name not in own]
+    wrong += [f"{name} is missing" for name in model_state if name not in weights]
+    wrong += [f"{name} is unknown to the model" for name in weights if name not in model_state]
     if wrong:
         more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise CheckpointError(f"{source} does not fit {type(model).__name__}: {'; '.join(wrong[:4])}{more}")
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in model_state.items():
             tensor.copy_(weights[name])

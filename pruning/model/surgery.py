@@ -1,4 +1,4 @@
-"""apply_plan(model, plan) -> a physically smaller model; the input model is left as it was.
+"""Surgery: `apply_plan` makes a physically smaller model by a plan; the input model is left as it was.
 
 H heads, D dense head width, K and V kept widths, C model width. Rows of qkv: queries, keys, values; head by head.
 """
@@ -22,7 +22,7 @@ WINDOWS_NEED_ALL = "attention in windows needs every token of the grid"
 
 
 def keep_all_block(anatomy: BlockAnatomy, num_tokens: int | None = None) -> BlockPlan:
-    """The plan of a whole block, which `num_tokens` patch tokens (default: all) leave."""
+    """Makes the plan that keeps all units of a block, which `num_tokens` patch tokens (default: all) leave."""
     channels = tuple(range(anatomy.head_dim))
     return BlockPlan(
         keep_heads=tuple(range(anatomy.num_heads)),
@@ -34,17 +34,17 @@ def keep_all_block(anatomy: BlockAnatomy, num_tokens: int | None = None) -> Bloc
 
 
 def keep_all_plan(anatomy: Anatomy) -> Plan:
-    """The plan of the dense model."""
+    """Makes the plan that keeps the whole dense model."""
     return Plan(blocks=tuple(map(keep_all_block, anatomy.blocks)))
 
 
 def keep_all_from(anatomy: Anatomy, index: int, num_tokens: int) -> list[BlockPlan]:
-    """The plans of whole blocks from `index` on, behind one that `num_tokens` patch tokens leave."""
+    """Makes plans that keep all units of the blocks from `index` on, which `num_tokens` patch tokens enter."""
     return [keep_all_block(block, min(num_tokens, block.num_patches)) for block in anatomy.blocks[index:]]
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
-    """The smaller model. A block of which everything stays is copied as it is, so its logits stay bit-equal.
+    """Makes the smaller model. A block that keeps everything is copied as it is, so its output stays bit-equal.
 
     Args:
         model: a dense model of `plan.exit_block` blocks (`pruning.model.exits.truncate` cuts a deeper one).
@@ -56,10 +56,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     check_plan(plan, anatomy)
     built: list[nn.Module] = []
     num_tokens = anatomy.blocks[0].num_patches
-    for block, of_block, block_plan in zip(blocks_of(model), anatomy.blocks, plan.blocks, strict=True):
+    for block, block_anatomy, block_plan in zip(blocks_of(model), anatomy.blocks, plan.blocks, strict=True):
         built.append(
             slim_block(
-                block, block_plan, of_block, num_tokens_in=min(num_tokens, of_block.num_patches),
+                block, block_plan, block_anatomy, num_tokens_in=min(num_tokens, block_anatomy.num_patches),
                 token_reduction=plan.token_reduction, cutoff_token=plan.cutoff_token,
                 is_last=len(built) == anatomy.depth - 1,
             )
@@ -69,7 +69,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def check_plan(plan: Plan, anatomy: Anatomy) -> None:
-    """Raises PlanError where the plan does not fit the model."""
+    """Raises PlanError if the plan does not fit the model."""
     if plan.exit_block != anatomy.depth:
         raise PlanError(f"the plan has {plan.exit_block} blocks, the model {anatomy.depth}; truncate the model first")
     for index, (block, dense) in enumerate(zip(plan.blocks, anatomy.blocks, strict=True)):
@@ -100,13 +100,16 @@ def slim_block(
     cutoff_token: float,
     is_last: bool,
 ) -> nn.Module:
-    """One block with only the planned units, in new memory; a whole block is a plain copy.
+    """Makes a block of only the planned units, in new memory; where all of it stays, a plain copy.
 
     Args:
         block: a dense block.
         num_tokens_in: patch tokens that enter it.
-        cutoff_token: of the token filter, in (0, 1].
+        cutoff_token: cut-off frequency of the token filter, in (0, 1].
         is_last: no block comes after it.
+
+    Raises:
+        PlanError: more patch tokens leave the block than enter it.
     """
     if plan.num_tokens > num_tokens_in:
         raise PlanError(f"{plan.num_tokens} patch tokens leave a block that {num_tokens_in} enter; keep fewer")
@@ -143,7 +146,7 @@ def slim_block(
 
 
 def as_slim(block: nn.Module, anatomy: BlockAnatomy, *, is_last: bool) -> SlimBlock:
-    """A dense block that takes merged tokens with their sizes. It shares the block's memory."""
+    """Makes a slim block of a dense one, which takes merged tokens with their sizes; it shares the block's memory."""
     parts = parts_of(block)
     attention = _attention(
         parts.qkv, parts.proj, parts.windows, num_heads=anatomy.num_heads, qk_width=anatomy.head_dim,
@@ -159,7 +162,7 @@ def as_slim(block: nn.Module, anatomy: BlockAnatomy, *, is_last: bool) -> SlimBl
 
 
 def value_channels(plan: BlockPlan, anatomy: BlockAnatomy) -> Tensor:
-    """The kept inputs of the attention's output projection, as indices into H*D; ascending, (H' * V,)."""
+    """Returns the kept inputs of the attention's output projection, as indices into H*D, ascending: (H' * V,)."""
     return _head_channels(plan.keep_heads, plan.keep_v, anatomy.head_dim)
 
 
@@ -180,10 +183,10 @@ def _slim_attention(parts: BlockParts, plan: BlockPlan, anatomy: BlockAnatomy) -
     )
 
 
-def _attention(qkv: nn.Linear, proj: nn.Linear, windows: Windows | None, **others: Any) -> SlimAttention:
+def _attention(qkv: nn.Linear, proj: nn.Linear, windows: Windows | None, **widths: Any) -> SlimAttention:
     if windows is None:
-        return SlimAttention(qkv, proj, **others)
-    return WindowedAttention(qkv, proj, windows=windows, **others)
+        return SlimAttention(qkv, proj, **widths)
+    return WindowedAttention(qkv, proj, windows=windows, **widths)
 
 
 def _head_channels(heads: tuple[int, ...], channels: tuple[tuple[int, ...], ...], head_dim: int) -> Tensor:
@@ -195,7 +198,7 @@ def _index(kept: tuple[int, ...]) -> Tensor:
 
 
 def _linear(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
-    """A linear layer of some rows (outputs) or columns (inputs) of another, in new memory."""
+    """Makes a linear layer of some rows (outputs) or columns (inputs) of another, in new memory."""
     weight: Tensor = layer.weight.detach()
     bias: Tensor | None = None if layer.bias is None else layer.bias.detach()
     if rows is not None:

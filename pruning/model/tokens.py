@@ -1,4 +1,4 @@
-"""Token reduction: which patch tokens leave a block, and what becomes of the others.
+"""Token reduction: chooses the patch tokens that leave a block, and merges or drops the others.
 
 B images, N tokens (P prefix tokens first, M = N - P patches), H heads, K query/key width a head, C model width.
 """
@@ -23,34 +23,35 @@ Schedule = Literal["constant", "decreasing"]
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionState:
-    """What a block's attention tells of its tokens."""
+    """The state of a block's attention that a token reduction may look at."""
 
     q: Tensor
+    """(B, H, N, K), queries."""
     k: Tensor
-    """Both (B, H, N, K)."""
+    """(B, H, N, K), keys."""
     scale: float
-    """The logits are scale * q @ k^T."""
+    """The factor of the logits, which are scale * q @ k^T."""
     size: Tensor | None
-    """(B, N, 1): patches that each token stands for; None while all are 1."""
+    """(B, N, 1), the number of patches that each token stands for; None while all are 1."""
     attention: Tensor | None
-    """(B, H, N, N), only where the reduction asks for it."""
+    """(B, H, N, N), the attention map, only where the reduction needs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Tokens that stay, tokens that go into one of them, and their weights there."""
+    """One step of a reduction: tokens that stay, tokens that go into one of them, and their weights there."""
 
     kept: Tensor
-    """(B, N') indices into N, ascending, the prefix first."""
+    """(B, N'), indices into N of the tokens that stay, ascending, the prefix first."""
     moved: Tensor | None
-    """(B, R) indices into N."""
+    """(B, R), indices into N of the tokens that go into others; None where the others are dropped."""
     into: Tensor | None
-    """(B, R) indices into N'."""
+    """(B, R), indices into N': where each moved token goes."""
     weight: Tensor | None
-    """(B, N, 1), positive: a token's weight in the average with those that move into it."""
+    """(B, N, 1), positive: each token's weight in the average of the tokens that become one."""
 
     def total(self, stream: Tensor) -> Tensor:
-        """Every kept token plus those that move into it. (B, N, n) -> (B, N', n)."""
+        """Adds to every kept token those that move into it. (B, N, n) -> (B, N', n)."""
         kept = _rows(stream, self.kept)
         if self.moved is not None and self.into is not None:
             rows = _row_numbers(self.into, kept.shape[1])
@@ -58,44 +59,44 @@ class Step:
         return kept
 
     def average(self, stream: Tensor) -> Tensor:
-        """Every kept token averaged with those that move into it. (B, N, n) -> (B, N', n)."""
+        """Averages every kept token with those that move into it. (B, N, n) -> (B, N', n)."""
         if self.weight is None or self.moved is None or self.into is None:
             return self.total(stream)
         # Shares before products: a token alone has a share of exactly 1, and least weights do not vanish in products.
-        total = self.total(self.weight)
-        whole = torch.ones_like(self.weight).scatter(1, self.kept[..., None], total)
-        whole = whole.scatter(1, self.moved[..., None], total.gather(1, self.into[..., None]))
-        return self.total(stream * (self.weight / whole).to(stream.dtype))
+        kept_totals = self.total(self.weight)
+        totals = torch.ones_like(self.weight).scatter(1, self.kept[..., None], kept_totals)
+        totals = totals.scatter(1, self.moved[..., None], kept_totals.gather(1, self.into[..., None]))
+        return self.total(stream * (self.weight / totals).to(stream.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reduced:
-    """What a reduction did, to do the same with other streams of the same tokens."""
+    """The steps of a reduction that was made, which can be applied to other streams of the same tokens."""
 
     steps: tuple[Step, ...]
     size: Tensor | None
-    """(B, N', 1), or None while every token is one patch or the reduction does not count them."""
+    """(B, N', 1), the patches that each token stands for; None while all are 1 or the reduction does not count them."""
 
     def apply(self, stream: Tensor) -> Tensor:
-        """(B, N, n) -> (B, N', n)."""
+        """Reduces a stream of the same tokens. (B, N, n) -> (B, N', n)."""
         for step in self.steps:
             stream = step.average(stream)
         return stream
 
 
 class Reducer(nn.Module, ABC):
-    """A block's token reduction: `num_patches` come in, `num_keep` leave; prefix tokens always stay."""
+    """The token reduction of a block: `num_patches` come in, `num_keep` leave; prefix tokens always stay."""
 
     needs_map = False
-    """It looks at the whole attention map, which fused attention does not give."""
+    """True where the reduction needs the whole attention map, which fused attention does not give."""
     has_filter = False
-    """It looks at low-frequency energy."""
+    """True where the reduction looks at low-frequency energy."""
     token_filter: Tensor
 
     def __init__(
         self, *, num_patches: int, num_keep: int, num_prefix_tokens: int, has_class_token: bool, cutoff: float
     ) -> None:
-        """cutoff is the token filter's, in (0, 1], for the reductions that have one."""
+        """Prepares the token filter of the reductions that have one; cutoff is its cut-off frequency, in (0, 1]."""
         super().__init__()
         assert 1 <= num_keep <= num_patches
         self.num_patches, self.num_keep = num_patches, num_keep
@@ -104,24 +105,24 @@ class Reducer(nn.Module, ABC):
             self.register_buffer("token_filter", token_filter(num_patches, cutoff), persistent=False)
 
     @abstractmethod
-    def choose(self, x: Tensor, clues: AttentionState) -> Reduced:
-        """x: (B, N, C) tokens after the block's attention."""
+    def choose(self, x: Tensor, state: AttentionState) -> Reduced:
+        """Chooses the reduction of these tokens. x: (B, N, C), after the block's attention."""
 
     def _keep(self, patches: Tensor) -> Tensor:
-        """The prefix and these patches, in their order. (B, n) -> (B, P + n)."""
+        """Returns the indices of the prefix and of these patches, ascending. (B, n) -> (B, P + n)."""
         prefix = torch.arange(self.num_prefix_tokens, device=patches.device).expand(len(patches), -1)
         return torch.cat([prefix, patches.sort(dim=1).values + self.num_prefix_tokens], dim=1)
 
 
 class TokenDrop(Reducer):
-    """Drops the patches of least LFE score (VTC-LFC, eq. 6-9)."""
+    """Drops the patches of the lowest LFE score (VTC-LFC, eq. 6-9)."""
 
     needs_map = has_filter = True
 
-    def choose(self, x: Tensor, clues: AttentionState) -> Reduced:
-        assert clues.attention is not None
+    def choose(self, x: Tensor, state: AttentionState) -> Reduced:
+        assert state.attention is not None
         scores = score_tokens(
-            x, clues.attention, self.token_filter,
+            x, state.attention, self.token_filter,
             num_prefix_tokens=self.num_prefix_tokens, has_class_token=self.has_class_token,
         )  # fmt: skip
         best = scores.topk(self.num_keep, dim=1).indices
@@ -129,12 +130,12 @@ class TokenDrop(Reducer):
 
 
 class TokenFuse(Reducer):
-    """Keeps the patches of most class attention; the others become one, weighted by it (EViT, Liang et al. 2022)."""
+    """Keeps the patches of most class attention and averages the others to one by it (EViT, Liang et al. 2022)."""
 
-    def choose(self, x: Tensor, clues: AttentionState) -> Reduced:
-        attention = class_attention(clues, self.num_prefix_tokens, self.has_class_token)
+    def choose(self, x: Tensor, state: AttentionState) -> Reduced:
+        attention = class_attention(state, self.num_prefix_tokens, self.has_class_token)
         order = attention.argsort(dim=1, descending=True, stable=True)
-        # The best of those that go is where the others go into; so its place, not its content, stays.
+        # The last of the kept patches takes in all that go; so its place, not its content, stays.
         host, moved = order[:, self.num_keep - 1, None], order[:, self.num_keep :]
         kept = self._keep(order[:, : self.num_keep])
         into = torch.searchsorted(kept[:, self.num_prefix_tokens :].contiguous(), host + self.num_prefix_tokens)
@@ -151,20 +152,20 @@ class TokenFuse(Reducer):
 class TokenMerge(Reducer):
     """Averages pairs of patches whose keys point the same way (ToMe, Bolya et al. 2023).
 
-    Patches at even places look for their nearest at odd places: distance 1 - cosine of the keys' mean over heads.
-    The nearest pairs become one token, averaged by size. With a weight w a patch, the distance of a pair counts
-    (sqrt(w_a) + sqrt(w_b)) times, so that tokens nobody needs go first.
-    Where more than half has to go, it is done again.
+    Each patch at an even place is paired with its nearest at an odd place: distance 1 - cosine of the keys' mean over
+    heads. The nearest pairs become one token, averaged by size. Where patches have weights w, the distance of a pair
+    counts (sqrt(w_a) + sqrt(w_b)) times, so that patches of little weight go first.
+    Where more than half of the patches have to go, this is repeated.
     """
 
-    def weights(self, x: Tensor, clues: AttentionState) -> Tensor | None:
-        """(B, M), at least 0, or None for none; those of merged patches add up."""
+    def weights(self, x: Tensor, state: AttentionState) -> Tensor | None:
+        """Returns the weights of the patches (B, M), at least 0, or None for none; those of merged patches add up."""
         return None
 
-    def choose(self, x: Tensor, clues: AttentionState) -> Reduced:
+    def choose(self, x: Tensor, state: AttentionState) -> Reduced:
         prefix = self.num_prefix_tokens
-        size = torch.ones_like(x[..., :1]) if clues.size is None else clues.size
-        keys, weight = clues.k.mean(dim=1), self.weights(x, clues)
+        size = torch.ones_like(x[..., :1]) if state.size is None else state.size
+        keys, weight = state.k.mean(dim=1), self.weights(x, state)
         steps = []
         while (num_patches := keys.shape[1] - prefix) > self.num_keep:
             count = min(num_patches - self.num_keep, num_patches // 2)
@@ -184,19 +185,19 @@ class TokenMerge(Reducer):
 
 
 class EnergyMerge(TokenMerge):
-    """Merges what carries little low-frequency energy first."""
+    """Merges patches of little low-frequency energy first."""
 
     has_filter = True
 
-    def weights(self, x: Tensor, clues: AttentionState) -> Tensor | None:
+    def weights(self, x: Tensor, state: AttentionState) -> Tensor | None:
         return low_frequency_energy(x[:, self.num_prefix_tokens :], self.token_filter)
 
 
 class AttentionMerge(TokenMerge):
-    """Merges what the class token hardly looks at first."""
+    """Merges patches of little class attention first."""
 
-    def weights(self, x: Tensor, clues: AttentionState) -> Tensor | None:
-        return class_attention(clues, self.num_prefix_tokens, self.has_class_token)
+    def weights(self, x: Tensor, state: AttentionState) -> Tensor | None:
+        return class_attention(state, self.num_prefix_tokens, self.has_class_token)
 
 
 REDUCERS: dict[TokenReduction, type[TokenDrop | TokenFuse | TokenMerge]] = {
@@ -209,24 +210,25 @@ REDUCERS: dict[TokenReduction, type[TokenDrop | TokenFuse | TokenMerge]] = {
 
 
 def merges(kind: TokenReduction) -> bool:
-    """Tokens come to stand for several patches, which later attention has to know."""
+    """Tells whether a reduction makes tokens stand for several patches, which later attention has to know."""
     return kind in REDUCERS and issubclass(REDUCERS[kind], TokenMerge)
 
 
-def class_attention(clues: AttentionState, num_prefix_tokens: int, has_class_token: bool) -> Tensor:
-    """Attention of the class token to every patch, mean over heads; of the mean patch query where there is none.
+def class_attention(state: AttentionState, num_prefix_tokens: int, has_class_token: bool) -> Tensor:
+    """Returns the attention of the class token to every patch, the mean over heads: (B, M), at least 0.
 
-    One row of the map: fused attention stays fused. (B, M), at least 0.
+    Where there is no class token, the mean query of the patches takes its place. This is one row of the attention map,
+    so fused attention stays fused.
     """
-    query = clues.q[:, :, :1] if has_class_token else clues.q[:, :, num_prefix_tokens:].mean(dim=2, keepdim=True)
-    logits = (query @ clues.k.transpose(-2, -1)).float() * clues.scale
-    if clues.size is not None:
-        logits = logits + clues.size.float().log().transpose(1, 2)[:, None]
+    query = state.q[:, :, :1] if has_class_token else state.q[:, :, num_prefix_tokens:].mean(dim=2, keepdim=True)
+    logits = (query @ state.k.transpose(-2, -1)).float() * state.scale
+    if state.size is not None:
+        logits = logits + state.size.float().log().transpose(1, 2)[:, None]
     return logits.softmax(dim=-1)[:, :, 0, num_prefix_tokens:].mean(dim=1)
 
 
 def _match(keys: Tensor, weight: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` nearest pairs: who moves (B, count), where to (B, count), and who stays (B, M - count)."""
+    """Finds the `count` nearest pairs: patches that move (B, count), where to (B, count), that stay (B, M - count)."""
     keys = F.normalize(keys.float(), dim=-1)
     with torch.autocast(keys.device.type, enabled=False):  # in bfloat16 most near pairs tie, and others are taken
         distance = 1 - keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
@@ -241,7 +243,7 @@ def _match(keys: Tensor, weight: Tensor | None, count: int) -> tuple[Tensor, Ten
 
 
 def _rows(stream: Tensor, chosen: Tensor) -> Tensor:
-    """Whole rows of all images at once: four times faster on a CPU than a gather along the tokens."""
+    """Picks rows of all images at once: four times faster on a CPU than a gather along the tokens."""
     rows = _row_numbers(chosen, stream.shape[1])
     return stream.flatten(0, 1).index_select(0, rows).unflatten(0, (len(stream), -1))
 
@@ -252,8 +254,10 @@ def _row_numbers(chosen: Tensor, num_tokens: int) -> Tensor:
 
 
 def schedule(kind: Schedule, num_patches: int, depth: int, removed: float) -> list[int]:
-    """Patches that leave each block: `constant` takes `removed` from each, `decreasing` twice that from the first
-    down to none from the last (ToMe's two schedules). At least one stays.
+    """Returns the number of patches that leave each block, by one of ToMe's two schedules; at least one stays.
+
+    `constant` takes `removed` patches from each block, `decreasing` twice as many from the first down to none from the
+    last.
     """
     counts, left = [], float(num_patches)
     for block in range(depth):

@@ -118,7 +118,7 @@ class _LayerRepair:
     gain: Tensor
     """(C,): what the layer's output is multiplied by before it is added to the stream."""
     sensitivity: StreamSensitivity
-    """Of the stream where the layer's output is added."""
+    """The sensitivity of the stream where the layer's output is added."""
     token_weights: Tensor
     """(N,): how much an error in each token counts."""
     moments: Moments = field(default_factory=Moments)

@@ -133,7 +133,7 @@ def best_slope(
     inner = held[:num_features, :num_features] + shift[:num_features, None] * shift[:num_features]
 
     def gain_of(slope: Tensor) -> float:
-        """How much smaller the held-out error is than without a slope."""
+        """Returns by how much the held-out error is smaller than without a slope."""
         weighted = metric @ slope
         return float(2 * (weighted * cross.T).sum() - (weighted * (slope @ inner)).sum())
 

@@ -1,8 +1,8 @@
-"""How much the loss minds an error in the stream of tokens, block by block: the metric of everything closed-form.
+"""Sensitivity of the loss to an error in the stream of tokens, block by block: the metric of everything closed-form.
 
 An error D_t in token t costs 1/2 E[sum_t (g_t . D_t)^2] (Fisher information: g is the gradient of the log-likelihood
-of a label that the model itself draws). Averaged over tokens that is 1/2 tr(G E[D D^T]), with one G a place and one
-weight for the prefix tokens and one for the patches: late in a network the class token is nearly all that counts.
+of a label that the model itself draws). Averaged over tokens that is 1/2 tr(G E[D D^T]), with one G for each place, and
+one weight for the prefix tokens and one for the patches: late in a network the class token is nearly all that counts.
 
 B images, N tokens, P prefix tokens, C model width.
 """
@@ -21,24 +21,24 @@ from pruning.model.surgery import as_slim
 from pruning.precision import Precision, autocast
 
 PATCH_FLOOR = 0.05
-"""Share of the weight that is spread evenly over all tokens: with less, a few hundred class tokens are all that a
+"""The share of the weight that is spread evenly over all tokens: with less, a few hundred class tokens are all that a
 late layer is fitted on (tried 0, 0.05, 0.3, 1 on ViT-Tiny: 0.05 lost least)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSensitivity:
-    """At one place of the stream of tokens."""
+    """The sensitivity of the loss to an error at one place of the stream of tokens."""
 
     metric: Tensor
     """(C, C), float64: G = E[sum_t g_t g_t^T]."""
     prefix_share: float
-    """Share of the gradients' energy that lies on the prefix tokens, in [0, 1]."""
+    """The share of the gradients' energy that lies on the prefix tokens, in [0, 1]."""
 
     def to(self, device: torch.device | str) -> StreamSensitivity:
         return replace(self, metric=self.metric.to(device))
 
     def token_weights(self, num_tokens: int, num_prefix: int) -> Tensor:
-        """(N,), float32, sum 1: what an error in each token counts."""
+        """Returns how much an error in each token counts: (N,), float32, sum 1."""
         share = self.prefix_share if num_prefix else 0.0
         weights = torch.full((num_tokens,), (1 - share) / max(1, num_tokens - num_prefix))
         weights[:num_prefix] = share / max(1, num_prefix)
@@ -47,12 +47,12 @@ class StreamSensitivity:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSensitivity:
-    """At the two places where a block adds to the stream."""
+    """The sensitivity at the two places where a block adds to the stream."""
 
     mid: StreamSensitivity
-    """After attention."""
+    """The place after attention."""
     out: StreamSensitivity
-    """After the MLP."""
+    """The place after the MLP."""
 
     def to(self, device: torch.device | str) -> BlockSensitivity:
         return BlockSensitivity(mid=self.mid.to(device), out=self.out.to(device))
@@ -62,17 +62,22 @@ class BlockSensitivity:
 def measure_sensitivity(
     model: nn.Module, images: Images, *, batch_size: int = 64, precision: Precision = "float32", seed: int = 0
 ) -> list[BlockSensitivity]:
-    """Of every block of a dense model, by one forward and one backward pass; the model is left as it was.
+    """Measures the sensitivity of a dense model's blocks, by one forward and one backward pass.
+
+    The model is left as it was.
 
     Args:
-        images: labels are not looked at.
+        images: their labels are not looked at.
         seed: of the labels that the model draws.
     """
     anatomy = examine(model)
     device = next(model.parameters()).device
     luck = torch.rand(len(images), generator=torch.Generator().manual_seed(seed))  # one an image, whatever the batches
-    blocks = [as_slim(block, each, is_last=False) for block, each in zip(blocks_of(model), anatomy.blocks, strict=True)]
-    sums = [(_Sum(each), _Sum(each)) for each in anatomy.blocks]
+    blocks = [
+        as_slim(block, block_anatomy, is_last=False)
+        for block, block_anatomy in zip(blocks_of(model), anatomy.blocks, strict=True)
+    ]
+    sums = [(_GradientSum(block_anatomy), _GradientSum(block_anatomy)) for block_anatomy in anatomy.blocks]
     start = 0
     for batch, _ in images.batches(batch_size, device):
         places: list[Tensor] = []
@@ -86,14 +91,14 @@ def measure_sensitivity(
         drawn = torch.searchsorted(shares, luck[start : start + len(batch), None] * shares[:, -1:])[:, 0].to(device)
         start += len(batch)
         gradients = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), places)
-        for (of_mid, of_out), mid, out in zip(sums, gradients[::2], gradients[1::2], strict=True):
-            of_mid.add(mid)
-            of_out.add(out)
-    return [BlockSensitivity(mid=mid.done(len(images)), out=out.done(len(images))) for mid, out in sums]
+        for (mid_sum, out_sum), mid, out in zip(sums, gradients[::2], gradients[1::2], strict=True):
+            mid_sum.add(mid)
+            out_sum.add(out)
+    return [BlockSensitivity(mid=mid.mean(len(images)), out=out.mean(len(images))) for mid, out in sums]
 
 
-class _Sum:
-    """Sums over images of g g^T, and of the gradients' energy on prefix tokens and patches."""
+class _GradientSum:
+    """Sums over images of g g^T, and of the gradients' energy on prefix tokens and on patches."""
 
     def __init__(self, anatomy: BlockAnatomy) -> None:
         self._prefix = anatomy.num_prefix_tokens
@@ -101,13 +106,13 @@ class _Sum:
         self._energy = [0.0, 0.0]
 
     def add(self, gradient: Tensor) -> None:
-        """(B, N, C)."""
+        """Adds the gradients of a batch. (B, N, C)."""
         flat = gradient.float().flatten(0, 1)
         self._metric = self._metric + (flat.T @ flat).double()
         self._energy[0] += gradient[:, : self._prefix].float().square().sum().item()
         self._energy[1] += gradient[:, self._prefix :].float().square().sum().item()
 
-    def done(self, num_images: int) -> StreamSensitivity:
+    def mean(self, num_images: int) -> StreamSensitivity:
         assert isinstance(self._metric, Tensor)
         prefix, patches = self._energy
         return StreamSensitivity(metric=self._metric / num_images, prefix_share=prefix / max(prefix + patches, 1e-30))

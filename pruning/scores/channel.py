@@ -7,21 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from pruning.errors import VitfrontError
 from pruning.model.anatomy import BlockAnatomy
 from pruning.precision import Precision
-
-if TYPE_CHECKING:
-    from pruning.repair.compensation import BlockRepair
+from pruning.repair.compensation import BlockRepair
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringInput:
-    """All that a criterion may look at to score one block. Activations are run through blocks, never indexed."""
+    """The input of a criterion that scores one block. Activations are run through blocks, never indexed."""
 
     model: nn.Module
     """The model whose tail (norm and classifier) comes after the last block."""

@@ -1,4 +1,4 @@
-"""Tiny models, images and plans, all from a seed.
+"""Tiny models, images and plans, all from a seed; and combinations of parameters that are fewer than all.
 
 Parameters are drawn wide: at timm's own initialisation (0.02, no bias) a block barely changes its input, and a
 pruned model equals the dense one whatever is wrong with it.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.data import Images
+from pruning.measure.widths import AllowedWidths
 from pruning.model.anatomy import Anatomy, examine
 from pruning.plan import BlockPlan, Indices, Plan, TokenReduction
 from pruning.repair.flow import CalibrationStream
@@ -118,6 +121,14 @@ def calibration_stream(
     return stream
 
 
+def allowed_widths(seed: int, head_dim: int = 8, num_hidden: int = 96) -> AllowedWidths:
+    """Allowed widths of no pattern, the dense widths among them."""
+    generator = random.Random(seed)
+    pairs = generator.sample(list(itertools.product(range(1, head_dim + 1), repeat=2)), 6)
+    hidden = {*generator.sample(range(1, num_hidden), 5), num_hidden}
+    return AllowedWidths(attention=(*pairs, (head_dim, head_dim)), hidden=tuple(sorted(hidden)))
+
+
 def toy_images(count: int, *, seed: int) -> Images:
     """Four classes that a tiny model learns in a second, not perfectly: four smooth patterns under noise."""
     patterns = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(99))
@@ -153,6 +164,28 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 def same_state(module: nn.Module, before: dict[str, Tensor]) -> bool:
     now = module.state_dict()
     return now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
+
+
+def every_pair(*choices: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Few combinations of parameters in which every two values of two of them meet; always the same ones."""
+    places = list(itertools.combinations(range(len(choices)), 2))
+    combinations = list(itertools.product(*choices))
+
+    def pairs(chosen: tuple[Any, ...]) -> set[tuple[int, int, Any, Any]]:
+        return {(one, other, chosen[one], chosen[other]) for one, other in places}
+
+    missing = set().union(*map(pairs, combinations))
+    taken = []
+    while missing:
+        taken.append(max(combinations, key=lambda chosen: len(pairs(chosen) & missing)))
+        missing -= pairs(taken[-1])
+    return taken
+
+
+def in_rotation(ones: Sequence[Any], others: Sequence[Any], times: int) -> list[tuple[Any, Any]]:
+    """Every one with so many of the others, which take turns."""
+    turns = itertools.cycle(others)
+    return [(one, next(turns)) for one in ones for _ in range(times)]
 
 
 def anatomy(family: str = "vit", **args: Any) -> Anatomy:

@@ -1,4 +1,4 @@
-"""The definitions, written out one image, one head, one token at a time: what the fast code is held against."""
+"""The definitions, written out one image, one head, one token at a time, which the fast code is held against."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pruning.repair.regression import RIDGES
 
 
 def filtered(sequence: list[list[float]], cutoff: float) -> list[list[float]]:
-    """A sequence of vectors through the Gaussian low-pass filter, by the definition of the Fourier transform."""
+    """Filters a sequence of vectors by the Gaussian low-pass, by the definition of the Fourier transform."""
     count, width = len(sequence), len(sequence[0])
     deviation = cutoff * count / 2
     passed = [[0.0] * width for _ in range(count)]
@@ -31,7 +31,7 @@ def filtered(sequence: list[list[float]], cutoff: float) -> list[list[float]]:
 
 
 def token_scores(x: Tensor, attention: Tensor, cutoff: float, anatomy: BlockAnatomy) -> list[float]:
-    """LFE times the attention part of every patch token of one image. x: (N, C), attention: (H, N, N)."""
+    """Multiplies LFE and the attention part of every patch token of one image. x: (N, C), attention: (H, N, N)."""
     prefix, num_heads = anatomy.num_prefix_tokens, len(attention)
     patches = x[prefix:].tolist()
     passed = filtered(patches, cutoff)
@@ -53,7 +53,7 @@ def token_scores(x: Tensor, attention: Tensor, cutoff: float, anatomy: BlockAnat
 
 
 def class_attention(q: Tensor, k: Tensor, size: list[float], scale: float, anatomy: BlockAnatomy) -> list[float]:
-    """What the class token, or the mean of the patches, pays every patch of one image. q, k: (H, N, K)."""
+    """Returns the attention of the class token, or of the mean patch, to every patch of one image. q, k: (H, N, K)."""
     prefix = anatomy.num_prefix_tokens
     paid = [0.0] * (q.shape[1] - prefix)
     for of_head, keys in zip(q, k, strict=True):
@@ -65,14 +65,14 @@ def class_attention(q: Tensor, k: Tensor, size: list[float], scale: float, anato
 
 
 def fused(attention: list[float], keep: int) -> list[dict[int, float]]:
-    """The patches of most attention, and in the place of the last of them its mean with all others (EViT)."""
+    """Keeps the patches of most attention; in the place of the last of them is its mean with all others (EViT)."""
     order = sorted(range(len(attention)), key=lambda patch: -attention[patch])
     stay, host = sorted(order[:keep]), order[keep - 1]
     return [{i: attention[i] for i in order[keep - 1 :]} if patch == host else {patch: 1.0} for patch in stay]
 
 
 def merged(keys: list[list[float]], size: list[float], weight: list[float] | None, keep: int) -> list[dict[int, float]]:
-    """ToMe: even places look for their nearest at odd places, the nearest pairs become one; again, where not enough.
+    """Pairs each even place with its nearest odd one and merges the nearest pairs; again, where not enough (ToMe).
 
     Distances are 1 - cosine, times the sum of the roots of both weights where there are weights.
     """
@@ -107,7 +107,7 @@ def reduction(
     kind: TokenReduction, x: Tensor, q: Tensor, k: Tensor, maps: Tensor, size: list[float],
     *, keep: int, scale: float, cutoff: float, anatomy: BlockAnatomy,
 ) -> list[dict[int, float]]:  # fmt: skip
-    """For every token that leaves the block, in order: the tokens it is the mean of, and their weights there."""
+    """Returns, for every token that leaves the block, in order, the tokens it is the mean of and their weights."""
     prefix = anatomy.num_prefix_tokens
     if kind == "lfe":
         scores = token_scores(x, maps, cutoff, anatomy)
@@ -128,7 +128,7 @@ def reduction(
 
 @torch.no_grad()
 def logits(model: Any, plan: Plan, images: Tensor) -> Tensor:
-    """What the pruned model gives, from the dense one: units that go are left out of the sums."""
+    """Returns the logits of the pruned model, from the dense one: units that go are left out of the sums."""
     (anatomy,) = set(examine(model).blocks)
     prefix, width = anatomy.num_prefix_tokens, anatomy.head_dim
     inner = anatomy.num_heads * width
@@ -170,7 +170,7 @@ def logits(model: Any, plan: Plan, images: Tensor) -> Tensor:
 def ridge_slope(
     x: Tensor, y: Tensor, is_held: Tensor, metric: Tensor, weight: Tensor | None = None, *, centred: bool
 ) -> Tensor | None:
-    """Every ridge is fitted on one part and tried on the other; the best is fitted on all. None where none is best."""
+    """Fits every ridge on one part, tries it on the other, and fits the best on all; None where no slope is better."""
     x, y = x.double(), y.double()
     weight = torch.ones(len(x), dtype=torch.float64) if weight is None else weight.double()
 

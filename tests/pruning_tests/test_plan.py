@@ -79,7 +79,7 @@ def test_the_exit_is_after_the_last_block() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"keep_heads": (), "keep_qk": (), "keep_v": ()}, "keeps no head"),
         ({"keep_hidden": ()}, "keeps no hidden unit"),
@@ -97,8 +97,8 @@ def test_the_exit_is_after_the_last_block() -> None:
         ({"num_tokens": 0}, "keep 1 at least"),
     ],
 )
-def test_a_block_that_is_no_plan_is_refused(change: dict[str, Any], told: str) -> None:
-    with pytest.raises(PlanError, match=told):
+def test_a_block_that_is_no_plan_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         replace(BLOCK, **change)
 
 

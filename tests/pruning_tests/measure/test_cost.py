@@ -91,19 +91,22 @@ def test_an_odd_number_of_patches_is_matched_floor_by_ceiling(patches: int, left
     assert block_macs(builders.anatomy().blocks[0], shape, patches, "merge").reduction == 5 * pairs
 
 
-@pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
-@pytest.mark.parametrize(("patches", "left"), [(16, 15), (16, 8), (16, 7), (15, 7), (16, 1), (2, 1)])
-def test_a_reduction_counts_as_by_torch(kind: TokenReduction, patches: int, left: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "counts"),
+    builders.in_rotation(TOKEN_REDUCTIONS, [(16, 15), (16, 8), (16, 7), (15, 7), (16, 1), (2, 1)], 4),
+)
+def test_a_reduction_counts_as_by_torch(kind: TokenReduction, counts: tuple[int, int]) -> None:
+    patches, left = counts
     reducer = REDUCERS[kind](
         num_patches=patches, num_keep=left, num_prefix_tokens=1, has_class_token=True, cutoff=0.5
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 3, patches + 1, 5, generator=generator)
     attention = (q @ k.transpose(2, 3)).softmax(dim=-1)
-    told = AttentionState(q=q, k=k, scale=1.0, size=None, attention=attention)
+    state = AttentionState(q=q, k=k, scale=1.0, size=None, attention=attention)
     x = torch.randn(1, patches + 1, 24, generator=generator)
     with FlopCounterMode(display=False) as counter:
-        reducer.choose(x, told)
+        reducer.choose(x, state)
     row = 3 * (patches + 1) * 5 if "attention" in kind else 0  # the class token's logits again: part of the choice
     shape = BlockShape(num_heads=3, qk_width=5, v_width=2, num_hidden=9, num_tokens=left)
     assert counter.get_total_flops() == 2 * (

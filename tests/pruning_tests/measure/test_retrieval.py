@@ -24,9 +24,9 @@ def slow(
         similarity = [sum(a * b for a, b in zip(query, other, strict=True)) for other in gallery]
         order = sorted(range(len(gallery)), key=lambda n: (-similarity[n], n))
         hits += gallery_labels[order[0]] == label
-        found = [rank for rank, n in enumerate(order, start=1) if gallery_labels[n] == label]
-        if found:
-            precisions.append(sum(place / rank for place, rank in enumerate(found, start=1)) / len(found))
+        ranks = [rank for rank, n in enumerate(order, start=1) if gallery_labels[n] == label]
+        if ranks:
+            precisions.append(sum(place / rank for place, rank in enumerate(ranks, start=1)) / len(ranks))
     return hits / len(queries), sum(precisions) / len(precisions) if precisions else 0.0
 
 
@@ -73,9 +73,9 @@ def test_features_are_of_unit_length_and_what_the_classifier_reads(family: str) 
     model = model_of(family)
     anatomy = examine(model)
     images = builders.images(6, size=anatomy.image_size)
-    found = features(model, images, batch_size=4)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(6))
+    unit_features = features(model, images, batch_size=4)
+    torch.testing.assert_close(unit_features.norm(dim=1), torch.ones(6))
     x = images.normalized(slice(None), torch.device("cpu"))
-    before = model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
-    torch.testing.assert_close(found, F.normalize(before.detach(), dim=1))
-    assert features(apply_plan(model, plan_of(anatomy)), images).shape == found.shape
+    expected = model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
+    torch.testing.assert_close(unit_features, F.normalize(expected.detach(), dim=1))
+    assert features(apply_plan(model, plan_of(anatomy)), images).shape == unit_features.shape

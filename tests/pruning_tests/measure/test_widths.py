@@ -1,10 +1,9 @@
-"""Which widths are offered, against brute force and on made-up devices whose clock is ours."""
+"""The widths that are offered, against brute force and on devices that take their time by a formula."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from itertools import pairwise, product
 from typing import Any
@@ -12,9 +11,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pruning.measure.cost import count_macs
 from pruning.measure.widths import (
     AllowedWidths,
     AttentionHalf,
@@ -23,13 +21,9 @@ from pruning.measure.widths import (
     measure_allowed_widths,
     multiples,
 )
-from pruning.methods.allocation import SHARES, Profile, allocate
-from pruning.methods.cascade import CascadeSettings, cascade
-from pruning.model.anatomy import Anatomy, examine
-from pruning.model.surgery import keep_all_plan
-from pruning.plan import TOKEN_REDUCTIONS, Plan, TokenReduction
+from pruning.model.anatomy import examine
+from pruning.plan import TOKEN_REDUCTIONS, TokenReduction
 from pruning.precision import Precision
-from pruning.scores.curves import RemovalCurves
 from tests.pruning_tests import builders
 
 Widths = list[tuple[int, ...]]
@@ -48,7 +42,7 @@ GRID: Widths = [*squared((8, 16, 24, 32))]
 
 
 def slow_faster(widths: Widths, times: Sequence[float]) -> list[int]:
-    """By the definition, recursively: offered if no offered width that is larger somewhere and smaller nowhere is
+    """The definition, recursively: a width is offered if no offered one that is larger somewhere and smaller nowhere is
     about as fast."""
 
     @cache
@@ -75,30 +69,30 @@ def drawn_times(widths: Widths, kind: str, generator: random.Random) -> list[flo
 
 @pytest.mark.parametrize("widths", [CHAIN, GRID], ids=["chain", "grid"])
 @pytest.mark.parametrize("kind", ["ties", "any", "tiles", "noise"])
-@pytest.mark.parametrize("seed", range(5))
-def test_offered_are_the_widths_that_nothing_larger_is_as_fast_as(widths: Widths, kind: str, seed: int) -> None:
-    generator = random.Random(seed)
-    times = drawn_times(widths, kind, generator)
-    expected = slow_faster(widths, times)
-    assert faster_than_larger(widths, times) == expected
-    order = generator.sample(range(len(widths)), len(widths))  # whatever order they come in
-    shuffled = faster_than_larger([widths[n] for n in order], [times[n] for n in order])
-    assert sorted(order[n] for n in shuffled) == expected
+def test_offered_are_the_widths_that_nothing_larger_is_as_fast_as(widths: Widths, kind: str) -> None:
+    for seed in range(5):
+        generator = random.Random(seed)
+        times = drawn_times(widths, kind, generator)
+        expected = slow_faster(widths, times)
+        assert faster_than_larger(widths, times) == expected
+        order = generator.sample(range(len(widths)), len(widths))  # whatever order they come in
+        shuffled = faster_than_larger([widths[n] for n in order], [times[n] for n in order])
+        assert sorted(order[n] for n in shuffled) == expected
 
 
 @pytest.mark.parametrize("widths", [CHAIN, GRID], ids=["chain", "grid"])
 @pytest.mark.parametrize("kind", ["ties", "any", "tiles", "noise"])
-@pytest.mark.parametrize("seed", range(5))
 def test_of_two_offered_widths_the_smaller_is_faster_and_the_dense_one_is_always_there(
-    widths: Widths, kind: str, seed: int
+    widths: Widths, kind: str
 ) -> None:
-    times = drawn_times(widths, kind, random.Random(seed))
-    kept = faster_than_larger(widths, times)
-    assert kept == sorted(kept)
-    assert kept[-1] == len(widths) - 1
-    for one, other in product(kept, repeat=2):
-        if one != other and all(a <= b for a, b in zip(widths[one], widths[other], strict=True)):
-            assert times[one] < times[other]
+    for seed in range(5):
+        times = drawn_times(widths, kind, random.Random(seed))
+        kept = faster_than_larger(widths, times)
+        assert kept == sorted(kept)
+        assert kept[-1] == len(widths) - 1
+        for one, other in product(kept, repeat=2):
+            if one != other and all(a <= b for a, b in zip(widths[one], widths[other], strict=True)):
+                assert times[one] < times[other]
 
 
 @pytest.mark.parametrize("tile", [16, 32, 64])
@@ -132,6 +126,14 @@ def test_pairs_that_are_padded_to_the_wider_of_both_are_offered_only_equal() -> 
     assert [GRID[n] for n in faster_than_larger(GRID, times)] == [(8, 8), (16, 16), (24, 24), (32, 32)]
 
 
+def test_steps_too_small_to_tell_add_up_to_widths_that_are_offered() -> None:
+    widths = [(8 * n,) for n in range(1, 33)]
+    times = [0.75 + 0.25 * n / 32 for n in range(1, 33)]  # a step is worth 0.8 % at most
+    offered = [times[n] for n in faster_than_larger(widths, times)]
+    assert len(offered) >= 14 and offered[0] <= times[1]
+    assert all(0.97 < small / large < 0.99 for small, large in pairwise(offered))
+
+
 # Rounding up
 
 
@@ -148,12 +150,12 @@ def test_multiples_are_all_that_divide_and_the_dense_width_however_large_the_ste
     block = builders.anatomy().blocks[0]
     head = {width for width in range(1, 9) if width % round_to == 0 or width == 8}
     hidden = [width for width in range(1, 97) if width % round_to == 0 or width == 96]
-    found = multiples(block, round_to)
-    assert set(found.attention) == set(squared(sorted(head)))
-    assert len(found.attention) == len(head) ** 2
-    assert list(found.hidden) == hidden
+    allowed = multiples(block, round_to)
+    assert set(allowed.attention) == set(squared(sorted(head)))
+    assert len(allowed.attention) == len(head) ** 2
+    assert list(allowed.hidden) == hidden
     if round_to > 96:
-        assert found == AllowedWidths(attention=((8, 8),), hidden=(96,))
+        assert allowed == AllowedWidths(attention=((8, 8),), hidden=(96,))
 
 
 @pytest.mark.parametrize("round_to", [1, 2, 3, 8, 50])
@@ -163,17 +165,9 @@ def test_multiples_leave_normalised_queries_and_keys_whole(round_to: int) -> Non
     assert normed.hidden == plain.hidden
 
 
-def drawn_widths(seed: int, head_dim: int = 8, num_hidden: int = 96) -> AllowedWidths:
-    """Allowed widths of no pattern, the dense widths among it."""
-    generator = random.Random(seed)
-    pairs = generator.sample(squared(range(1, head_dim + 1)), 6)
-    hidden = {*generator.sample(range(1, num_hidden), 5), num_hidden}
-    return AllowedWidths(attention=(*pairs, (head_dim, head_dim)), hidden=tuple(sorted(hidden)))
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_asked_widths_are_rounded_to_the_smallest_that_have_as_much(seed: int) -> None:
-    drawn = drawn_widths(seed)
+    drawn = builders.allowed_widths(seed)
     for qk, v in squared(range(1, 9)):
         got = drawn.least_attention(qk, v)
         fits = [pair for pair in drawn.attention if min(pair[0] - qk, pair[1] - v) >= 0]
@@ -181,7 +175,7 @@ def test_asked_widths_are_rounded_to_the_smallest_that_have_as_much(seed: int) -
         assert got[0] + got[1] == min(one + other for one, other in fits)
         assert got == drawn.least_attention(*got) or (qk, v) != got
     for width in range(1, 97):
-        assert drawn.least_hidden(width) == min(each for each in drawn.hidden if each >= width)
+        assert drawn.least_hidden(width) == min(hidden for hidden in drawn.hidden if hidden >= width)
 
 
 # A device whose times are ours
@@ -243,24 +237,24 @@ def in_tiles_of_64(hidden: int) -> float:
 
 
 def test_a_device_that_pads_heads_and_runs_in_tiles_is_offered_equal_pairs_and_full_tiles() -> None:
-    found = measured(wide_model(), Device(padded, in_tiles_of_64))
-    assert found == (AllowedWidths(attention=((16, 16), (32, 32)), hidden=(64, 128, 192, 256)),) * 3
+    allowed = measured(wide_model(), Device(padded, in_tiles_of_64))
+    assert allowed == (AllowedWidths(attention=((16, 16), (32, 32)), hidden=(64, 128, 192, 256)),) * 3
 
 
 def test_a_device_to_which_each_width_counts_is_offered_all_that_are_timed() -> None:
-    (found, *_) = measured(wide_model(), Device(lambda qk, v: float(2 * qk + v), float))
-    assert set(found.attention) == set(squared((8, 16, 24, 32)))
-    assert found.hidden == tuple(range(8, 257, 8))
+    (allowed, *_) = measured(wide_model(), Device(lambda qk, v: float(2 * qk + v), float))
+    assert set(allowed.attention) == set(squared((8, 16, 24, 32)))
+    assert allowed.hidden == tuple(range(8, 257, 8))
 
 
 def test_a_device_to_which_no_width_counts_is_offered_the_dense_ones() -> None:
-    found = measured(wide_model(), Device(lambda qk, v: 1.0, lambda hidden: 1.0))
-    assert found == (AllowedWidths(attention=((32, 32),), hidden=(256,)),) * 3
+    allowed = measured(wide_model(), Device(lambda qk, v: 1.0, lambda hidden: 1.0))
+    assert allowed == (AllowedWidths(attention=((32, 32),), hidden=(256,)),) * 3
 
 
 def test_normalised_queries_and_keys_are_timed_whole() -> None:
-    (found, *_) = measured(wide_model(qk_norm=True), Device(lambda qk, v: float(qk + v), float))
-    assert set(found.attention) == {(32, v) for v in (8, 16, 24, 32)}
+    (allowed, *_) = measured(wide_model(qk_norm=True), Device(lambda qk, v: float(qk + v), float))
+    assert set(allowed.attention) == {(32, v) for v in (8, 16, 24, 32)}
 
 
 @pytest.mark.parametrize(("heads", "hidden_ratio", "most"), [(1, 1.0, 64), (4, 0.125, 8), (8, 4.0, 256), (2, 1.6, 102)])
@@ -268,10 +262,10 @@ def test_widths_that_are_few_or_no_multiples_of_eight_have_the_dense_one_at_the_
     heads: int, hidden_ratio: float, most: int
 ) -> None:
     model = builders.model(embed_dim=64, num_heads=heads, mlp_ratio=hidden_ratio)
-    (found, *_) = measured(model, Device(lambda qk, v: float(qk + v), float), batch_size=1)
+    (allowed, *_) = measured(model, Device(lambda qk, v: float(qk + v), float), batch_size=1)
     head = 64 // heads
-    assert found.hidden == (*range(8, most, 8), most)
-    assert set(found.attention) == set(squared((*range(8, head, 8), head)))
+    assert allowed.hidden == (*range(8, most, 8), most)
+    assert set(allowed.attention) == set(squared((*range(8, head, 8), head)))
 
 
 def matched_pairs(patches: int, left: int, width: int) -> int:
@@ -286,27 +280,27 @@ def matched_pairs(patches: int, left: int, width: int) -> int:
 @pytest.mark.parametrize("kind", TOKEN_REDUCTIONS)
 def test_the_time_of_a_reduction_is_told_in_multiply_adds_beyond_those_that_are_counted(kind: TokenReduction) -> None:
     device = Device(padded, in_tiles_of_64, reduction=0.75)
-    (found, *_) = measured(wide_model(), device, kind=kind)
+    (allowed, *_) = measured(wide_model(), device, kind=kind)
     tokens, width = 17, 64
     block = 2 * (32 + 32) * tokens * (2 * width + tokens) + 2 * tokens * width * 256
     a_second = block / (2.0 + 4.0)  # two tiles of a head, four of hidden units
     counted = (16 * 16 * width if kind.startswith("lfe") else 0) + (matched_pairs(16, 12, 32) if "merge" in kind else 0)
     assert device.num_tokens == {1 + 12}  # three quarters of the patches
-    assert found.reduction == pytest.approx(0.75 * a_second - counted, rel=1e-9)
-    assert found.reduction > 0
+    assert allowed.reduction == pytest.approx(0.75 * a_second - counted, rel=1e-9)
+    assert allowed.reduction > 0
 
 
 @pytest.mark.parametrize("kind", ["lfe", "merge"])
 def test_a_reduction_that_takes_no_longer_than_is_counted_costs_nothing_more(kind: TokenReduction) -> None:
-    found = measured(wide_model(), Device(padded, in_tiles_of_64, reduction=1e-4), kind=kind)
-    assert {allowed.reduction for allowed in found} == {0.0}
+    allowed = measured(wide_model(), Device(padded, in_tiles_of_64, reduction=1e-4), kind=kind)
+    assert {allowed.reduction for allowed in allowed} == {0.0}
 
 
 def test_equal_blocks_are_timed_once() -> None:
     device = Device(padded, in_tiles_of_64)
     for number, depth in enumerate((1, 3), start=1):
-        found = measured(wide_model(depth=depth), device, batch_size=1)
-        assert found == (found[0],) * depth
+        allowed = measured(wide_model(depth=depth), device, batch_size=1)
+        assert allowed == (allowed[0],) * depth
         # Four widths of queries and of values, 32 of hidden units.
         assert device.num_laps == number * ROUNDS * (4 * 4 + 32)
 
@@ -319,175 +313,43 @@ def swin(**args: Any) -> nn.Module:
 
 
 def test_the_blocks_of_a_stage_share_their_widths_and_another_stage_another() -> None:
-    found = measured(swin(), Device(lambda qk, v: float(qk + v), in_tiles_of_64))
+    allowed = measured(swin(), Device(lambda qk, v: float(qk + v), in_tiles_of_64))
     pairs = tuple(squared((8, 16)))
-    assert found[:2] == (AllowedWidths(attention=pairs, hidden=(64, 128)),) * 2
-    assert found[2:] == (AllowedWidths(attention=pairs, hidden=(64, 128, 192, 256)),) * 2
+    assert allowed[:2] == (AllowedWidths(attention=pairs, hidden=(64, 128)),) * 2
+    assert allowed[2:] == (AllowedWidths(attention=pairs, hidden=(64, 128, 192, 256)),) * 2
 
 
-@pytest.mark.parametrize("family", ["vit", "distilled", "qk_norm", "layer_scale", "swin"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize(
+    ("family", "precision", "learns"),
+    builders.every_pair(["vit", "distilled", "qk_norm", "layer_scale", "swin"], ["float32", "bfloat16"], [True, False]),
+)
 def test_a_model_is_left_as_it_was(family: str, precision: Precision, learns: bool) -> None:
     model = (swin() if family == "swin" else builders.model(family)).requires_grad_(learns).train(learns)
     before, modes = builders.state(model), [module.training for module in model.modules()]
     kind: TokenReduction = "none" if family == "swin" else "attention-merge"
-    found = measure_allowed_widths(model, 2, token_reduction=kind, precision=precision, repeats=1)
-    assert len(found) == examine(model).depth
+    allowed = measure_allowed_widths(model, 2, token_reduction=kind, precision=precision, repeats=1)
+    assert len(allowed) == examine(model).depth
     assert builders.same_state(model, before)
     assert modes == [module.training for module in model.modules()]
-    assert all(each.requires_grad == learns and each.grad is None for each in model.parameters())
-    assert not any(each.is_inference() for each in model.parameters())
+    assert all(parameter.requires_grad == learns and parameter.grad is None for parameter in model.parameters())
+    assert not any(parameter.is_inference() for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("family", ["vit", "average_pooling", "registers", "distilled", "qk_norm", "no_qkv_bias"])
-@pytest.mark.parametrize("kind", ["none", *TOKEN_REDUCTIONS])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    builders.in_rotation(
+        ["vit", "average_pooling", "registers", "distilled", "qk_norm", "no_qkv_bias"], ["none", *TOKEN_REDUCTIONS], 2
+    ),
+)
 def test_what_this_machine_is_faster_with_has_the_form_of_allowed_widths(family: str, kind: TokenReduction) -> None:
     model = builders.model(family, embed_dim=48)  # heads of 16, 192 hidden units
     dense = examine(model).blocks[0]
-    found = measure_allowed_widths(model, 2, token_reduction=kind, repeats=2)
-    assert found == (found[0],) * 3
-    (pairs, hidden, reduction) = found[0].attention, found[0].hidden, found[0].reduction
+    allowed = measure_allowed_widths(model, 2, token_reduction=kind, repeats=2)
+    assert allowed == (allowed[0],) * 3
+    (pairs, hidden, reduction) = allowed[0].attention, allowed[0].hidden, allowed[0].reduction
     assert (dense.head_dim, dense.head_dim) in pairs and len(set(pairs)) == len(pairs)
     assert set(pairs) <= set(product((16,) if family == "qk_norm" else (8, 16), (8, 16)))
     assert hidden[-1] == dense.num_hidden == 192
     assert all(a < b for a, b in pairwise(hidden)) and all(width % 8 == 0 for width in hidden)
     assert reduction >= 0 and (kind != "none" or reduction == 0)
-
-
-# What is planned with allowed widths
-
-
-MIDDLE = builders.anatomy(depth=4, embed_dim=48, img_size=56)  # heads of 16, 192 hidden units, 49 patches
-
-
-def invented(anatomy: Anatomy, kind: TokenReduction = "attention", seed: int = 0) -> Profile:
-    """A profile in which all that goes costs something, and more of it costs more."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def rising(count: int, height: float) -> Tensor:
-        steps = torch.rand(count, generator=generator, dtype=torch.float64)
-        curve = torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)])
-        return height * (curve / curve[-1]) ** 2
-
-    def order(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator).argsort(dim=-1)
-
-    channels = tuple(
-        RemovalCurves(
-            qk=rising(block.head_dim, 0.02), v=rising(block.head_dim, 0.05), hidden=rising(block.num_hidden, 0.04),
-            qk_order=order(block.num_heads, block.head_dim), v_order=order(block.num_heads, block.head_dim),
-            hidden_order=order(block.num_hidden),
-        )
-        for block in anatomy.blocks
-    )  # fmt: skip
-    tokens = tuple(tuple(0.2 * share**1.5 * (1 + index) for share in SHARES) for index in range(anatomy.depth))
-    return Profile(
-        channels=channels, channel_scale=1.0, token_scale=1.0, tokens=tokens, token_reduction=kind, cutoff_token=0.85,
-        forward_passes=0.0,
-    )  # fmt: skip
-
-
-def check_widths(plan: Plan, allowed_widths: Sequence[AllowedWidths]) -> None:
-    for block, each in zip(plan.blocks, allowed_widths, strict=True):
-        assert (block.shape.qk_width, block.shape.v_width) in each.attention
-        assert block.shape.num_hidden in each.hidden
-
-
-def num_reductions(plan: Plan, num_patches: int) -> int:
-    return sum(a > b for a, b in pairwise([num_patches, *(block.num_tokens for block in plan.blocks)]))
-
-
-@pytest.mark.parametrize("token_share", [0.0, 0.3, 0.5])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_plan_of_all_blocks_has_the_widths_that_its_block_may_have(token_share: float, seed: int) -> None:
-    profile, whole = invented(MIDDLE, seed=seed), count_macs(MIDDLE, keep_all_plan(MIDDLE))
-    allowed_widths = [drawn_widths(10 * seed + index, head_dim=16, num_hidden=192) for index in range(4)]
-    narrowed = 0
-    for share in (0.75, 0.85, 0.95, 1.0) if token_share == 0 else (0.3, 0.5, 0.7, 1.0):
-        plan = allocate(profile, MIDDLE, int(share * whole), token_share, allowed_widths)
-        check_widths(plan, allowed_widths)
-        assert count_macs(MIDDLE, plan) <= share * whole
-        narrowed += sum((block.shape.qk_width, block.shape.num_hidden) != (16, 192) for block in plan.blocks)
-    assert narrowed
-
-
-def test_the_longer_a_reduction_takes_the_fewer_blocks_reduce_tokens() -> None:
-    profile, by_eight = invented(MIDDLE), [multiples(block, 8) for block in MIDDLE.blocks]
-    whole = count_macs(MIDDLE, keep_all_plan(MIDDLE))
-    a_block = whole // 4
-    counts = {}
-    for time in (0.0, 0.02, 0.1, 0.5, 2.0, 100.0):
-        allowed_widths = [replace(each, reduction=time * a_block) for each in by_eight]
-        plan = allocate(profile, MIDDLE, int(0.6 * whole), 0.5, allowed_widths)
-        assert count_macs(MIDDLE, plan) <= 0.6 * whole  # of which the time of the reduction is no part
-        counts[time] = num_reductions(plan, 49)
-    assert list(counts.values()) == sorted(counts.values(), reverse=True)
-    assert counts[0.0] >= 2
-    assert counts[100.0] == 0
-
-
-def test_multiply_adds_of_a_plan_are_those_of_its_widths_whatever_its_reductions_take() -> None:
-    """A target that is reached with all the tokens is reached with the same plan, however long a reduction takes."""
-    profile, whole = invented(MIDDLE), count_macs(MIDDLE, keep_all_plan(MIDDLE))
-    allowed_widths = [replace(multiples(block, 8), reduction=1e9) for block in MIDDLE.blocks]
-    never = [replace(each, reduction=0.0) for each in allowed_widths]
-    none = replace(profile, token_reduction="none")
-    for share in (0.6, 0.8, 1.0):
-        slow = allocate(profile, MIDDLE, int(share * whole), 0.5, allowed_widths)
-        without = allocate(none, MIDDLE, int(share * whole), 0.5, never)
-        assert slow.blocks == without.blocks
-
-
-@pytest.mark.parametrize("criterion", ["magnitude", "obs"])
-@pytest.mark.parametrize("budgets", [(100.0, 100.0, 100.0), (10.0, 0.0, 20.0)])
-def test_a_cascade_has_the_widths_that_its_block_may_have(criterion: str, budgets: tuple[float, ...]) -> None:
-    model, probe, calibration = builders.toy_model(), builders.toy_images(60, seed=11), builders.toy_images(32, seed=12)
-    allowed_widths = tuple(drawn_widths(index) for index in range(3))
-    settings = CascadeSettings(
-        drop_budget=budgets, target_macs=0, criterion=criterion, token_reduction="attention",
-        allowed_widths=allowed_widths, num_levels=7, batch_size=32,
-    )  # fmt: skip
-    result = cascade(model, probe, calibration, settings)
-    check_widths(result.plan, allowed_widths)
-    assert all(drop <= budget + 1e-9 for drop, budget in zip(result.block_drops, budgets, strict=True))
-    if min(budgets) == 100:  # as far as it goes
-        least = [(min(each.attention, key=sum), each.hidden[0]) for each in allowed_widths]
-        shapes = [block.shape for block in result.plan.blocks]
-        assert [((shape.qk_width, shape.v_width), shape.num_hidden) for shape in shapes] == least
-
-
-def test_a_cascade_that_is_offered_the_dense_widths_alone_prunes_heads_and_tokens_alone() -> None:
-    model, images = builders.toy_model(), builders.toy_images(40, seed=3)
-    allowed_widths = tuple(multiples(block, 96) for block in examine(model).blocks)
-    result = cascade(
-        model, images, images,
-        CascadeSettings(drop_budget=(100.0,) * 3, target_macs=0, criterion="magnitude", allowed_widths=allowed_widths,
-                        num_levels=4),
-    )  # fmt: skip
-    for block in result.plan.blocks:
-        assert (block.shape.qk_width, block.shape.v_width, block.shape.num_hidden) == (8, 8, 96)
-        assert block.shape.num_heads < 3
-
-
-def test_steps_too_small_to_tell_add_up_to_widths_that_are_offered() -> None:
-    widths = [(8 * n,) for n in range(1, 33)]
-    times = [0.75 + 0.25 * n / 32 for n in range(1, 33)]  # a step is worth 0.8 % at most
-    offered = [times[n] for n in faster_than_larger(widths, times)]
-    assert len(offered) >= 14 and offered[0] <= times[1]
-    assert all(0.97 < small / large < 0.99 for small, large in pairwise(offered))
-
-
-@pytest.mark.parametrize("token_share", [0.5, 1.0])
-@pytest.mark.parametrize("weight", [0.5, 1.0, 5.0])
-def test_slow_reductions_keep_no_target_from_being_met_closely(weight: float, token_share: float) -> None:
-    profile, whole = invented(MIDDLE), count_macs(MIDDLE, keep_all_plan(MIDDLE))
-    free = [multiples(block, 8) for block in MIDDLE.blocks]
-    slow = [replace(each, reduction=weight * whole / 4) for each in free]
-    for share in (0.2, 0.4, 0.6, 0.8):
-        target = int(share * whole)
-        got, without = (
-            count_macs(MIDDLE, allocate(profile, MIDDLE, target, token_share, each)) for each in (slow, free)
-        )
-        assert min(without, target - 0.05 * whole) <= got <= target

@@ -1,4 +1,4 @@
-"""What timm's models are made of, and what is refused."""
+"""The parts of timm's models, and the models that are refused."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_model_around_other_blocks_shares_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda block: setattr(block, "mlp", SwiGLU(24, 96)), r"block 1 .*\(MLP SwiGLU"),
         (lambda block: setattr(block.mlp, "norm", nn.LayerNorm(96)), "block 1 .* norm in it"),
@@ -82,10 +82,10 @@ def test_a_model_around_other_blocks_shares_nothing_else() -> None:
         (lambda block: setattr(block.attn, "gate", nn.Linear(24, 24)), "block 1 .* a gate"),
     ],
 )
-def test_a_part_that_would_be_pruned_wrongly_is_refused_and_named(change: Callable[[Any], None], told: str) -> None:
+def test_a_part_that_would_be_pruned_wrongly_is_refused_and_named(change: Callable[[Any], None], message: str) -> None:
     model = builders.model()
     change(blocks_of(model)[1])
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         examine(model)
 
 

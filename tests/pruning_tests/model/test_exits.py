@@ -101,10 +101,10 @@ def test_a_truncated_model_shares_no_memory() -> None:
 
 @pytest.mark.parametrize("exit_block", [-1, 0, 4])
 def test_an_exit_outside_the_model_is_refused(exit_block: int) -> None:
-    told = f"exit after block {exit_block} of a model with 3 blocks; give 1 to 3"
-    with pytest.raises(PlanError, match=told):
+    message = f"exit after block {exit_block} of a model with 3 blocks; give 1 to 3"
+    with pytest.raises(PlanError, match=message):
         truncate(builders.model(), exit_block)
-    with pytest.raises(PlanError, match=told):
+    with pytest.raises(PlanError, match=message):
         fit_exits(builders.model(), builders.images(4), [1, exit_block])
 
 

@@ -1,4 +1,4 @@
-"""Token scores against loops over the formulas of METHODS.md (VTC-LFC, eq. 6-9)."""
+"""Token scores against loops over their formulas (VTC-LFC, eq. 6-9)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dense model by name and checkpoint, and what is said where one does not fit."""
+"""The dense model by name and checkpoint, and the error where one does not fit."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_arguments_that_give_no_model_are_refused(args: dict[str, Any]) -> None:
 
 
 def test_timm_tells_the_input() -> None:
-    known = default_input(create())
-    assert len(known["mean"]) == len(known["std"]) == 3 and 0 < known["crop_pct"] <= 1
+    settings = default_input(create())
+    assert len(settings["mean"]) == len(settings["std"]) == 3 and 0 < settings["crop_pct"] <= 1
 
 
 @pytest.mark.parametrize("wrapped", [None, "state_dict", "model"])
@@ -89,8 +89,8 @@ def test_weights_that_do_not_fit_are_named_and_none_is_loaded() -> None:
         ({}, f"is missing.*, and {len(good) - 4} more"),
         (good | {"head.weight": good["head.weight"].flatten()}, r"head.weight is \[168\]"),
     ]
-    for weights, told in wrong:
-        with pytest.raises(CheckpointError, match=f"a.pth does not fit VisionTransformer: .*{told}"):
+    for weights, message in wrong:
+        with pytest.raises(CheckpointError, match=f"a.pth does not fit VisionTransformer: .*{message}"):
             load_weights(model, weights, "a.pth")
         assert builders.same_state(model, before)
     load_weights(model, good, "a.pth")

@@ -1,4 +1,4 @@
-"""What every token reduction promises, then each one against loops over its definition."""
+"""Promises of every token reduction, then each one against loops over its definition."""
 
 from __future__ import annotations
 
@@ -35,16 +35,18 @@ def stream(count: int, *, images: int = 3, width: int = 6, seed: int = 0) -> Ten
     return torch.randn(images, count, width, generator=torch.Generator().manual_seed(seed))
 
 
-def clues_of(q: Tensor, k: Tensor, size: Tensor | None = None) -> AttentionState:
+def state_of(q: Tensor, k: Tensor, size: Tensor | None = None) -> AttentionState:
     logits = SCALE * q @ k.transpose(-2, -1)
     logits = logits if size is None else logits + size.log().transpose(1, 2)[:, None]
     return AttentionState(q=q, k=k, scale=SCALE, size=size, attention=logits.softmax(dim=-1))
 
 
-def clues(count: int, *, images: int = 3, heads: int = 2, size: Tensor | None = None, seed: int = 1) -> AttentionState:
+def drawn_state(
+    count: int, *, images: int = 3, heads: int = 2, size: Tensor | None = None, seed: int = 1
+) -> AttentionState:
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, images, heads, count, 5, generator=generator)
-    return clues_of(q, k, size)
+    return state_of(q, k, size)
 
 
 def sizes(count: int, *, prefix: int, images: int = 3) -> Tensor:
@@ -58,15 +60,15 @@ def matrix(reduced: Reduced, count: int, images: int = 3) -> Tensor:
     return reduced.apply(torch.eye(count, dtype=torch.float64).expand(images, -1, -1))
 
 
-@every_reduction
-@pytest.mark.parametrize("prefix", [0, 1, 5])
-@pytest.mark.parametrize("keep", [1, 2, 4, 8])
-@pytest.mark.parametrize("has_class_token", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "prefix", "keep", "has_class_token"),
+    builders.every_pair(TOKEN_REDUCTIONS, [0, 1, 5], [1, 2, 4, 8], [True, False]),
+)
 def test_prefix_tokens_come_first_and_bit_equal_before_as_many_patches_as_asked(
     kind: TokenReduction, prefix: int, keep: int, has_class_token: bool
 ) -> None:
     x = stream(prefix + 9)
-    out = reducer(kind, 9, keep, prefix, has_class_token=has_class_token).choose(x, clues(prefix + 9)).apply(x)
+    out = reducer(kind, 9, keep, prefix, has_class_token=has_class_token).choose(x, drawn_state(prefix + 9)).apply(x)
     assert out.shape == (3, prefix + keep, 6)
     assert torch.equal(out[:, :prefix], x[:, :prefix])
     patches, kept = (part[:, prefix:].flatten(0, 1) for part in (x, out))
@@ -74,13 +76,11 @@ def test_prefix_tokens_come_first_and_bit_equal_before_as_many_patches_as_asked(
     assert ((kept >= low - 1e-6) & (kept <= high + 1e-6)).all()  # means of patches: nothing of the prefix, no sums
 
 
-@every_reduction
-@pytest.mark.parametrize("prefix", [0, 1, 5])
-@pytest.mark.parametrize("keep", [1, 3, 5, 8])
+@pytest.mark.parametrize(("kind", "prefix", "keep"), builders.every_pair(TOKEN_REDUCTIONS, [0, 1, 5], [1, 3, 5, 8]))
 def test_every_token_that_leaves_is_a_mean_of_some_that_came(kind: TokenReduction, prefix: int, keep: int) -> None:
     count = prefix + 9
     x, size = stream(count), sizes(count, prefix=prefix) if merges(kind) else None
-    weights = matrix(reducer(kind, 9, keep, prefix).choose(x, clues(count, size=size)), count)
+    weights = matrix(reducer(kind, 9, keep, prefix).choose(x, drawn_state(count, size=size)), count)
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(dim=2), torch.ones(3, prefix + keep, dtype=torch.float64))
     assert ((weights > 0).sum(dim=1) <= 1).all()  # and no token goes into two
@@ -97,7 +97,7 @@ def test_every_token_that_leaves_is_a_mean_of_some_that_came(kind: TokenReductio
 @pytest.mark.parametrize("keep", [1, 3, 7])
 def test_another_stream_of_the_same_tokens_is_reduced_as_x_is(kind: TokenReduction, keep: int) -> None:
     x, other = stream(10), stream(10, width=3, seed=5)
-    reduced = reducer(kind, 9, keep).choose(x, clues(10))
+    reduced = reducer(kind, 9, keep).choose(x, drawn_state(10))
     weights = matrix(reduced, 10).float()
     torch.testing.assert_close(reduced.apply(x), weights @ x)
     torch.testing.assert_close(reduced.apply(other), weights @ other)
@@ -107,32 +107,32 @@ def test_another_stream_of_the_same_tokens_is_reduced_as_x_is(kind: TokenReducti
 @every_reduction
 @pytest.mark.parametrize("keep", [1, 6])
 def test_the_same_tokens_are_reduced_the_same_way_twice(kind: TokenReduction, keep: int) -> None:
-    x, told = stream(10), clues(10)
+    x, state = stream(10), drawn_state(10)
     one, other = reducer(kind, 9, keep), reducer(kind, 9, keep)
-    first = one.choose(x, told).apply(x)
-    assert torch.equal(one.choose(x.clone(), told).apply(x), first)
-    assert torch.equal(other.choose(x, told).apply(x), first)
+    first = one.choose(x, state).apply(x)
+    assert torch.equal(one.choose(x.clone(), state).apply(x), first)
+    assert torch.equal(other.choose(x, state).apply(x), first)
 
 
 @every_reduction
 @pytest.mark.parametrize("keep", [1, 5, 9])
 def test_tokens_that_are_all_equal_leave_as_many_as_asked_and_as_they_were(kind: TokenReduction, keep: int) -> None:
     x, same = torch.full((2, 11, 6), 0.3), torch.ones(2, 2, 11, 5)
-    reduced = reducer(kind, 10, keep).choose(x, clues_of(same, same))
+    reduced = reducer(kind, 10, keep).choose(x, state_of(same, same))
     torch.testing.assert_close(reduced.apply(x), torch.full((2, keep + 1, 6), 0.3))
     assert reduced.size is None or reduced.size.sum(dim=1).tolist() == [[11.0], [11.0]]
 
 
 @every_reduction
 def test_images_choose_for_themselves(kind: TokenReduction) -> None:
-    x, told = stream(10, images=8), clues(10, images=8)
-    reduce, together = reducer(kind, 9, 4), reducer(kind, 9, 4).choose(x, told).apply(x)
-    weights = matrix(reduce.choose(x, told), 10, images=8)
+    x, state = stream(10, images=8), drawn_state(10, images=8)
+    reduce, together = reducer(kind, 9, 4), reducer(kind, 9, 4).choose(x, state).apply(x)
+    weights = matrix(reduce.choose(x, state), 10, images=8)
     assert len({tuple((image > 0).flatten().tolist()) for image in weights}) > 1
     for index in range(8):
         part = slice(index, index + 1)
-        assert told.attention is not None
-        alone = replace(told, q=told.q[part], k=told.k[part], attention=told.attention[part])
+        assert state.attention is not None
+        alone = replace(state, q=state.q[part], k=state.k[part], attention=state.attention[part])
         torch.testing.assert_close(reduce.choose(x[part], alone).apply(x[part]), together[part])
 
 
@@ -144,12 +144,12 @@ def test_a_reduction_has_no_weights(kind: TokenReduction) -> None:
 
 @every_reduction
 def test_only_the_reduction_that_asks_for_the_map_reads_it(kind: TokenReduction) -> None:
-    x, told = stream(10), clues(10)
+    x, state = stream(10), drawn_state(10)
     reduce = reducer(kind, 9, 4)
     assert reduce.needs_map == (kind == "lfe")
     if not reduce.needs_map:
-        blind = replace(told, attention=None)
-        assert torch.equal(reduce.choose(x, blind).apply(x), reduce.choose(x, told).apply(x))
+        blind = replace(state, attention=None)
+        assert torch.equal(reduce.choose(x, blind).apply(x), reduce.choose(x, state).apply(x))
 
 
 BLOCK = builders.anatomy().blocks[0]
@@ -161,23 +161,25 @@ ANATOMIES: dict[str, BlockAnatomy] = {
 }
 
 
-@every_reduction
-@pytest.mark.parametrize("tokens", ANATOMIES)
-@pytest.mark.parametrize(("count", "keep"), [(9, 1), (9, 3), (9, 5), (9, 8), (12, 6), (13, 2), (2, 1), (3, 1)])
+COUNTS = [(9, 1), (9, 3), (9, 5), (9, 8), (12, 6), (13, 2), (2, 1), (3, 1)]
+"""Patches that enter and that stay."""
+
+
+@pytest.mark.parametrize(("kind", "tokens", "counts"), builders.every_pair(TOKEN_REDUCTIONS, list(ANATOMIES), COUNTS))
 def test_a_reduction_equals_the_loop_over_its_definition(
-    kind: TokenReduction, tokens: str, count: int, keep: int
+    kind: TokenReduction, tokens: str, counts: tuple[int, int]
 ) -> None:
-    anatomy = ANATOMIES[tokens]
+    anatomy, (count, keep) = ANATOMIES[tokens], counts
     prefix = anatomy.num_prefix_tokens
     x, size = stream(prefix + count), sizes(prefix + count, prefix=prefix) if merges(kind) else None
-    told = clues(prefix + count, size=size)
-    reduced = reducer(kind, count, keep, prefix, has_class_token=anatomy.has_class_token).choose(x, told)
+    state = drawn_state(prefix + count, size=size)
+    reduced = reducer(kind, count, keep, prefix, has_class_token=anatomy.has_class_token).choose(x, state)
     weights = matrix(reduced, prefix + count)
     for image in range(3):
-        assert told.attention is not None
+        assert state.attention is not None
         given = [1.0] * (prefix + count) if size is None else size[image, :, 0].tolist()
         groups = reference.reduction(
-            kind, x[image], told.q[image], told.k[image], told.attention[image], given,
+            kind, x[image], state.q[image], state.k[image], state.attention[image], given,
             keep=keep, scale=SCALE, cutoff=0.5, anatomy=anatomy,
         )  # fmt: skip
         expected = torch.zeros(prefix + keep, prefix + count, dtype=torch.float64)
@@ -190,8 +192,8 @@ def test_a_reduction_equals_the_loop_over_its_definition(
 
 
 def test_what_drops_tokens_counts_no_sizes_and_what_merges_does() -> None:
-    x, told = stream(10), clues(10)
-    counted = {kind: reducer(kind, 9, 4).choose(x, told).size is not None for kind in TOKEN_REDUCTIONS}
+    x, state = stream(10), drawn_state(10)
+    counted = {kind: reducer(kind, 9, 4).choose(x, state).size is not None for kind in TOKEN_REDUCTIONS}
     assert counted == {
         "lfe": False, "attention": False, "merge": True, "lfe-merge": True, "attention-merge": True
     }  # fmt: skip
@@ -200,13 +202,11 @@ def test_what_drops_tokens_counts_no_sizes_and_what_merges_does() -> None:
 # Merging
 
 
-@every_merge
-@pytest.mark.parametrize("prefix", [0, 1, 5])
-@pytest.mark.parametrize("keep", [1, 2, 5, 8])
+@pytest.mark.parametrize(("kind", "prefix", "keep"), builders.every_pair(MERGES, [0, 1, 5], [1, 2, 5, 8]))
 def test_merging_conserves_the_patches_and_their_sum(kind: TokenReduction, prefix: int, keep: int) -> None:
     count = prefix + 9
     x, size = stream(count), sizes(count, prefix=prefix)
-    reduced = reducer(kind, 9, keep, prefix).choose(x, clues(count, size=size))
+    reduced = reducer(kind, 9, keep, prefix).choose(x, drawn_state(count, size=size))
     assert reduced.size is not None
     assert reduced.size.shape == (3, prefix + keep, 1)
     assert torch.equal(reduced.size[:, :prefix], torch.ones(3, prefix, 1))
@@ -219,7 +219,7 @@ def test_merging_conserves_the_patches_and_their_sum(kind: TokenReduction, prefi
     ("count", "keep", "rounds"), [(9, 8, 1), (9, 5, 1), (9, 4, 2), (16, 8, 1), (16, 7, 2), (16, 4, 2), (16, 1, 4)]
 )
 def test_more_than_half_goes_in_rounds(kind: TokenReduction, count: int, keep: int, rounds: int) -> None:
-    reduced = reducer(kind, count, keep).choose(stream(count + 1), clues(count + 1))
+    reduced = reducer(kind, count, keep).choose(stream(count + 1), drawn_state(count + 1))
     assert len(reduced.steps) == rounds
     moved = [step.moved.shape[1] for step in reduced.steps if step.moved is not None]
     assert sum(moved) == count - keep
@@ -230,7 +230,7 @@ def test_the_two_patches_with_parallel_keys_merge_and_all_others_stay_bit_equal(
     k[1:, :, 6] = 3 * k[1:, :, 3]  # token 6 is patch 5, odd; token 3 is patch 2, even: it moves
     k[0, :, 1] = 0.5 * k[0, :, 8 - 6]  # token 1 is patch 0, even; token 2 is patch 1, odd
     x = stream(8)
-    reduced = reducer("merge", 7, 6).choose(x, clues_of(k, k))
+    reduced = reducer("merge", 7, 6).choose(x, state_of(k, k))
     expected = [
         torch.stack([x[0, 0], (x[0, 1] + x[0, 2]) / 2, *x[0, 3:]]),
         *(torch.stack([*x[i, :3], *x[i, 4:6], (x[i, 6] + x[i, 3]) / 2, x[i, 7]]) for i in (1, 2)),
@@ -243,7 +243,7 @@ def test_the_two_patches_with_parallel_keys_merge_and_all_others_stay_bit_equal(
 def test_patches_at_places_of_the_same_kind_never_merge() -> None:
     k = torch.eye(9).expand(1, 2, -1, -1).clone()
     k[:, :, 1] = k[:, :, 3]  # patches 0 and 2: both even
-    weights = matrix(reducer("merge", 8, 7).choose(stream(9, images=1), clues_of(k, k)), 9, images=1)
+    weights = matrix(reducer("merge", 8, 7).choose(stream(9, images=1), state_of(k, k)), 9, images=1)
     assert not ((weights[..., 1] > 0) & (weights[..., 3] > 0)).any()
     assert ((weights > 0).sum(dim=2) == 2).sum() == 1
 
@@ -255,7 +255,7 @@ def test_of_equally_near_pairs_the_one_of_least_weight_goes_first(kind: TokenRed
     q, x = torch.zeros(1, 1, 9, 8), torch.ones(1, 9, 6)
     q[0, 0, 0] = torch.tensor([5.0, 4, 5, 3, -5, -4, 5, 4])  # the class token looks least at patches 4 and 5
     x[0, 1 + 4], x[0, 1 + 5] = 100, -100  # whose low frequencies are small beside themselves
-    weights = matrix(reducer(kind, 8, 7).choose(x, clues_of(q, k)), 9, images=1)
+    weights = matrix(reducer(kind, 8, 7).choose(x, state_of(q, k)), 9, images=1)
     assert weights[0, :, 1 + 4].nonzero().tolist() == weights[0, :, 1 + 5].nonzero().tolist()
     assert weights[0, :, 1 + 4].max() == 0.5
 
@@ -263,14 +263,14 @@ def test_of_equally_near_pairs_the_one_of_least_weight_goes_first(kind: TokenRed
 def test_a_large_token_weighs_as_many_patches_as_it_stands_for() -> None:
     size = torch.tensor([1.0, 1, 3])[None, :, None]
     x = torch.tensor([[7.0], [0.0], [4.0]])[None]
-    reduced = reducer("merge", 2, 1).choose(x, clues(3, images=1, size=size))
+    reduced = reducer("merge", 2, 1).choose(x, drawn_state(3, images=1, size=size))
     assert reduced.apply(x).flatten().tolist() == [7.0, 3.0]
     assert reduced.size is not None and reduced.size.flatten().tolist() == [1.0, 4.0]
 
 
 @torch.no_grad()
 def streams(model: Any, images: Tensor) -> list[Tensor]:
-    """What leaves every block."""
+    """The output of every block."""
     seen: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda _, __, out: seen.append(out)) for block in blocks_of(model)]
     model(images)
@@ -279,9 +279,10 @@ def streams(model: Any, images: Tensor) -> list[Tensor]:
     return seen
 
 
-@every_merge
-@pytest.mark.parametrize("family", ["vit", "registers", "average_pooling"])
-@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "family", "is_whole"),
+    builders.every_pair(MERGES, ["vit", "registers", "average_pooling"], [True, False]),
+)
 def test_sizes_travel_with_the_tokens_to_the_last_block_and_add_up(
     kind: TokenReduction, family: str, is_whole: bool
 ) -> None:
@@ -316,11 +317,11 @@ def test_where_nothing_merges_streams_keep_their_width(kind: TokenReduction) -> 
 
 
 def test_fusion_leaves_the_kept_bit_equal_and_the_others_as_their_mean_weighted_by_attention() -> None:
-    x, told = stream(10), clues(10)
-    out = reducer("attention", 9, 4).choose(x, told).apply(x)
-    assert told.attention is not None
+    x, state = stream(10), drawn_state(10)
+    out = reducer("attention", 9, 4).choose(x, state).apply(x)
+    assert state.attention is not None
     for image in range(3):
-        paid = told.attention[image, :, 0, 1:].mean(dim=0)
+        paid = state.attention[image, :, 0, 1:].mean(dim=0)
         order = paid.argsort(descending=True).tolist()
         mean = sum(paid[i] * x[image, 1 + i] for i in order[3:]) / paid[order[3:]].sum()
         rows = {i: x[image, 1 + i] for i in order[:3]}
@@ -336,38 +337,38 @@ def test_patches_without_any_attention_are_fused_to_numbers_all_the_same() -> No
     q, k = torch.zeros(1, 1, 6, 1), torch.zeros(1, 1, 6, 1)
     q[:, :, 0], k[:, :, 1] = 1, 1e4  # a softmax of exactly 0 for every patch but the first
     x = stream(6, images=1)
-    out = reducer("attention", 5, 3).choose(x, clues_of(q, k)).apply(x)
+    out = reducer("attention", 5, 3).choose(x, state_of(q, k)).apply(x)
     assert torch.equal(out[:, :3], x[:, :3])
     torch.testing.assert_close(out[:, 3], x[:, 3:].mean(dim=1))
 
 
 @pytest.mark.parametrize("prefix", [1, 2, 5])
 def test_class_attention_is_the_first_row_of_the_map(prefix: int) -> None:
-    for told in (clues(prefix + 9), clues(prefix + 9, size=sizes(prefix + 9, prefix=prefix))):
-        assert told.attention is not None
-        expected = told.attention[:, :, 0, prefix:].mean(dim=1)
-        torch.testing.assert_close(class_attention(told, prefix, True), expected)
+    for state in (drawn_state(prefix + 9), drawn_state(prefix + 9, size=sizes(prefix + 9, prefix=prefix))):
+        assert state.attention is not None
+        expected = state.attention[:, :, 0, prefix:].mean(dim=1)
+        torch.testing.assert_close(class_attention(state, prefix, True), expected)
         assert (expected.sum(dim=1) < 1).all()  # what goes to the prefix is missing, not spread
 
 
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_without_a_class_token_the_mean_patch_asks(prefix: int) -> None:
-    told = clues(prefix + 9)
-    query = told.q[:, :, prefix:].mean(dim=2)
-    logits = SCALE * torch.einsum("bhk,bhnk->bhn", query, told.k)
+    state = drawn_state(prefix + 9)
+    query = state.q[:, :, prefix:].mean(dim=2)
+    logits = SCALE * torch.einsum("bhk,bhnk->bhn", query, state.k)
     expected = logits.softmax(dim=-1)[..., prefix:].mean(dim=1)
-    torch.testing.assert_close(class_attention(told, prefix, False), expected)
+    torch.testing.assert_close(class_attention(state, prefix, False), expected)
 
 
 def test_a_token_gets_the_class_attention_of_all_its_copies() -> None:
     size = sizes(8, prefix=1)
-    told = clues(8, size=size)
+    state = drawn_state(8, size=size)
     for image in range(3):
         copies = size[image, :, 0].long()
-        q, k = (part[image : image + 1].repeat_interleave(copies, dim=2) for part in (told.q, told.k))
-        each = class_attention(clues_of(q, k), 1, True)[0]
-        expected = torch.stack([part.sum() for part in each.split(copies[1:].tolist())])
-        torch.testing.assert_close(class_attention(told, 1, True)[image], expected)
+        q, k = (part[image : image + 1].repeat_interleave(copies, dim=2) for part in (state.q, state.k))
+        copied = class_attention(state_of(q, k), 1, True)[0]
+        expected = torch.stack([part.sum() for part in copied.split(copies[1:].tolist())])
+        torch.testing.assert_close(class_attention(state, 1, True)[image], expected)
 
 
 # Whole models
@@ -378,15 +379,14 @@ def shrinking(anatomy: Anatomy, kind: TokenReduction, *, seed: int = 0) -> Plan:
     return replace(plan, token_reduction=kind, cutoff_token=0.4)
 
 
-@every_reduction
-@pytest.mark.parametrize("family", builders.FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), builders.in_rotation(list(builders.FAMILIES), TOKEN_REDUCTIONS, 3))
 def test_a_model_that_loses_units_and_tokens_equals_the_slow_definition(kind: TokenReduction, family: str) -> None:
-    model, x = builders.model(family).double(), builders.batch(3).double()
+    model, x = builders.model(family).double(), builders.batch(2).double()
     plan = shrinking(examine(model), kind, seed=3)
     with torch.no_grad():
         out = apply_plan(model, plan)(x)
         torch.testing.assert_close(out, reference.logits(model, plan, x), atol=1e-6, rtol=1e-6)
-    assert out.shape == (3, 7) and out.isfinite().all()
+    assert out.shape == (2, 7) and out.isfinite().all()
 
 
 @every_reduction
@@ -406,14 +406,15 @@ def test_reductions_give_five_different_models() -> None:
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(out) for b in out[:i])
 
 
-@every_reduction
 @pytest.mark.parametrize("family", builders.FAMILIES)
-def test_where_no_token_leaves_the_reduction_does_not_matter(kind: TokenReduction, family: str) -> None:
+@torch.no_grad()
+def test_where_no_token_leaves_the_reduction_does_not_matter(family: str) -> None:
     model, x = builders.model(family), builders.batch(2)
-    whole, narrow = keep_all_plan(examine(model)), builders.plan(examine(model))
-    with torch.no_grad():
-        assert torch.equal(apply_plan(model, replace(whole, token_reduction=kind))(x), model(x))
-        assert torch.equal(apply_plan(model, replace(narrow, token_reduction=kind))(x), apply_plan(model, narrow)(x))
+    keep_all, narrow = keep_all_plan(examine(model)), builders.plan(examine(model))
+    dense, pruned = model(x), apply_plan(model, narrow)(x)
+    for kind in TOKEN_REDUCTIONS:
+        assert torch.equal(apply_plan(model, replace(keep_all, token_reduction=kind))(x), dense)
+        assert torch.equal(apply_plan(model, replace(narrow, token_reduction=kind))(x), pruned)
 
 
 @every_reduction

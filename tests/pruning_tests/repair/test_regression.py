@@ -21,7 +21,7 @@ def second_moments(x: Tensor, y: Tensor, is_held: Tensor, *, centred: bool = Tru
 
 @pytest.mark.parametrize("centred", [True, False])
 def test_regression_takes_the_ridge_that_is_best_on_held_out_samples(centred: bool) -> None:
-    found = set()
+    answers = set()
     for seed in range(24):
         generator = torch.Generator().manual_seed(seed)
         count, noise = int(torch.randint(12, 60, (), generator=generator)), 10.0 ** float(seed % 6 - 2)
@@ -35,10 +35,10 @@ def test_regression_takes_the_ridge_that_is_best_on_held_out_samples(centred: bo
         slope = best_slope(second_moments(x, y, is_held, centred=centred), 6, slice(6, 9), metric)
         expected = reference.ridge_slope(x, y, is_held, metric, centred=centred)
         assert (slope is None) == (expected is None), seed
-        found.add(slope is None)
+        answers.add(slope is None)
         if slope is not None and expected is not None:
             torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    assert found == {True, False}  # both answers were seen
+    assert answers == {True, False}  # both answers were seen
 
 
 def test_a_target_that_has_nothing_to_do_with_the_features_gets_no_slope() -> None:

@@ -1,7 +1,8 @@
-"""What holds for every channel criterion, then each against its closed form."""
+"""Promises of every channel criterion, then each against its closed form."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,13 @@ every_criterion = pytest.mark.parametrize("name", sorted(CRITERIA))
 every_criterion_that_looks = pytest.mark.parametrize("name", LOOKING)
 
 
-def scoring_input(family: str = "vit", index: int = 1, *, num_images: int = 6) -> ScoringInput:
+@functools.cache
+def scoring_input(family: str = "vit", index: int = 1) -> ScoringInput:
+    """One for all tests that change nothing of it."""
+    return fresh_scoring_input(family, index)
+
+
+def fresh_scoring_input(family: str = "vit", index: int = 1, *, num_images: int = 6) -> ScoringInput:
     """A tiny model, and what enters one of its blocks."""
     model, images = builders.model(family), builders.images(num_images)
     anatomy = examine(model).blocks[index]
@@ -72,43 +79,43 @@ def test_scores_in_bfloat16_are_float32_and_near_the_others(name: str) -> None:
 
 
 @every_criterion
-def test_the_same_scene_gives_the_same_scores(name: str) -> None:
-    assert equal(CRITERIA[name](scoring_input()), CRITERIA[name](scoring_input()))
+def test_the_same_input_gives_the_same_scores(name: str) -> None:
+    assert equal(CRITERIA[name](fresh_scoring_input()), CRITERIA[name](fresh_scoring_input()))
 
 
 @every_criterion
 def test_only_chance_looks_at_the_seed(name: str) -> None:
-    one = scoring_input()
-    assert equal(CRITERIA[name](one), CRITERIA[name](replace(one, seed=1))) == (name != "random")
+    inputs = scoring_input()
+    assert equal(CRITERIA[name](inputs), CRITERIA[name](replace(inputs, seed=1))) == (name != "random")
 
 
 def test_chance_is_another_for_every_seed_and_block() -> None:
-    one = scoring_input()
-    drawn = [CRITERIA["random"](replace(one, seed=seed, index=index)) for seed in range(3) for index in range(3)]
+    inputs = scoring_input()
+    drawn = [CRITERIA["random"](replace(inputs, seed=seed, index=index)) for seed in range(3) for index in range(3)]
     assert len({scores.hidden[0].item() for scores in drawn}) == 9
 
 
 @every_criterion
 @pytest.mark.parametrize("flag", [True, False])
 def test_the_model_is_left_as_it_was(name: str, flag: bool) -> None:
-    one = scoring_input()
-    one.model.requires_grad_(flag)
-    before, x = builders.state(one.model), one.x.clone()
-    CRITERIA[name](one)
-    assert builders.same_state(one.model, before) and torch.equal(one.x, x)
-    assert all(parameter.requires_grad == flag and parameter.grad is None for parameter in one.model.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.model.modules())
+    inputs = fresh_scoring_input()
+    inputs.model.requires_grad_(flag)
+    before, x = builders.state(inputs.model), inputs.x.clone()
+    CRITERIA[name](inputs)
+    assert builders.same_state(inputs.model, before) and torch.equal(inputs.x, x)
+    assert all(parameter.requires_grad == flag and parameter.grad is None for parameter in inputs.model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in inputs.model.modules())
 
 
 @every_criterion_that_looks
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_an_error_that_names_block_and_layer(name: str, wrong: float) -> None:
-    one = scoring_input(index=2)
-    block: Any = one.blocks[0]
+    inputs = fresh_scoring_input(index=2)
+    block: Any = inputs.blocks[0]
     with torch.no_grad():
         block.attn.qkv.weight[5, 3] = wrong
     with pytest.raises(VitfrontError, match="block 2: the qk scores are not finite"):
-        CRITERIA[name](one)
+        CRITERIA[name](inputs)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
@@ -123,29 +130,29 @@ def test_scores_that_are_not_finite_are_refused_and_named(kind: str, wrong: floa
 
 @every_criterion_that_looks
 def test_of_units_that_all_do_nothing_the_first_stay(name: str) -> None:
-    one = scoring_input()
-    block: Any = one.blocks[0]
+    inputs = fresh_scoring_input()
+    block: Any = inputs.blocks[0]
     with torch.no_grad():
         block.mlp.fc1.weight.zero_()
         block.mlp.fc1.bias.zero_()
-    scores = CRITERIA[name](one)
+    scores = CRITERIA[name](inputs)
     assert (scores.hidden == 0).all()
-    plan = Ranking(scores, one.anatomy, TOKENS, TOKENS, multiples(one.anatomy, 1)).plan(60, 16)
+    plan = Ranking(scores, inputs.anatomy, TOKENS, TOKENS, multiples(inputs.anatomy, 1)).plan(60, 16)
     assert plan.keep_hidden == tuple(range(HIDDEN - 60))
 
 
 @every_criterion
 @pytest.mark.parametrize("index", [0, 2])
 def test_one_image_is_enough(name: str, index: int) -> None:
-    scores = CRITERIA[name](scoring_input(index=index, num_images=1))
+    scores = CRITERIA[name](fresh_scoring_input(index=index, num_images=1))
     assert all((getattr(scores, kind) >= 0).all() for kind in KINDS)
 
 
 @every_criterion
 @pytest.mark.parametrize("batch_size", [1, 6, 100])
 def test_the_batch_size_changes_nothing(name: str, batch_size: int) -> None:
-    one = scoring_input()
-    wanted, got = CRITERIA[name](one), CRITERIA[name](replace(one, batch_size=batch_size))
+    inputs = scoring_input()
+    wanted, got = CRITERIA[name](inputs), CRITERIA[name](replace(inputs, batch_size=batch_size))
     for kind in KINDS:
         torch.testing.assert_close(getattr(got, kind), getattr(wanted, kind), rtol=1e-3, atol=1e-8)
 
@@ -154,28 +161,28 @@ def test_the_batch_size_changes_nothing(name: str, batch_size: int) -> None:
 @pytest.mark.parametrize("family", ["vit", "registers_average"])
 @pytest.mark.parametrize("index", [0, 2])
 def test_tokens_that_carry_a_size_of_one_change_nothing(name: str, family: str, index: int) -> None:
-    one = scoring_input(family, index)
-    blocks = [as_slim(block, one.anatomy, is_last=block is one.blocks[-1]) for block in one.blocks]
-    x, x_low = (torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) for x in (one.x, one.x_low))
-    wanted, got = CRITERIA[name](one), CRITERIA[name](replace(one, blocks=blocks, x=x, x_low=x_low))
+    inputs = scoring_input(family, index)
+    blocks = [as_slim(block, inputs.anatomy, is_last=block is inputs.blocks[-1]) for block in inputs.blocks]
+    x, x_low = (torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) for x in (inputs.x, inputs.x_low))
+    wanted, got = CRITERIA[name](inputs), CRITERIA[name](replace(inputs, blocks=blocks, x=x, x_low=x_low))
     for kind in KINDS:
         torch.testing.assert_close(getattr(got, kind), getattr(wanted, kind), rtol=1e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize("family", ["vit", "registers_average"])
 def test_taylor_is_lfs_of_the_cross_entropy_alone_on_images_as_they_are(family: str) -> None:
-    one = scoring_input(family)
-    plain = replace(one, alpha=1.0, x_low=one.x)
-    assert equal(CRITERIA["taylor"](one), CRITERIA["lfs"](plain))
-    assert not equal(CRITERIA["taylor"](one), CRITERIA["lfs"](replace(one, alpha=1.0)))
-    assert not equal(CRITERIA["taylor"](one), CRITERIA["lfs"](replace(one, x_low=one.x)))
+    inputs = scoring_input(family)
+    plain = replace(inputs, alpha=1.0, x_low=inputs.x)
+    assert equal(CRITERIA["taylor"](inputs), CRITERIA["lfs"](plain))
+    assert not equal(CRITERIA["taylor"](inputs), CRITERIA["lfs"](replace(inputs, alpha=1.0)))
+    assert not equal(CRITERIA["taylor"](inputs), CRITERIA["lfs"](replace(inputs, x_low=inputs.x)))
 
 
 def test_magnitude_is_the_mean_square_of_the_incoming_weights() -> None:
-    one = scoring_input()
-    block: Any = one.blocks[0]
+    inputs = scoring_input()
+    block: Any = inputs.blocks[0]
     rows, hidden = block.attn.qkv.weight.tolist(), block.mlp.fc1.weight.tolist()
-    scores = CRITERIA["magnitude"](one)
+    scores = CRITERIA["magnitude"](inputs)
     for head in range(H):
         for channel in range(D):
             row = head * D + channel
@@ -187,15 +194,15 @@ def test_magnitude_is_the_mean_square_of_the_incoming_weights() -> None:
 
 
 def test_activation_is_the_spread_of_a_unit_times_the_norm_of_its_outgoing_weights() -> None:
-    one = scoring_input()
-    block: Any = one.blocks[0]
+    inputs = scoring_input()
+    block: Any = inputs.blocks[0]
     with torch.no_grad():
-        qkv = block.attn.qkv(block.norm1(one.x)).flatten(0, 1)
-        after = one.x + block.attn(block.norm1(one.x))
+        qkv = block.attn.qkv(block.norm1(inputs.x)).flatten(0, 1)
+        after = inputs.x + block.attn(block.norm1(inputs.x))
         hidden = block.mlp.act(block.mlp.fc1(block.norm2(after))).flatten(0, 1)
     q, k, v = qkv.std(dim=0, correction=0).reshape(3, H, D)
     v = v * block.attn.proj.weight.detach().norm(dim=0).reshape(H, D)
-    scores = CRITERIA["activation"](one)
+    scores = CRITERIA["activation"](inputs)
     torch.testing.assert_close(scores.v, v)
     torch.testing.assert_close(scores.qk, q * k / D**0.5 * v.square().sum(dim=1, keepdim=True).sqrt())
     of_hidden = hidden.std(dim=0, correction=0) * block.mlp.fc2.weight.detach().norm(dim=0)
@@ -203,13 +210,13 @@ def test_activation_is_the_spread_of_a_unit_times_the_norm_of_its_outgoing_weigh
 
 
 def test_a_unit_that_never_varies_or_that_nothing_listens_to_scores_nothing_by_activation() -> None:
-    one = scoring_input()
-    block: Any = one.blocks[0]
+    inputs = fresh_scoring_input()
+    block: Any = inputs.blocks[0]
     with torch.no_grad():
         block.mlp.fc1.weight[7] = 0  # its bias stays: a constant
         block.mlp.fc2.weight[:, 9] = 0
         block.attn.proj.weight[:, D + 2] = 0
-    scores = CRITERIA["activation"](one)
+    scores = CRITERIA["activation"](inputs)
     assert scores.hidden[7] < 1e-6 * scores.hidden.max()
     assert scores.hidden[9] == scores.v[1, 2] == 0
     assert (scores.hidden > 1e-3 * scores.hidden.max()).sum() == HIDDEN - 2

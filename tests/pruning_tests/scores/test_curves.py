@@ -107,7 +107,7 @@ def test_the_value_curves_of_heads_add_up() -> None:
     covariance, outer = problem(12, targets=12)
     together, order = _value_curve(covariance, outer, 3)
     heads = [slice(4 * head, 4 * head + 4) for head in range(3)]
-    alone = [_value_curve(covariance[own, own], outer[:, own], 1) for own in heads]
+    alone = [_value_curve(covariance[of_head, of_head], outer[:, of_head], 1) for of_head in heads]
     torch.testing.assert_close(together, sum((losses for losses, _ in alone), torch.zeros(5, dtype=torch.float64)))
     assert torch.equal(order, torch.cat([rows for _, rows in alone]))
 
@@ -163,7 +163,7 @@ def check(curves: RemovalCurves, *, has_qk: bool = True) -> None:
 
 @pytest.mark.parametrize("family", ["vit", "average_pooling", "layer_scale", "qk_norm"])
 def test_curves_rise_from_nothing_and_orders_are_permutations(family: str) -> None:
-    stream = stream_of(family)
+    stream = builders.calibration_stream(builders.model(family), builders.images(24), 1, "merge")
     before = [builders.state(block) for block in stream.blocks]
     check(measure_curves(BlockRepair(stream)), has_qk=family != "qk_norm")
     assert all(builders.same_state(block, state) for block, state in zip(stream.blocks, before, strict=True))
@@ -184,8 +184,8 @@ def test_without_a_channel_left_the_loss_is_that_of_the_block_s_own_spread_or_of
         return float(torch.einsum("bnc,cd,bnd,n->", errors, metric, errors, weights)) / len(errors) / 2
 
     after = x + block.attn(block.norm1(x))
-    whole = loss(block.mlp(block.norm2(after)), out, place.out.metric, around_mean=True)
-    assert float(curves.hidden[-1]) == pytest.approx(whole, rel=0.05)  # the ridge adds a little
+    expected = loss(block.mlp(block.norm2(after)), out, place.out.metric, around_mean=True)
+    assert float(curves.hidden[-1]) == pytest.approx(expected, rel=0.05)  # the ridge adds a little
 
     values = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, 3, 8))[:, :, 2].transpose(1, 2)
     even = block.attn.proj(values.mean(dim=2, keepdim=True).expand_as(values).transpose(1, 2).flatten(2))
@@ -227,11 +227,11 @@ def test_the_loss_of_fewer_pairs_is_measured_at_eighths_of_the_width() -> None:
 def test_curves_of_a_block_whose_tokens_are_reduced_count_what_is_left(kind: TokenReduction) -> None:
     stream = stream_of("vit", kind=kind)
     block = stream.slim(keep_all_block(stream.anatomy, 6))
-    curves, whole = measure_curves(BlockRepair(stream), block), measure_curves(BlockRepair(stream))
+    curves, unreduced = measure_curves(BlockRepair(stream), block), measure_curves(BlockRepair(stream))
     check(curves)
-    torch.testing.assert_close(curves.v, whole.v)  # before the reduction
-    torch.testing.assert_close(curves.qk, whole.qk, rtol=1e-3, atol=1e-9)
-    assert not torch.allclose(curves.hidden, whole.hidden, rtol=1e-3)
+    torch.testing.assert_close(curves.v, unreduced.v)  # before the reduction
+    torch.testing.assert_close(curves.qk, unreduced.qk, rtol=1e-3, atol=1e-9)
+    assert not torch.allclose(curves.hidden, unreduced.hidden, rtol=1e-3)
     stream.advance(block)
     check(measure_curves(BlockRepair(stream)))  # now with sizes, where tokens were merged
 

@@ -41,6 +41,7 @@ class Work(nn.Module):
 BATCH = torch.ones(4, 160, 160)
 
 
+@pytest.mark.alone
 def test_a_model_of_a_third_of_the_work_is_three_times_faster() -> None:
     # Laps far longer than a time slice: with short ones a busy machine interrupts the slower model alone.
     dense, (third, double) = time_against_dense(Work(12), [Work(4), Work(24)], BATCH, num_rounds=6, min_lap_s=0.04)
@@ -150,6 +151,7 @@ class SlowIn(nn.Module):
         return x
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("slow", "fast"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_the_faster_precision_is_found(slow: Precision, fast: Precision) -> None:
     assert fastest_precision(SlowIn(slow), torch.ones(100, 1000)) == fast

@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -184,12 +185,22 @@ def record_of(front: Front) -> dict[str, Any]:
 
 
 def copy_runs(runs: Path, to: Path) -> None:
-    """Copies all sweeps and their MLflow, which knows its folder by absolute paths."""
+    """Copies all sweeps and their MLflow as if they had been run in the folder `to`.
+
+    MLflow knows absolute paths, and remembers for each id of a run where its artifacts are: the copies get new ids.
+    """
     shutil.copytree(runs, to, ignore=shutil.ignore_patterns("mlflow.db*"))
     with closing(sqlite3.connect(runs / "mlflow.db")) as old, closing(sqlite3.connect(to / "mlflow.db")) as new:
         old.backup(new)  # mlflow has it open
-        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("tags", "value")):
-            new.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(runs), str(to)))
+        changes = {id: uuid.uuid4().hex for (id,) in new.execute("SELECT run_uuid FROM runs")} | {str(runs): str(to)}
+        tables = [name for (name,) in new.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        columns = [(table, row[1]) for table in tables for row in new.execute(f"PRAGMA table_info({table})")]
+        for before, after in changes.items():
+            for table, column in columns:
+                where = f"WHERE instr({column}, ?)"
+                new.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?) {where}", (before, after, before))
+            if (to / "mlartifacts" / before).is_dir():
+                (to / "mlartifacts" / before).rename(to / "mlartifacts" / after)
         new.commit()
 
 

@@ -24,13 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pictures import band, drawn
 
-from search.cluster.scheduler import NonDominatedHalving
-from search.cluster.searcher import StudySearcher
 from search.commands.replay import Recorded, replay
 from search.config import load_config
 from search.front import GrowingFront, hypervolume_of, running_hypervolume
+from search.goal import Goal
 from search.outcome import Measurement, Outcome, State
-from search.suggest.samplers import MOST_GP_TRIALS, Sampler
+from search.suggest.ask import CandidateSearch, History
+from search.suggest.rungs import Rungs
+from search.suggest.samplers import MAX_GP_TRIALS, Sampler, SamplerSettings
 
 TABLE = Path(__file__).parents[1] / "tests" / "data" / "digits_rungs"
 SETS = ("space.recovery=distill", "distill.epochs=48")
@@ -44,71 +45,80 @@ NEARLY = 0.99
 SAMPLERS: tuple[Sampler, ...] = ("auto", "random")
 COUNTED = ("measured", "stopped", "again")
 
-MOST_TIMES = 2
+MAX_TIMES = 2
 """The seconds of the search without rungs for which the other is given to find as much."""
 
 NUM_TIMES = 200
 """In the picture."""
 
 
-class Course:
-    """How a search went."""
+class SearchTrace:
+    """The hypervolume of a search over its seconds."""
 
     def __init__(self, outcomes: Sequence[Outcome], dense: Measurement) -> None:
-        self.ends = np.array([each.ended_s for each in outcomes])
-        self.hypervolumes = np.array(running_hypervolume(outcomes, dense))
-        self.num_stopped = sum(each.state is State.STOPPED for each in outcomes)
+        self.ends = np.array([outcome.ended_s for outcome in outcomes])
+        self.hypervolumes = np.array(running_hypervolume(outcomes, Goal(dense=dense)))
+        self.num_stopped = sum(outcome.state is State.STOPPED for outcome in outcomes)
         self.num_measured = len(outcomes) - self.num_stopped
-        self.num_again = len(outcomes) - len({each.candidate for each in outcomes})
+        self.num_again = len(outcomes) - len({outcome.candidate for outcome in outcomes})
 
     def at(self, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The hypervolume by then."""
+        """Returns the hypervolume by then."""
         return np.append(0.0, self.hypervolumes)[np.searchsorted(self.ends, seconds, side="right")]
 
     def first(self, hypervolume: float) -> float:
-        """When there was so much; infinite if there never was."""
+        """Returns the seconds until there was so much hypervolume; infinite if there never was."""
         (reached,) = np.nonzero(self.hypervolumes >= hypervolume)
         return float(self.ends[reached[0]]) if len(reached) else float("inf")
 
 
-def replayed(recorded: Recorded, sampler: Sampler, seed: int, num_trials: int, other: Course | None = None) -> Course:
-    """So many trials, by the simulated clock; or with rungs, until it can be held against the other in full."""
-    searcher = StudySearcher(
-        recorded.space, known=(), sampler=sampler, seed=seed, num_trials=num_trials, has_rungs=other is not None,
-        dense=recorded.dense, nearest_allowed=recorded.nearest,
-    )  # fmt: skip
-    scheduler = None if other is None else NonDominatedHalving(REDUCTION_FACTOR)
-    outcomes, growing = list[Outcome](), GrowingFront(recorded.dense, "top1", [])
-    for [ended] in replay(recorded, searcher, num_trials, 2, scheduler):
-        outcomes.append(ended)
-        volume = growing.add(ended)
-        if other is not None and ended.ended_s > other.ends[-1] and volume >= other.hypervolumes[-1]:
+def replayed(
+    recorded: Recorded, sampler: Sampler, seed: int, num_trials: int, full: SearchTrace | None = None
+) -> SearchTrace:
+    """Searches the table by the simulated clock.
+
+    Args:
+        full: trace of a search without rungs; the search then has rungs, and ends once it compares with all of it.
+    """
+    search = CandidateSearch(
+        recorded.space,
+        SamplerSettings(sampler=sampler, seed=seed, num_trials=num_trials, has_rungs=full is not None),
+        History(first_candidates=recorded.space.first_candidates()),
+        Goal(dense=recorded.dense),
+        nearest_allowed=recorded.nearest,
+    )
+    promotes = None if full is None else Rungs(REDUCTION_FACTOR).promotes
+    outcomes, growing = list[Outcome](), GrowingFront(Goal(dense=recorded.dense))
+    for [outcome] in replay(recorded, search, num_trials, 2, promotes):
+        outcomes.append(outcome)
+        volume = growing.add(outcome)
+        if full is not None and outcome.ended_s > full.ends[-1] and volume >= full.hypervolumes[-1]:
             break
-        if other is not None and ended.ended_s > MOST_TIMES * other.ends[-1]:
+        if full is not None and outcome.ended_s > MAX_TIMES * full.ends[-1]:
             break
-    searcher.finish()
-    return Course(outcomes, recorded.dense)
+    search.close()
+    return SearchTrace(outcomes, recorded.dense)
 
 
 def measure(
     recorded: Recorded, sampler: Sampler, num_seeds: int, milestones: tuple[int, ...]
-) -> tuple[list[dict[str, Any]], list[tuple[Course, Course]]]:
-    """A row for each milestone, and the courses of each seed, without rungs and with."""
-    courses = []
+) -> tuple[list[dict[str, Any]], list[tuple[SearchTrace, SearchTrace]]]:
+    """A row for each milestone, and the traces of each seed, without rungs and with."""
+    traces = []
     for seed in range(num_seeds):
-        whole = replayed(recorded, sampler, seed, milestones[-1])
-        courses.append((whole, replayed(recorded, sampler, seed, MOST_GP_TRIALS, whole)))
+        full = replayed(recorded, sampler, seed, milestones[-1])
+        traces.append((full, replayed(recorded, sampler, seed, MAX_GP_TRIALS, full)))
         print(f"{sampler}, seed {seed}", file=sys.stderr, flush=True)
     rows = []
     for count in milestones:
-        volumes = [float(whole.hypervolumes[count - 1]) for whole, _ in courses]
+        volumes = [float(full.hypervolumes[count - 1]) for full, _ in traces]
         row: dict[str, Any] = {
             "sampler": sampler, "trials": count, "hypervolume": float(np.mean(volumes)), "seeds": num_seeds,
-            **{kind: fmean(getattr(halved, f"num_{kind}") for _, halved in courses) for kind in COUNTED},
+            **{kind: fmean(getattr(halved, f"num_{kind}") for _, halved in traces) for kind in COUNTED},
         }  # fmt: skip
         for name, part in (("", 1.0), ("_nearly", NEARLY)):
-            wanted = [(part * volume, *pair) for volume, pair in zip(volumes, courses, strict=True)]
-            without = [whole.first(volume) for volume, whole, _ in wanted]
+            wanted = [(part * volume, *pair) for volume, pair in zip(volumes, traces, strict=True)]
+            without = [full.first(volume) for volume, full, _ in wanted]
             with_rungs = [halved.first(volume) for volume, _, halved in wanted]
             shares = sorted(then / first for first, then in zip(without, with_rungs, strict=True))
             row |= {
@@ -118,13 +128,13 @@ def measure(
             }  # fmt: skip
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-    return rows, courses
+    return rows, traces
 
 
-def draw(courses: dict[Sampler, list[tuple[Course, Course]]], path: Path) -> None:
-    with drawn(path, len(courses)) as panels:
-        for axes, (sampler, pairs) in zip(panels, courses.items(), strict=True):
-            times = np.linspace(0, min(whole.ends[-1] for whole, _ in pairs), NUM_TIMES)
+def draw(traces: dict[Sampler, list[tuple[SearchTrace, SearchTrace]]], path: Path) -> None:
+    with drawn(path, len(traces)) as panels:
+        for axes, (sampler, pairs) in zip(panels, traces.items(), strict=True):
+            times = np.linspace(0, min(full.ends[-1] for full, _ in pairs), NUM_TIMES)
             for index, label in enumerate(("all run to their end", f"with rungs, one of {REDUCTION_FACTOR} goes on")):
                 band(axes, times, [pair[index].at(times) for pair in pairs], label)
             title = f"sampler {sampler}: mean and range of {len(pairs)} seeds"
@@ -138,12 +148,12 @@ def text_of(rows: list[dict[str, Any]], command: str, recorded: Recorded) -> str
     lines = [
         "# Rungs", "", f"    {command}", "",
         f"{len(recorded.outcomes)} recorded trials of digits, {', '.join(SETS)}, whose own hypervolume is "
-        f"{hypervolume_of(recorded.outcomes, recorded.dense):.4f}.",
+        f"{hypervolume_of(recorded.outcomes, Goal(dense=recorded.dense)):.4f}.",
         f"With rungs one of {REDUCTION_FACTOR} goes on. Trials of these searches, mean of the seeds:",
         "; ".join(f"{sampler}: {', '.join(each)}" for sampler, each in counts.items()) + ".",
         "Hypervolume after so many trials to their end, mean of the seeds; simulated seconds until then, and until the",
         "search with rungs had as much of the same seed: medians. Share: median (least to most of the seeds); never:",
-        f"in so many seeds not within {MOST_TIMES} times the seconds of the last milestone. The same",
+        f"in so many seeds not within {MAX_TIMES} times the seconds of the last milestone. The same",
         f"for {NEARLY:.0%} of that hypervolume (half a speed-up's 95 % interval is {noise:.1%} of it, in the middle).",
         "", "![hypervolume over seconds](fidelities.png)", "",
         "| sampler | trials | hypervolume | seeds | seconds | with rungs | share | never "
@@ -172,14 +182,14 @@ def main() -> None:
     args = parser.parse_args()
     recorded = Recorded.read(TABLE, load_config("digits", sets=SETS))
     num_seeds, milestones = (3, MILESTONES[:1]) if args.quick else (10, MILESTONES)
-    rows, courses = list[dict[str, Any]](), dict[Sampler, list[tuple[Course, Course]]]()
+    rows, traces = list[dict[str, Any]](), dict[Sampler, list[tuple[SearchTrace, SearchTrace]]]()
     for sampler in SAMPLERS:
-        some, courses[sampler] = measure(recorded, sampler, num_seeds, milestones)
+        some, traces[sampler] = measure(recorded, sampler, num_seeds, milestones)
         rows += some
     text = text_of(rows, " ".join(["python", *sys.argv]), recorded)
     if args.out is not None:
         (args.out / "fidelities.md").write_text(text)
-        draw(courses, args.out / "fidelities.png")
+        draw(traces, args.out / "fidelities.png")
         (args.out / "fidelities.json").write_text(json.dumps({"rows": finite(rows)}, indent=1) + "\n")
     print(json.dumps({"rows": finite(rows)}) if args.json else text, end="")
 

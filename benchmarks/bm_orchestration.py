@@ -1,4 +1,4 @@
-"""What a trial costs beside its pruning and measuring: sweeps on two workers whose trials are made up.
+"""Measures the cost of a trial beside its pruning and measuring: sweeps on two workers whose trials are made up.
 
     python benchmarks/bm_orchestration.py [--quick] [--json] [--out benchmarks/results]
 
@@ -29,9 +29,10 @@ from rich.console import Console
 
 from pruning.measure.stopwatch import device_name
 from pruning.plan import BlockPlan, Plan
-from search.cluster.tune import ray_running
-from search.commands.run import run_search
+from search.cluster.session import ray_running
+from search.commands.run_search import Prepared, Sweep, run_search
 from search.config import flat, load_config
+from search.goal import Goal
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.records.folder import Folder
 from search.records.ledger import Ledger
@@ -62,15 +63,15 @@ class TimedTracker(Tracker):
         self.written.append(time.monotonic())
 
 
-class MadeUpBench:
+class MadeUpContext:
     @property
     def lease(self) -> Lease:
         return lease_on(torch.device("cpu"))
 
-    def to(self, device: torch.device) -> MadeUpBench:
+    def to(self, device: torch.device) -> MadeUpContext:
         return self
 
-    def without_rungs(self) -> MadeUpBench:
+    def without_rungs(self) -> MadeUpContext:
         return self
 
 
@@ -97,7 +98,7 @@ def made_up_trial(context: Any, candidate: Candidate, trial_id: str, *_: Any) ->
 
 
 def run(runs: Path, num_trials: int) -> tuple[list[float], int]:
-    """When each trial was done, and how many workers had any."""
+    """Runs a sweep; returns when each trial was done, and the number of workers that had any."""
     config = load_config(
         "digits", name=f"made-up-{num_trials}", trials=num_trials, sets=["search.sampler=tpe", "search.patience=0"]
     )
@@ -108,11 +109,13 @@ def run(runs: Path, num_trials: int) -> tuple[list[float], int]:
             run_dir=folder.path, done=(),
         )  # fmt: skip
         with ProgressLine(Console(file=nowhere, force_terminal=True)) as line:
-            outcomes, _ = run_search(
-                config, folder, Space(config.space, DEPTH), ray.put(MadeUpBench()), DENSE, book, tracker, line,
-                start=made_up_trial,
+            sweep = Sweep(
+                config=config, space=Space(config.space, DEPTH), folder=folder, ledger=book, tracker=tracker,
+                observer=line,
             )  # fmt: skip
-    return tracker.written, len({outcome.notes for outcome in outcomes})
+            prepared = Prepared(context_ref=ray.put(MadeUpContext()), goal=Goal(dense=DENSE))
+            searched = run_search(sweep, prepared, start=made_up_trial)
+    return tracker.written, len({outcome.notes for outcome in searched.outcomes})
 
 
 def measure(counts: tuple[int, ...]) -> list[dict[str, Any]]:

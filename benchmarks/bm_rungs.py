@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from bm_fidelities import SETS, Course, finite
+from bm_fidelities import SETS, SearchTrace, finite
 from pictures import band, drawn
 
 from pruning.measure.stopwatch import device_name
 from search.commands.run import run_sweep
 from search.config import load_config
-from search.outcome import Candidate, Measurement, Outcome
+from search.outcome import Candidate, Outcome
 from search.records import ledger
 from search.records.folder import Folder
 
@@ -62,7 +62,7 @@ class Quiet:
     def interrupted(self) -> None: ...
 
 
-def swept(runs: Path, seed: int, factor: float, seconds: float) -> Course:
+def swept(runs: Path, seed: int, factor: float, seconds: float) -> SearchTrace:
     name = f"rungs-{seed}-{factor:g}"
     folder = Folder(runs, name)
     left = seconds - max((each.ended_s for each in ledger.read(folder.ledger)), default=0.0)
@@ -74,21 +74,23 @@ def swept(runs: Path, seed: int, factor: float, seconds: float) -> Course:
         ]  # fmt: skip
         run_sweep(load_config("digits", sets=sets), runs, Quiet())
     found = [each for each in ledger.read(folder.ledger) if each.ended_s <= seconds]
-    return Course(found, Measurement(**folder.read_front()["dense"]))
+    return SearchTrace(found, folder.read_front().goal.dense)
 
 
-def rows_of(pairs: list[tuple[Course, Course]]) -> list[dict[str, Any]]:
+def rows_of(pairs: list[tuple[SearchTrace, SearchTrace]]) -> list[dict[str, Any]]:
     rows = []
     for part in PARTS:
-        wanted = [(part * float(whole.hypervolumes[-1]), whole, halved) for whole, halved in pairs]
-        without = [whole.first(volume) for volume, whole, _ in wanted]
+        wanted = [(part * float(full.hypervolumes[-1]), full, halved) for full, halved in pairs]
+        without = [full.first(volume) for volume, full, _ in wanted]
         with_rungs = [halved.first(volume) for volume, _, halved in wanted]
         shares = [then / first for first, then in zip(without, with_rungs, strict=True)]
         rows.append({"part": part, "seconds": without, "with_rungs": with_rungs, "shares": shares})
     return rows
 
 
-def text_of(rows: list[dict[str, Any]], pairs: list[tuple[Course, Course]], command: str, seconds: float) -> str:
+def text_of(
+    rows: list[dict[str, Any]], pairs: list[tuple[SearchTrace, SearchTrace]], command: str, seconds: float
+) -> str:
     lines = [
         "# Rungs, live", "", f"    {command}", "",
         f"{device_name(torch.device('cpu'))}. Sweeps of digits, {', '.join(SETS)}, sampler auto, {seconds:g}",

@@ -1,14 +1,13 @@
-"""Samplers against each other on a recorded sweep: hypervolume after so many trials, over seeds.
+"""Compares samplers on a recorded sweep: hypervolume after so many trials, over seeds.
 
     python benchmarks/bm_samplers.py [--quick] [--json] [--out benchmarks/results] [--table FOLDER]
 
 The table (`tests/data/digits_table`) is of finished sweeps of digits, by random candidates and two samplers of Optuna
-(tests/data/record_table.py). Every sampler searches it with the same first candidates, on two simulated workers, and is
-moved to the nearest recorded candidate, none twice: where they lie dense, chance seldom comes. Hypervolume is that of
-the search (val), as in `vitfront run`. A grid of which nothing new is left ends with what it has.
+(tests/data/record_table.py). Every sampler searches it with the same first candidates, on two simulated workers. Its
+suggestions are moved to the nearest recorded candidate, none twice, which favours the random sampler less where they
+lie dense. Hypervolume is that of the search (val), as in `vitfront run`. A grid ends once nothing new of it is left.
 
-The table is not fresh to `auto`: that a suggestion looks at 900 candidates, not at 1,800, was chosen on six seeds of
-it.
+The table is not fresh to `auto`: 900 candidates a suggestion, instead of 1,800, were chosen on six seeds of it.
 """
 
 from __future__ import annotations
@@ -25,17 +24,18 @@ from numpy.typing import NDArray
 from pictures import band, drawn
 from scipy.stats import t
 
-from search.cluster.searcher import StudySearcher
 from search.commands.replay import Recorded, replay
 from search.config import load_config
 from search.front import hypervolume_of, running_hypervolume
-from search.suggest.samplers import Sampler
+from search.goal import Goal
+from search.suggest.ask import CandidateSearch, History
+from search.suggest.samplers import Sampler, SamplerSettings
 
 TABLE = Path(__file__).parents[1] / "tests" / "data" / "digits_table"
 RUNS: dict[Sampler, tuple[int, ...]] = {
     "auto": (20, 40), "tpe": (20, 40, 120), "nsga2": (20, 40, 120), "random": (20, 40, 120), "grid": (20, 40, 120),
 }  # fmt: skip
-"""Sampler -> the numbers of trials after which it is read."""
+"""Sampler -> the numbers of trials after which its hypervolume is read."""
 
 
 Curves = dict[Sampler, NDArray[np.float64]]
@@ -45,27 +45,26 @@ Curves = dict[Sampler, NDArray[np.float64]]
 def measure(
     recorded: Recorded, num_seeds: int, runs: dict[Sampler, tuple[int, ...]]
 ) -> tuple[list[dict[str, Any]], Curves]:
-    rows, curves = list[dict[str, Any]](), Curves()
+    rows, curves, goal = list[dict[str, Any]](), Curves(), Goal(dense=recorded.dense)
     for sampler, milestones in runs.items():
         start = time.monotonic()
-        found = np.empty((num_seeds, milestones[-1]))
+        volumes = np.empty((num_seeds, milestones[-1]))
         for seed in range(num_seeds):
-            searcher = StudySearcher(
+            search = CandidateSearch(
                 recorded.space,
-                known=(),
-                sampler=sampler,
-                seed=seed,
-                num_trials=milestones[-1],
-                dense=recorded.dense,
+                SamplerSettings(sampler=sampler, seed=seed, num_trials=milestones[-1]),
+                History(first_candidates=recorded.space.first_candidates()),
+                goal,
                 nearest_allowed=recorded.nearest,
             )
-            outcomes = [each for some in replay(recorded, searcher, milestones[-1], num_workers=2) for each in some]
-            searcher.finish()
-            volumes = running_hypervolume(outcomes, recorded.dense)
-            found[seed, : len(volumes)], found[seed, len(volumes) :] = volumes, volumes[-1]
-        curves[sampler] = found
+            trials = replay(recorded, search, milestones[-1], num_workers=2)
+            outcomes = [outcome for outcomes in trials for outcome in outcomes]
+            search.close()
+            reached = running_hypervolume(outcomes, goal)
+            volumes[seed, : len(reached)], volumes[seed, len(reached) :] = reached, reached[-1]
+        curves[sampler] = volumes
         seconds = (time.monotonic() - start) / num_seeds / milestones[-1]
-        values = found[:, np.array(milestones) - 1]
+        values = volumes[:, np.array(milestones) - 1]
         half = t.ppf(0.975, num_seeds - 1) * values.std(axis=0, ddof=1) / np.sqrt(num_seeds)
         for count, mean, spread in zip(milestones, values.mean(axis=0), half, strict=True):
             rows.append({
@@ -78,8 +77,8 @@ def measure(
 
 def draw(curves: Curves, best: float, path: Path) -> None:
     with drawn(path) as (axes,):
-        for sampler, found in curves.items():
-            band(axes, np.arange(1, found.shape[1] + 1), found, sampler)
+        for sampler, volumes in curves.items():
+            band(axes, np.arange(1, volumes.shape[1] + 1), volumes, sampler)
         axes.axhline(best, color="grey", linestyle=":", label="the whole table")
         axes.set(xlabel="trials", ylabel="hypervolume on val", title="digits recorded: mean and range of the seeds")
 
@@ -109,11 +108,11 @@ def main() -> None:
     runs = {name: counts[:1] for name, counts in RUNS.items()} if args.quick else RUNS
     recorded = Recorded.read(args.table, load_config("digits"))
     rows, curves = measure(recorded, 3 if args.quick else 10, runs)
-    whole = hypervolume_of(recorded.outcomes, recorded.dense)
-    text = text_of(rows, " ".join(["python", *sys.argv]), len(recorded.outcomes), whole)
+    best = hypervolume_of(recorded.outcomes, Goal(dense=recorded.dense))
+    text = text_of(rows, " ".join(["python", *sys.argv]), len(recorded.outcomes), best)
     if args.out is not None:
         (args.out / "samplers.md").write_text(text)
-        draw(curves, whole, args.out / "samplers.png")
+        draw(curves, best, args.out / "samplers.png")
         (args.out / "samplers.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     print(json.dumps({"rows": rows}) if args.json else text, end="")
 

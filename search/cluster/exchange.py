@@ -1,35 +1,61 @@
-"""Where processes of a sweep leave things for each other. A file of its own, so that its process starts fast."""
+"""The actor through which the processes of a sweep hand things to each other.
+
+The file is small and imports little, so that the actor's process starts fast.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+from search.outcome import Measurement, Outcome
+
+StoreName = Literal["states", "weights", "measurements", "finetunes"]
+"""Names of the stores. states: id of a trial -> state of its training, from a worker to the driver after each epoch, or
+from the driver to a worker that resumes it. weights: id of a trial -> its trained weights, from a worker to the driver.
+measurements: key of a plan or of its shape -> a measurement that no worker need repeat. finetunes: key of a plan -> the
+outcome of a fine-tune that no worker need repeat."""
 
 
 class Exchange:
-    """An actor: what lies in it by key, mostly a trial, until it is taken."""
+    """Named stores of contents by key, and the count of the workers that are ready."""
 
-    def __init__(self, content: Mapping[str, Any]) -> None:
-        """content: what lies in it from the start."""
-        self._content = dict(content)
+    def __init__(
+        self,
+        states: Mapping[str, Mapping[str, Any]] | None = None,
+        measurements: Mapping[str, Measurement] | None = None,
+        finetunes: Mapping[str, Outcome] | None = None,
+    ) -> None:
+        """
+        Args:
+            states: first content of the store of that name, of trials that an earlier run did not end.
+            measurements: first content of the store of that name.
+            finetunes: first content of the store of that name.
+        """
+        self._stores: dict[StoreName, dict[str, Any]] = {
+            "states": dict(states or {}),
+            "weights": {},
+            "measurements": dict(measurements or {}),
+            "finetunes": dict(finetunes or {}),
+        }
         self._num_ready_workers = 0
 
-    def put(self, trial_id: str, content: Any) -> None:
-        """Replaces what lies there."""
-        self._content[trial_id] = content
+    def put(self, store: StoreName, key: str, content: Any) -> None:
+        """Stores a content in the place of any that had the key."""
+        self._stores[store][key] = content
 
-    def take(self, trial_id: str) -> Any:
-        """None if nothing lies there."""
-        return self._content.pop(trial_id, None)
+    def take(self, store: StoreName, key: str) -> Any:
+        """Removes and returns the content of a key; None if it has none."""
+        return self._stores[store].pop(key, None)
+
+    def peek(self, store: StoreName, key: str) -> Any:
+        """Returns the content of a key, which stays; None if it has none."""
+        return self._stores[store].get(key)
 
     def worker_ready(self) -> None:
-        """A worker is there."""
+        """Counts one more worker that is ready."""
         self._num_ready_workers += 1
 
     def num_ready_workers(self) -> int:
-        """Workers that are there."""
+        """Returns the number of workers that are ready."""
         return self._num_ready_workers
-
-    def peek(self, key: str) -> Any:
-        """The same, but it stays there."""
-        return self._content.get(key)

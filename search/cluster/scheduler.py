@@ -1,58 +1,24 @@
-"""Which trials go on: successive halving by non-dominated rank, asynchronously, as a Ray `TrialScheduler`.
-
-A trial passes rungs, each of which measures more of it than the one before. Whoever comes to a rung is held against
-all that came there before, at once: nobody waits for others. ASHA's stopping rule (Li et al., MLSys 2020), for two
-objectives.
-"""
+"""The rungs of a search as a Ray `TrialScheduler`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from search.outcome import Outcome
-from search.pareto import selection_order
+from search.suggest.rungs import Promotion
 
 
-class NonDominatedHalving(FIFOScheduler):
-    """Of all that came to a rung, the best `1 / reduction_factor` go on, and at least the best: by non-dominated rank,
-    then by crowding. Who is no faster than the dense model does not, and does not count.
-    """
+class RungScheduler(FIFOScheduler):
+    """Stops the trials that are not promoted at a rung; starts them in the order in which they are suggested."""
 
-    def __init__(self, reduction_factor: float, known: Sequence[Outcome] = ()) -> None:
-        """
-        Args:
-            reduction_factor: at least 1, which lets everybody go on that is faster.
-            known: outcomes of an earlier run of the sweep, with what they had at their rungs.
-        """
+    def __init__(self, promotes: Promotion) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._reduction_factor = reduction_factor
-        self._rungs: dict[int, list[tuple[float, float]]] = {}
-        for outcome in known:
-            for rung, values in enumerate(outcome.rungs):
-                self._remember(rung, values)
+        self._promotes = promotes
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Returns Ray's word for going on or stopping; a result without `rungs` is no rung and goes on."""
         if "rungs" not in result:
             return TrialScheduler.CONTINUE
         *earlier, values = result["rungs"]
-        return TrialScheduler.CONTINUE if self.promotes(len(earlier), tuple(values)) else TrialScheduler.STOP
-
-    def promotes(self, rung: int, values: tuple[float, float]) -> bool:
-        """Whether a trial with this accuracy and speed-up goes on from a rung, where others will be held against it."""
-        if not self._remember(rung, values):
-            return False
-        points = np.array(self._rungs[rung])
-        last = len(points) - 1
-        [place] = np.flatnonzero(selection_order(points) == last)
-        return bool(place < max(1, len(points) / self._reduction_factor))
-
-    def _remember(self, rung: int, values: tuple[float, float]) -> bool:
-        """Whether they count."""
-        is_faster = values[1] > 1.0
-        if is_faster:
-            self._rungs.setdefault(rung, []).append(values)
-        return is_faster
+        return TrialScheduler.CONTINUE if self._promotes(len(earlier), tuple(values)) else TrialScheduler.STOP

@@ -1,130 +1,160 @@
-"""What runs on the workers of a cluster: trials, and the tasks before and after them. It knows Ray, but nothing of what
-the driver alone needs (Optuna, MLflow): imports are most of a worker's start."""
+"""A worker of a cluster: keeps the context on its device and runs trial after trial.
+
+It knows Ray, but nothing that the driver alone needs (Optuna, MLflow): imports are most of a worker's start.
+"""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Generic
+from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 import torch
 from ray import tune
-from torch import nn
 
 from pruning.artifact import Weights
-from pruning.measure.stopwatch import Timing, keep_freed_memory
-from pruning.methods.allocation import Profile
-from pruning.plan import Plan, TokenReduction
-from search.config import Config
+from pruning.measure.stopwatch import keep_freed_memory
+from search.cluster.stores import SharedStore, Store
+from search.cluster.tasks import worker_device
 from search.outcome import Candidate, Measurement, Outcome, State
-from search.trial.context import Confirmation, Found, TrialContext, confirm, lease_on, prepare, time_shapes
-from search.trial.inputs import Inputs
+from search.trial.context import TrialContext
 from search.trial.trial import Ended, Epoch, Event, Rung, WorkerCache, start_trial
-from search.trial.warm_start import propose
 
-MOST_START_S = 60.0
-"""Workers that are not there by then, for want of nodes, are not waited for."""
+MAX_START_S = 60.0
+"""Time after which workers that are not ready, for want of nodes, are no longer waited for."""
 
 TUNE_S = 0.1
-"""What a trial costs beside its own time, about."""
+"""Time that Ray Tune takes for a trial, about, beside the trial's own."""
+
+POLL_S = 0.1
+"""Time between two looks at whether all workers are ready."""
 
 StartTrial = Callable[[TrialContext, Candidate, str, Mapping[str, Any] | None, WorkerCache], Iterator[Event | Ended]]
-"""`search.trial.trial.start_trial`, or what stands in for it."""
+"""The type of `search.trial.trial.start_trial`, and of a fake in its place."""
 
 
-class Shared(Generic[Found]):
-    """`search.trial.context.Known` of all workers of a sweep, in its exchange."""
+class Crew:
+    """All workers of a sweep, as one of them sees them."""
 
-    def __init__(self, exchange: Any) -> None:
-        self._exchange = exchange
+    def __init__(
+        self,
+        num_workers: int,
+        num_trials: int,
+        count_ready: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """
+        Args:
+            num_workers: number of workers that are expected.
+            num_trials: number of trials that they share.
+            count_ready: returns the number of workers that are ready.
+        """
+        self._num_workers, self._num_trials, self._count_ready = num_workers, num_trials, count_ready
+        self._clock, self._sleep = clock, sleep
 
-    def get(self, key: str, /) -> Found | None:
-        found: Found | None = ray.get(self._exchange.peek.remote(key))
-        return found
+    def await_all(self, first_trial_s: float) -> None:
+        """Waits until all workers are ready, or for as long as this one would take for all trials alone, or a minute.
 
-    def __setitem__(self, key: str, found: Found, /) -> None:
-        ray.get(self._exchange.put.remote(key, found))
+        A worker does so at the end of its first trial. Else the others would not come up where trials are shorter than
+        a start: Tune gives the trial that waits for one the worker that got free, and takes the start back.
+
+        Args:
+            first_trial_s: time that the first trial took.
+        """
+        alone_s = self._num_trials * (first_trial_s + TUNE_S)
+        limit = self._clock() + min(MAX_START_S, alone_s)
+        while self._clock() < limit and self._count_ready() < self._num_workers:
+            self._sleep(POLL_S)
 
 
-class TrialActor(tune.Trainable):
-    """A worker: keeps the context on its device and runs trial after trial, a step an epoch where they train."""
+class TrialRunner:
+    """Runs trials one after the other, each in steps: an epoch, a rung, or the end.
 
-    def setup(
-        self, config: dict[str, Any], context: Sequence[Any] = (), exchange: Any = None, cpus: int = 1,
-        num_workers: int = 1, num_trials: int = 1, start: StartTrial = start_trial,
-    ) -> None:  # fmt: skip
-        torch.set_num_threads(cpus)
-        keep_freed_memory()
-        # Behind a list, Tune hands the reference on instead of storing the context a second time.
-        self.context: TrialContext = ray.get(context[0]).to(_device())
-        self.exchange, self.start_trial = exchange, start
-        self.memory = WorkerCache(known=Shared(exchange), trained=Shared(exchange))
-        self.free_since = time.monotonic()
-        self.num_workers, self.num_trials, self.is_first = num_workers, num_trials, True
-        exchange.worker_ready.remote()
-        self._start(config)
+    The result of a step is a dict of what JSON knows, as Ray Tune wants it. The states of trainings and the weights,
+    which are too large for that, go to stores, from which the driver takes them: nodes need no shared disk.
+    """
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._start(new_config)
-        return True
+    def __init__(
+        self,
+        context: TrialContext,
+        states: Store[Mapping[str, Any]],
+        weights: Store[Mapping[str, Weights]],
+        cache: WorkerCache,
+        crew: Crew,
+        start: StartTrial = start_trial,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            context: on this worker's device.
+            states: states of trainings by trial; that of a resumed trial is taken from here.
+            weights: trained weights by trial.
+            start: starts a trial.
+        """
+        self._context, self._states, self._weights = context, states, weights
+        self._cache, self._crew, self._start, self._clock = cache, crew, start, clock
+        self._is_first = True
+        self._free_since = clock()
 
-    def _start(self, config: dict[str, Any]) -> None:
-        self.id, self.candidate = config["id"], Candidate.from_json(config["candidate"])
-        state = ray.get(self.exchange.take.remote(self.id)) if config["is_resumed"] else None
-        context = self.context if config["has_rungs"] else self.context.without_rungs()
-        self.events = self.start_trial(context, self.candidate, self.id, state, self.memory)
-        self.waited_s: float | None = None
-        self.started = time.monotonic()
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Begins with a trial.
+
+        Args:
+            config: a `search.suggest.ask.Suggestion` as a dict.
+        """
+        self._id, self._candidate = config["id"], Candidate.from_json(config["candidate"])
+        state = self._states.take(self._id) if config["is_resumed"] else None
+        context = self._context if config["has_rungs"] else self._context.without_rungs()
+        self._events = self._start(context, self._candidate, self._id, state, self._cache)
+        self._waited_s: float | None = None
+        self._began = self._clock()
 
     def step(self) -> dict[str, Any]:
-        if self.waited_s is None:
-            self.waited_s = time.monotonic() - self.free_since
-        with self.context.lease.shared():  # between two steps an actor may have nothing to do
-            event = next(self.events)
-        if not isinstance(event, Epoch):  # the trial may end here
-            self._await_others()
-        result = self._result(event)
-        self.free_since = time.monotonic()
-        return result
+        """Runs the trial up to its next epoch, rung or end.
 
-    def _await_others(self) -> None:
-        """At the end of its first trial: until all workers are there, if that is sooner than to run all trials alone.
-
-        Else the others would not come up where trials are shorter than a start: Tune gives the trial that waits for one
-        the worker that got free, and takes the start back.
+        Returns:
+            `done`; and `progress` of an epoch; or `rungs`, all values so far, with the `outcomes` in case that the
+            trial is stopped here; or the final `outcomes` with `finetunes`, the keys by which other trials may reuse
+            the first of them.
         """
-        alone_s = self.num_trials * (time.monotonic() - self.started + TUNE_S)
-        limit = time.monotonic() + min(MOST_START_S, alone_s)
-        while self.is_first and time.monotonic() < limit:
-            if ray.get(self.exchange.num_ready_workers.remote()) >= self.num_workers:
-                break
-            time.sleep(0.1)
-        self.is_first = False
+        if self._waited_s is None:
+            self._waited_s = self._clock() - self._free_since
+        with self._context.lease.shared():  # between two steps a worker may have nothing to do
+            event = next(self._events)
+        if self._is_first and not isinstance(event, Epoch):  # the trial may end here
+            self._crew.await_all(self._clock() - self._began)
+            self._is_first = False
+        result = self._result(event)
+        self._free_since = self._clock()
+        return result
 
     def _result(self, event: Event | Ended) -> dict[str, Any]:
         if isinstance(event, Epoch):
-            ray.get(self.exchange.put.remote(self.id, event.state()))
+            self._states[self._id] = event.state()
             return {"progress": event.progress, "done": False}
-        if isinstance(event, Rung):  # with what came of it if it is stopped here
-            return {"rungs": event.values, "outcomes": self._told([self._stopped(event)]), "done": False}
+        if isinstance(event, Rung):
+            return {"rungs": event.values, "outcomes": self._to_text([self._stopped(event)]), "done": False}
         if event.weights:
-            ray.get(self.exchange.put.remote(self.id, event.weights))
-        return {"outcomes": self._told(event.outcomes), "trained": list(event.trained), "done": True}
+            self._weights[self._id] = event.weights
+        return {"outcomes": self._to_text(event.outcomes), "finetunes": list(event.trained), "done": True}
 
-    def _told(self, outcomes: Sequence[Outcome]) -> str:
-        """As JSON, the trial's own with how long it was waited for."""
-        own, *others = outcomes
-        return json.dumps([each.to_json() for each in (replace(own, waited_s=self.waited_s or 0.0), *others)])
+    def _to_text(self, outcomes: Sequence[Outcome]) -> str:
+        """Returns outcomes as JSON; the trial's own, the first, with the time that the worker waited for the trial."""
+        own, *at_exits = outcomes
+        own = replace(own, waited_s=self._waited_s or 0.0)
+        return json.dumps([outcome.to_json() for outcome in (own, *at_exits)])
 
     def _stopped(self, rung: Rung) -> Outcome:
+        """Returns the outcome of the trial if it is stopped at this rung."""
         accuracy, speedup = rung.values[-1]
         return Outcome(
-            id=self.id,
+            id=self._id,
             state=State.STOPPED,
-            candidate=self.candidate,
+            candidate=self._candidate,
             reason=f"not good enough at rung {len(rung.values)}: {accuracy:.3f}, {speedup:.2f} x as fast as dense",
             rungs=rung.values,
             rung_spans=rung.spans,
@@ -132,36 +162,49 @@ class TrialActor(tune.Trainable):
         )
 
 
-def prepare_remotely(
-    config: Config, inputs: Inputs, profiles: Mapping[TokenReduction, Profile]
-) -> tuple[TrialContext, Measurement, list[Candidate]]:
-    """`prepare` on a worker's device, and what it proposes; the context comes back on the CPU, where every worker can
-    take it from."""
-    model: nn.Module = inputs.model.to(_device())
-    context, dense = prepare(
-        config, model, inputs.splits, inputs.space.exit_blocks, trained=inputs.trained, profiles=profiles
-    )
-    proposed = propose(context, inputs.space)
-    return context.to("cpu"), dense, proposed
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """Settings that every worker of a sweep is started with."""
+
+    context_ref: Any
+    """Ray's reference to the context, which lies in the object store once."""
+    exchange: Any
+    """Ray's handle of the sweep's `Exchange`."""
+    cpus: int
+    """Number of torch threads."""
+    num_workers: int
+    """Number of workers that are expected."""
+    num_trials: int
+    """Number of trials that they share."""
+    start: StartTrial = start_trial
+    """Starts a trial."""
 
 
-def time_remotely(context: TrialContext, plans: list[Plan]) -> list[Timing]:
-    """`time_shapes` on a worker's device."""
-    return time_shapes(context.to(_device()), plans)
+class TrialActor(tune.Trainable):
+    """A worker as Ray Tune's actor, which is reused from trial to trial."""
 
+    def setup(self, config: dict[str, Any], settings: WorkerSettings) -> None:  # type: ignore[override]
+        """Fetches the context, tells the others that this worker is ready, and begins with a trial."""
+        torch.set_num_threads(settings.cpus)
+        keep_freed_memory()
+        exchange = settings.exchange
+        cache = WorkerCache(
+            known=SharedStore[Measurement](exchange, "measurements"),
+            trained=SharedStore[Outcome](exchange, "finetunes"),
+        )
+        crew = Crew(settings.num_workers, settings.num_trials, lambda: ray.get(exchange.num_ready_workers.remote()))
+        context: TrialContext = ray.get(settings.context_ref).to(worker_device())
+        self.runner = TrialRunner(
+            context, SharedStore(exchange, "states"), SharedStore(exchange, "weights"), cache, crew, settings.start
+        )
+        exchange.worker_ready.remote()
+        self.runner.begin(config)
 
-def confirm_remotely(context: TrialContext, plans: list[Plan], weights: list[Weights | None]) -> Confirmation:
-    """`confirm` on a worker's device; the models come back on the CPU."""
-    found = confirm(context.to(_device()), plans, weights)
-    return replace(found, models=[model.cpu() for model in found.models])
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begins with another trial."""
+        self.runner.begin(new_config)
+        return True
 
-
-def run_task(function: Callable[..., Any], cpus: int, *args: Any) -> Any:
-    """A function's result, under a lease of the device and with so many torch threads."""
-    torch.set_num_threads(cpus)
-    with lease_on(_device()).shared():
-        return function(*args)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+    def step(self) -> dict[str, Any]:
+        """Runs the trial up to its next epoch, rung or end; see `TrialRunner.step`."""
+        return self.runner.step()

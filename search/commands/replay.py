@@ -1,24 +1,21 @@
-"""A recorded sweep in the place of the models: what a search would have found, in seconds and on any machine.
+"""Replays a search on a recorded sweep in the place of the models: in seconds and on any machine.
 
-The recorded candidates alone can be tried: what a sampler suggests is moved to the nearest of them. Workers are
+Only the recorded candidates can be tried: a sampler's suggestion is moved to the nearest of them. Workers are
 simulated: each is busy for as long as the recorded trial took, so trials end in the order in which they would, and
-hypervolume can be told against trials and against time. Where every trial passed rungs and went on, a search that stops
-some of them can be replayed, and one that has no rungs as well: it saves the time of measuring there.
+hypervolume can be plotted over trials and over time. Where every trial passed rungs and went on, a search that stops
+some of them can be replayed, and also one without rungs: it saves the time of measuring there.
 """
 
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from search.cluster.scheduler import NonDominatedHalving
-from search.cluster.searcher import StudySearcher
 from search.config import Config
 from search.errors import SweepError
 from search.front import Front
@@ -29,20 +26,24 @@ from search.records.files import write_atomically
 from search.records.folder import Folder
 from search.records.ledger import Ledger
 from search.space import Choice, Numbers, Space
+from search.suggest.ask import CandidateSearch, History
+from search.suggest.rungs import Promotion, Rungs
+from search.suggest.samplers import SamplerSettings
 
 
 class Recorded:
-    """The trials of a finished sweep, found by their candidates."""
+    """The trials of a finished sweep, looked up by their candidates."""
 
     def __init__(self, outcomes: Sequence[Outcome], dense: Measurement, space: Space) -> None:
         """
         Args:
-            outcomes: of the sweep; those that were not measured are as much an answer as the others.
-            dense: what they are compared with.
-            space: that is searched now; distances are shares of its ranges, and candidates outside are left out.
+            outcomes: of the sweep, also those that were not measured.
+            dense: measurement of the dense model, which the outcomes are compared with.
+            space: space of the search that is replayed; distances are shares of its ranges, and candidates outside are
+                left out.
 
         Raises:
-            SweepError: there are none within.
+            SweepError: no candidate lies within the space.
         """
         self.dense, self.space = dense, space
         self.outcomes = tuple(outcome for outcome in outcomes if space.holds(outcome.candidate))
@@ -54,12 +55,12 @@ class Recorded:
         trials = sorted(by_trial.values(), key=lambda trial: trial[0].state is State.STOPPED)  # a later try counts
         self._trials = {trial[0].candidate: trial for trial in reversed(trials)}
         self._candidates = list(reversed(self._trials))
-        self._is_choice = np.array([isinstance(each, Choice) for each in space.parameters().values()])
-        self._rows = np.array([self._row(each) for each in self._candidates])
+        self._is_choice = np.array([isinstance(parameter, Choice) for parameter in space.parameters().values()])
+        self._rows = np.array([self._row(candidate) for candidate in self._candidates])
 
     @classmethod
     def read(cls, path: Path, config: Config) -> Recorded:
-        """A finished sweep's folder, to be searched by the space of a recipe.
+        """Reads the folder of a finished sweep, to be searched by the space of a recipe.
 
         Raises:
             SweepError: there is no such sweep, or it has no front.
@@ -76,27 +77,29 @@ class Recorded:
         return cls(outcomes, dense, Space(config.space, depth, exits, has_windows=is_windowed))
 
     def nearest(self, candidate: Candidate) -> Candidate:
-        """The recorded candidate with the least squared distance; of equals the first.
+        """Returns the recorded candidate with the least squared distance; of equals the first.
 
-        Another choice, or a parameter that has an effect in one alone, is as far as a whole range.
+        Another choice, or a parameter that has an effect in only one of the two, is as far as a whole range.
         """
         row = self._row(candidate)
-        apart = np.where(self._is_choice, self._rows != row, np.abs(self._rows - row))
-        apart[np.isnan(self._rows) != np.isnan(row)] = 1.0
-        apart[np.isnan(self._rows) & np.isnan(row)] = 0.0
-        return self._candidates[int((apart**2).sum(axis=1).argmin())]
+        distances = np.where(self._is_choice, self._rows != row, np.abs(self._rows - row))
+        distances[np.isnan(self._rows) != np.isnan(row)] = 1.0
+        distances[np.isnan(self._rows) & np.isnan(row)] = 0.0
+        return self._candidates[int((distances**2).sum(axis=1).argmin())]
 
-    def answer(self, candidate: Candidate, trial_id: str) -> list[Outcome]:
-        """What came of a recorded candidate.
+    def lookup(self, candidate: Candidate, trial_id: str) -> list[Outcome]:
+        """Returns the outcomes of a recorded candidate as those of a trial with another id; its own comes first.
 
         Raises:
-            KeyError: it was not recorded.
+            KeyError: the candidate was not recorded.
         """
-        first, *earlier = self._trials[candidate]
-        return [replace(first, id=trial_id), *(replace(e, id=f"{trial_id}.{e.id.split('.')[1]}") for e in earlier)]
+        own, *at_exits = self._trials[candidate]
+        renamed = [replace(outcome, id=f"{trial_id}.{outcome.id.split('.')[1]}") for outcome in at_exits]
+        return [replace(own, id=trial_id), *renamed]
 
     def _row(self, candidate: Candidate) -> NDArray[np.float64]:
-        """A number's place in its range, the number of a choice; NaN for what has no effect."""
+        """Returns a number for each parameter: a number's share of its range, the index of a choice, NaN for a
+        parameter without effect."""
         values, row = candidate.to_params(), []
         for name, parameter in self.space.parameters().items():
             if name not in values:
@@ -108,60 +111,71 @@ class Recorded:
         return np.array(row)
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A trial on a simulated worker."""
+
+    started_s: float
+    """Simulated time at which it started."""
+    outcomes: list[Outcome]
+    """Recorded outcomes of its candidate, the trial's own first."""
+    times_s: list[float]
+    """Seconds from its start to each of its rungs, and to its end."""
+
+
 def replay(
-    recorded: Recorded, searcher: StudySearcher, num_trials: int, num_workers: int,
-    scheduler: NonDominatedHalving | None = None,
-) -> Iterator[list[Outcome]]:  # fmt: skip
-    """What the trials of a search give, in the order in which they end; `ended_s` is by the simulated clock.
+    recorded: Recorded, search: CandidateSearch, num_trials: int, num_workers: int, promotes: Promotion | None = None
+) -> Iterator[list[Outcome]]:
+    """Yields the outcomes of each trial of a search, in the order in which they end; `ended_s` is by simulated time.
 
     Args:
-        scheduler: says at every recorded rung who goes on; without one there are no rungs. What the recorded sweep
-            stopped ends there anyway.
+        promotes: tells at every recorded rung whether the trial goes on; without it there are no rungs. A trial that
+            the recorded sweep stopped ends there anyway.
     """
-    running: list[tuple[float, int, int]] = []
-    """When something comes of a trial, its number, and at which rung; there is one more at the end."""
-    trials: dict[int, tuple[float, list[Outcome]]] = {}
-    """By number, when it started and what comes of it."""
-    now, num_started = 0.0, 0
+    trials: list[_Running] = []
+    events: list[tuple[float, int, int]] = []
+    """A heap: simulated time at which a trial comes to a rung or its end, number of the trial, number of the rung."""
+    now_s = 0.0
     while True:
-        while num_started < num_trials and len(running) < num_workers:
-            asked = searcher.suggest(str(num_started))
-            if not isinstance(asked, dict):  # nothing new is left to try
-                num_trials = num_started
+        while len(trials) < num_trials and len(events) < num_workers:
+            suggestion = search.ask()
+            if suggestion is None:  # nothing new is left to try
+                num_trials = len(trials)
                 break
-            first, *earlier = recorded.answer(Candidate.from_json(asked["candidate"]), asked["id"])
-            if scheduler is None or not asked["has_rungs"]:
-                first = _without_rungs(first)
-            trials[num_started] = now, [first, *earlier]
-            heapq.heappush(running, (now + _times(first)[0], num_started, 0))
-            num_started += 1
-        if not running:
+            own, *at_exits = recorded.lookup(suggestion.candidate, suggestion.id)
+            if promotes is None or not suggestion.has_rungs:
+                own = _without_rungs(own)
+            trial = _Running(started_s=now_s, outcomes=[own, *at_exits], times_s=_times_of(own))
+            heapq.heappush(events, (now_s + trial.times_s[0], len(trials), 0))
+            trials.append(trial)
+        if not events:
             return
-        now, number, rung = heapq.heappop(running)
-        start, outcomes = trials[number]
-        first, times = outcomes[0], _times(outcomes[0])
-        if rung + 1 < len(times):
-            assert scheduler is not None
-            if scheduler.promotes(rung, first.rungs[rung]):
-                heapq.heappush(running, (start + times[rung + 1], number, rung + 1))
+        now_s, number, rung = heapq.heappop(events)
+        trial, outcomes = trials[number], trials[number].outcomes
+        if rung + 1 < len(trial.times_s):
+            assert promotes is not None
+            if promotes(rung, outcomes[0].rungs[rung]):
+                heapq.heappush(events, (trial.started_s + trial.times_s[rung + 1], number, rung + 1))
                 continue
-            outcomes = [_stopped_at(first, rung)]
-        searcher.on_trial_complete(str(number), {"outcomes": json.dumps([each.to_json() for each in outcomes])})
-        yield [replace(each, ended_s=now, waited_s=0.0) for each in outcomes]
+            outcomes = [_stopped_at(outcomes[0], rung)]
+        search.tell(outcomes[0].id, outcomes[0])
+        yield [replace(outcome, ended_s=now_s, waited_s=0.0) for outcome in outcomes]
 
 
-def _times(outcome: Outcome) -> list[float]:
-    """When it was at each of its rungs and at its end, in seconds since it began."""
+def _times_of(outcome: Outcome) -> list[float]:
+    """Returns the seconds from a trial's start to each of its rungs, and to its end."""
     at_rungs = [end for _, end in outcome.rung_spans]
     return at_rungs if outcome.state is State.STOPPED and at_rungs else [*at_rungs, outcome.seconds]
 
 
 def _without_rungs(outcome: Outcome) -> Outcome:
-    measuring = sum(end - began for began, end in outcome.rung_spans)
-    return replace(outcome, rungs=(), rung_spans=(), seconds=outcome.seconds - measuring)
+    """Returns the outcome of the same trial without rungs, which saves the time of measuring there."""
+    measuring_s = sum(end - began for began, end in outcome.rung_spans)
+    return replace(outcome, rungs=(), rung_spans=(), seconds=outcome.seconds - measuring_s)
 
 
 def _stopped_at(outcome: Outcome, rung: int) -> Outcome:
+    """Returns the outcome of the same trial if it is stopped at a rung."""
     return replace(
         outcome, state=State.STOPPED, reason=f"not good enough at rung {rung + 1}", plan=None, measurement=None,
         rungs=outcome.rungs[: rung + 1], rung_spans=outcome.rung_spans[: rung + 1], history=(), has_weights=False,
@@ -170,7 +184,7 @@ def _stopped_at(outcome: Outcome, rung: int) -> Outcome:
 
 
 def replay_sweep(config: Config, runs: Path, recorded: Recorded, num_workers: int = 2) -> Front:
-    """Searches a recorded sweep, and leaves what a sweep leaves, but for models and MLflow: ledger and front.
+    """Searches a recorded sweep, and writes a sweep's config, ledger and front, but no models and no MLflow run.
 
     Raises:
         SweepError: the folder is there already, or the recipe wants rungs and none were recorded.
@@ -178,23 +192,26 @@ def replay_sweep(config: Config, runs: Path, recorded: Recorded, num_workers: in
     folder = Folder(runs, config.name)
     if folder.path.exists():
         raise SweepError(f"{folder.path} exists; take another --name")
-    factor = config.search.reduction_factor
-    if factor > 1 and not any(outcome.rung_spans for outcome in recorded.outcomes):
+    settings = config.search
+    has_rungs = settings.reduction_factor > 1
+    if has_rungs and not any(outcome.rung_spans for outcome in recorded.outcomes):
         raise SweepError("search.reduction_factor: the recorded trials passed no rungs, so none can be stopped there")
-    goal = Goal.of(recorded.dense, config.search.accuracy, config.search.limits)
-    searcher = StudySearcher(
-        recorded.space, known=(), sampler=config.search.sampler, seed=config.search.seed,
-        num_trials=config.search.trials, has_rungs=factor > 1, goal=goal,
+    goal = Goal.of(recorded.dense, settings.accuracy, settings.limits)
+    search = CandidateSearch(
+        recorded.space,
+        SamplerSettings(sampler=settings.sampler, seed=settings.seed, num_trials=settings.trials, has_rungs=has_rungs),
+        History(first_candidates=recorded.space.first_candidates()),
+        goal,
         nearest_allowed=recorded.nearest,
-    )  # fmt: skip
+    )
+    promotes = Rungs(settings.reduction_factor).promotes if has_rungs else None
+    all_outcomes: list[Outcome] = []
     with Ledger(folder.ledger) as book:
         write_atomically(folder.config, config.to_yaml())
-        found: list[Outcome] = []
-        scheduler = NonDominatedHalving(factor) if factor > 1 else None
-        for outcomes in replay(recorded, searcher, config.search.trials, num_workers, scheduler):
+        for outcomes in replay(recorded, search, settings.trials, num_workers, promotes):
             book.append(*outcomes)
-            found += outcomes
-    searcher.finish()
-    front = Front.of(config.name, found, goal, trials=num_trials(found))
+            all_outcomes += outcomes
+    search.close()
+    front = Front.of(config.name, all_outcomes, goal, trials=num_trials(all_outcomes))
     folder.write_front(front)
     return front

@@ -1,4 +1,4 @@
-"""What came of a study, as rows, lines of a figure, and a sentence that is computed from them."""
+"""The report of a study: rows of a table, lines of a figure, and a sentence that is computed from them."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ from search.pareto import non_dominated
 from search.views.study_plot import StudyLine
 
 SHARE = "share"
-"""As a study's x: the measured share of the dense multiply-adds."""
+"""Column of the measured share of the dense multiply-adds, which may be a study's x."""
 
 MISSED = 0.02
-"""Share of the dense multiply-adds by which a model may be above its target before that is said."""
+"""Share of the dense multiply-adds by which a model may be above its target before a caveat says so."""
 
-CALLED = {"top1": "top-1", "speedup": "speed-up"}
+METRICS = {"top1": "top-1", "speedup": "speed-up"}
+"""Metrics that a study may ask for -> their names in sentences."""
 
 TABLE_COLUMNS = ("series", "x", "top-1 %", "speed-up", "MACs", "seconds")
 
 
 def row_of(series: str, values: Mapping[str, Any], outcome: Outcome, dense: Measurement) -> dict[str, Any]:
-    """One row of the table; figures are None where nothing was measured.
+    """Returns one row of the table; figures are None where nothing was measured.
 
     Args:
-        values: of the recipe's keys that vary.
+        series: name of the line.
+        values: keys of the recipe that vary -> their values.
+        dense: measurement of the dense model.
     """
-    found = outcome.measurement
+    measured = outcome.measurement
     names = ("top1", "top1_low", "top1_high", "speedup", "speedup_low", "speedup_high", "throughput_img_s", "macs")
     return {
         "id": outcome.id,
         "series": series,
         **values,
-        SHARE: None if found is None else found.macs / dense.macs,
-        **{name: None if found is None else getattr(found, name) for name in (*names, "params")},
+        SHARE: None if measured is None else measured.macs / dense.macs,
+        **{name: None if measured is None else getattr(measured, name) for name in (*names, "params")},
         "target_ratio": outcome.candidate.target_ratio,
         "exit_block": outcome.candidate.exit_block,
         "forward_passes": outcome.forward_passes,
@@ -49,80 +52,90 @@ def row_of(series: str, values: Mapping[str, Any], outcome: Outcome, dense: Meas
 
 
 def lines_of(rows: Sequence[Mapping[str, Any]], x: str, metric: str, *, front_only: bool = False) -> list[StudyLine]:
-    """The measured rows as lines of one metric, in the order of the table.
+    """Returns the measured rows as lines of one metric, in the order of the table.
 
     Args:
-        x: a column; where several rows of a series have the same, their mean is drawn, from the least to the largest.
-        front_only: only rows that no other of their series beats, at most x, count.
+        x: a column; where several rows of a series have the same x, their mean is drawn, with their range.
+        front_only: count only rows that no other of their series beats with as little x or less.
     """
     measured = [row for row in rows if row["state"] == State.MEASURED.value]
     lines = []
     for name in dict.fromkeys(row["series"] for row in measured):
-        own = [row for row in measured if row["series"] == name]
+        of_series = [row for row in measured if row["series"] == name]
         if front_only:
-            own = [own[place] for place in non_dominated(np.array([[-row[x], row[metric]] for row in own]))]
-        at: dict[float, list[float]] = {}
-        for row in sorted(own, key=lambda row: float(row[x])):
-            at.setdefault(float(row[x]), []).append(float(row[metric]))
+            front = non_dominated(np.array([[-row[x], row[metric]] for row in of_series]))
+            of_series = [of_series[place] for place in front]
+        by_x: dict[float, list[float]] = {}
+        for row in sorted(of_series, key=lambda row: float(row[x])):
+            by_x.setdefault(float(row[x]), []).append(float(row[metric]))
         lines.append(
             StudyLine(
                 name=name,
-                x=tuple(at),
-                y=tuple(sum(values) / len(values) for values in at.values()),
-                low=tuple(map(min, at.values())),
-                high=tuple(map(max, at.values())),
+                x=tuple(by_x),
+                y=tuple(sum(values) / len(values) for values in by_x.values()),
+                low=tuple(map(min, by_x.values())),
+                high=tuple(map(max, by_x.values())),
             )
         )
     return lines
 
 
 def best_x(lines: Sequence[StudyLine], metric: str, x_label: str, series_label: str) -> str:
-    """Which x is best on most of the lines; of those that are on as many, the one of the largest mean.
+    """Returns a sentence on the x that is best on most lines; of several, the one with the largest mean.
 
-    On a line where several x are best, each counts.
+    On a line where several x are best, each of them counts.
     """
     if not lines:
         return "nothing was measured."
     points = [dict(zip(line.x, line.y, strict=True)) for line in lines]
-    wins = Counter(x for of in points for x, y in of.items() if y == max(of.values()))
-    means = {x: float(np.mean([of[x] for of in points if x in of])) for x in wins}
+    wins = Counter(x for line in points for x, y in line.items() if y == max(line.values()))
+    means = {x: float(np.mean([line[x] for line in points if x in line])) for x in wins}
     best = max(wins, key=lambda x: (wins[x], means[x]))
     spans = ", ".join(f"{_shown(metric, min(line.y), max(line.y))} at {line.name}" for line in lines)
-    what = f"{series_label}s" if series_label else "series"
-    return f"best {x_label} {best:g} at {wins[best]} of {len(lines)} {what}; {CALLED[metric]} over all tried {spans}."
+    plural = f"{series_label}s" if series_label else "series"
+    return (
+        f"best {x_label} {best:g} at {wins[best]} of {len(lines)} {plural}; {METRICS[metric]} over all tried {spans}."
+    )
 
 
 def best_series(lines: Sequence[StudyLine], metric: str, x_label: str) -> str:
-    """Which line is highest at most x: at the points of all, within what all cover, straight between their own."""
+    """Returns a sentence on the line that is highest at most x.
+
+    Lines are compared at the points of all of them, within the range that all cover; a line is straight between two of
+    its points.
+    """
     if not lines:
         return "nothing was measured."
     low, high = max(line.x[0] for line in lines), min(line.x[-1] for line in lines)
     grid = sorted({x for line in lines for x in line.x if low <= x <= high})
     if not grid:
-        return f"the lines have no {x_label} in common, so their {CALLED[metric]} does not compare."
+        return f"the lines have no {x_label} in common, so their {METRICS[metric]} does not compare."
     values = {line.name: np.interp(grid, line.x, line.y) for line in lines}
     highest = np.max(list(values.values()), axis=0)
-    wins = {name: int((own >= highest - 1e-9).sum()) for name, own in values.items()}
+    wins = {name: int((heights >= highest - 1e-9).sum()) for name, heights in values.items()}
     order = sorted(values, key=lambda name: (-wins[name], -values[name].mean()))
     means = ", ".join(f"{name} {_shown(metric, float(values[name].mean()))}" for name in order)
     return (
-        f"at equal {x_label}, {order[0]} has the highest {CALLED[metric]} at {wins[order[0]]} of {len(grid)} points "
+        f"at equal {x_label}, {order[0]} has the highest {METRICS[metric]} at {wins[order[0]]} of {len(grid)} points "
         f"(means: {means})."
     )
 
 
 def caveats(rows: Sequence[Mapping[str, Any]], x: str) -> list[str]:
-    """What a reader of the sentence has to know: what broke, and which targets were not reached."""
+    """Returns sentences on variants that broke, and on targets that were not reached."""
     broken = [row for row in rows if row[SHARE] is None]
-    told = [f"{len(broken)} of {len(rows)} gave no model, the first since {broken[0]['reason']}."] if broken else []
+    sentences = (
+        [f"{len(broken)} of {len(rows)} gave no model, the first since {broken[0]['reason']}."] if broken else []
+    )
     if x != SHARE:  # else the line shows where they are
         missed = [row for row in rows if row[SHARE] is not None and row[SHARE] > row["target_ratio"] + MISSED]
-        told += [f"{len(missed)} of {len(rows)} spent their budgets before they met the target."] if missed else []
-    return told
+        if missed:
+            sentences.append(f"{len(missed)} of {len(rows)} spent their budgets before they met the target.")
+    return sentences
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All columns of all rows."""
+    """Returns all columns of all rows as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
@@ -131,10 +144,10 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The table for readers, below the question and its answer.
+    """Returns the table for readers, below the question and its answer.
 
     Args:
-        record: what `search.commands.study.run_study` gives.
+        record: as `search.commands.study.run_study` returns it.
     """
     columns = [record["x_label"] if column == "x" else column for column in TABLE_COLUMNS]
     return "\n".join([
@@ -149,7 +162,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def table_cells(x: str, row: Mapping[str, Any]) -> list[str]:
-    """A row for people, in the order of `TABLE_COLUMNS`; where nothing was measured, why."""
+    """Returns a row as texts, in the order of `TABLE_COLUMNS`; with the reason where nothing was measured."""
     seconds = f"{row['seconds']:.1f}"
     if row[SHARE] is None:
         return [row["series"], str(row.get(x, "")), row["reason"], "", "", seconds]
@@ -164,6 +177,6 @@ def table_cells(x: str, row: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(metric: str, *values: float) -> str:
-    """One value, or from one to another."""
+    """Returns a value, or a range of two, as a text with its unit."""
     is_share = metric == "top1"
     return " to ".join(f"{100 * v:.1f}" if is_share else f"{v:.2f}" for v in values) + (" %" if is_share else "")

@@ -1,4 +1,4 @@
-"""Where to try next: Gaussian processes of what the candidates gave, and the gain of hypervolume they expect."""
+"""Suggests where to try next: Gaussian processes of the outcomes, and the gain of hypervolume that they expect."""
 
 from __future__ import annotations
 
@@ -8,91 +8,28 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve, solve_triangular
-from scipy.optimize import minimize
-from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
 from search.outcome import Candidate
 from search.pareto import non_dominated
 from search.space import Choice, Parameter, Space
+from search.suggest.gaussian_process import GaussianProcess
 
 Values = NDArray[np.float64]
 
-NUM_ANYWHERE, NUM_NEAR = 300, 300
-"""Candidates that are looked at for a suggestion, before the best of them are moved: from all of the space, and near
-the best that is known."""
+NUM_UNIFORM, NUM_NEAR_BEST = 300, 300
+"""Numbers of candidates whose gain is computed for a suggestion, before the best of them are mutated: drawn from all
+of the space, and near the best observations."""
 
-NUM_MOVED, NUM_MOVES, NUM_ROUNDS = 10, 10, 3
-"""So many of the best are moved, so many times each, so often."""
+NUM_PARENTS, NUM_CHILDREN, NUM_GENERATIONS = 10, 10, 3
+"""Numbers of candidates with the largest gains that are mutated, of mutations of each, and of repetitions."""
 
 SCALES = (0.05, 0.1, 0.2, 0.4)
-"""Of moves, as shares of a parameter's range."""
-
-
-class GaussianProcess:
-    """Of one value over the unit cube: Matern 5/2, a length for each axis, a constant mean, noise.
-
-    Lengths and noise are the most likely ones under a prior whose lengths grow with the root of the number of axes
-    (Hvarfner et al. 2024, "Vanilla Bayesian Optimization Performs Great in High Dimensions").
-    """
-
-    def __init__(self, points: Values, values: Values, logs: Values) -> None:
-        """
-        Args:
-            points: (n, d), n >= 1.
-            values: (n,)
-            logs: (d + 1,), of the lengths and of the noise's variance; the values have mean 0 and variance 1 for it.
-        """
-        self.points, self.logs = points, logs
-        self._mean, self._scale = values.mean(), values.std() or 1.0
-        covariance, _ = _covariance(points, points, logs[:-1])
-        self._factor = cho_factor(covariance + np.exp(logs[-1]) * np.eye(len(points)), lower=True)
-        self._weights = cho_solve(self._factor, (values - self._mean) / self._scale)
-
-    @classmethod
-    def fitted(cls, points: Values, values: Values, start: Values | None = None) -> GaussianProcess:
-        """With the most likely lengths and noise, looked for from `start` on, those of an earlier fit."""
-        scaled = (values - values.mean()) / (values.std() or 1.0)
-        axes = points.shape[1]
-        middle = np.append(np.full(axes, np.sqrt(2) + np.log(axes) / 2), -4.0)
-        width = np.append(np.full(axes, np.sqrt(3)), 1.0)
-
-        def loss(logs: Values) -> tuple[float, Values]:
-            """Minus the log of likelihood and prior, and its gradient."""
-            covariance, slope = _covariance(points, points, logs[:-1])
-            factor = cho_factor(covariance + np.exp(logs[-1]) * np.eye(len(points)), lower=True)
-            weights = cho_solve(factor, scaled)
-            away = (logs - middle) / width
-            value = scaled @ weights / 2 + np.log(np.diag(factor[0])).sum() + away @ away / 2
-            inner = cho_solve(factor, np.eye(len(points))) - np.outer(weights, weights)
-            weighted = inner * slope  # times the squared distance along an axis: what its length changes
-            lengths = weighted.sum(axis=1) @ points**2 - (points * (weighted @ points)).sum(axis=0)
-            gradient = np.append(lengths * np.exp(-2 * logs[:-1]), np.trace(inner) * np.exp(logs[-1]) / 2)
-            return float(value), gradient + away / width
-
-        bounds = [(np.log(0.05), np.log(50.0))] * axes + [(-12.0, 1.0)]
-        found = minimize(loss, middle if start is None else start, jac=True, bounds=bounds, options={"maxiter": 50})
-        return cls(points, values, found.x)
-
-    def at(self, points: Values) -> tuple[Values, Values]:
-        """Mean and standard deviation of the value, without noise, at (m, d) points."""
-        across, _ = _covariance(points, self.points, self.logs[:-1])
-        reduced = solve_triangular(self._factor[0], across.T, lower=True)
-        variance = np.maximum(1.0 - (reduced**2).sum(axis=0), 1e-12)
-        return self._mean + self._scale * (across @ self._weights), self._scale * np.sqrt(variance)
-
-
-def _covariance(one: Values, other: Values, logs: Values) -> tuple[Values, Values]:
-    """Of points, and by how much it grows with the log of an axis's length, over the squared distance along it."""
-    lengths = np.exp(logs)
-    distance = np.sqrt(5) * cdist(one / lengths, other / lengths)
-    fading = np.exp(-distance)
-    return (1 + distance + distance**2 / 3) * fading, 5 / 3 * (1 + distance) * fading
+"""Standard deviations of a mutation, as shares of a parameter's range."""
 
 
 def expected_gain(mean: Values, deviation: Values, front: Values, reference: Values) -> Values:
-    """Expected gain of hypervolume by each of some normally distributed points, in closed form.
+    """Computes the expected gain of hypervolume by each of some normally distributed points, in closed form.
 
     Above the reference, the strips between neighbouring points of the front add up; in each, both objectives gain
     independently (after Emmerich et al. 2011).
@@ -102,6 +39,9 @@ def expected_gain(mean: Values, deviation: Values, front: Values, reference: Val
         deviation: (m, 2)
         front: (n, 2); dominated points add nothing, n = 0 is fine.
         reference: (2,)
+
+    Returns:
+        (m,)
     """
     front = front[(front > reference).all(axis=1)]
     front = front[non_dominated(front)]
@@ -115,7 +55,7 @@ def expected_gain(mean: Values, deviation: Values, front: Values, reference: Val
 
 
 def _expected_excess(mean: Values, deviation: Values, level: Values) -> Values:
-    """Of a normally distributed number over a level, 0 where it is below."""
+    """Computes by how much a normally distributed number exceeds a level, in expectation; it counts as 0 below."""
     away = (mean - level) / deviation
     excess: Values = deviation * (away * norm.cdf(away) + norm.pdf(away))
     return np.maximum(excess, 0.0)
@@ -123,28 +63,64 @@ def _expected_excess(mean: Values, deviation: Values, level: Values) -> Values:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What came of a candidate."""
+    """A candidate that was tried, with what is known of it."""
 
     candidate: Candidate
     values: tuple[float, float] | None
-    """Of both objectives, maximised; None if it failed or was stopped."""
+    """Values of both objectives, maximised; None if the trial failed or was stopped."""
     excesses: Mapping[str, float]
-    """Limit -> how far it is beyond; 0 or less is within."""
+    """Limit -> how far the trial is beyond it; 0 or less is within."""
     rungs: tuple[tuple[float, float], ...] = ()
-    """Values on the way, at the first rung and at later ones."""
+    """Values of both objectives on the way, at the first rung and at later ones."""
 
     @property
     def is_stopped(self) -> bool:
-        """At a rung."""
+        """True if the trial was stopped at a rung."""
         return self.values is None and len(self.rungs) > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Expectation:
+    """The expected gain of hypervolume at points of the unit cube."""
+
+    objectives: tuple[GaussianProcess, GaussianProcess]
+    """Processes of accuracy and speed-up; where trials pass rungs, how far one has come is their last axis."""
+    limits: Sequence[GaussianProcess]
+    """Processes of values that are at most 0 where a trial is within a limit, or succeeds."""
+    has_progress: bool
+    """True if the objectives have the axis of progress."""
+    front: Values
+    """(n, 2): values of both objectives that are gained already; dominated ones add nothing."""
+    reference: Values
+    """(2,): the point at which the hypervolume starts."""
+
+    def at(self, points: Values) -> Values:
+        """Computes the expected gain, times the chance that a trial is within the limits: (m, d) -> (m,)."""
+        gains = expected_gain(*_final_values(self.objectives, points, self.has_progress), self.front, self.reference)
+        for process in self.limits:
+            mean, deviation = process.at(points)
+            gains = gains * norm.cdf(-mean / deviation)
+        return gains
+
+
+def _final_values(objectives: Sequence[GaussianProcess], points: Values, has_progress: bool) -> tuple[Values, Values]:
+    """Computes means and deviations of the objectives at the end of a trial: (m, d) -> (m, 2) each."""
+    at_end = _with_progress(points, [1.0] * len(points)) if has_progress else points
+    means, deviations = zip(*(process.at(at_end) for process in objectives), strict=True)
+    return np.column_stack(means), np.column_stack(deviations)
+
+
+def _with_progress(points: Values, progress: Sequence[float]) -> Values:
+    """Adds the axis of progress, 0 at the first rung and 1 at the end of a trial: (m, d) -> (m, d + 1)."""
+    return np.column_stack((points, progress))
 
 
 class Surrogate:
     """Suggests candidates, by a process of each objective, of each limit, and of whether a trial succeeds at all.
 
-    Where trials pass rungs, how far one has come is an axis more of the objectives: what was seen early is not taken
-    for final, but tells of it as much as it does for those that went on (after Kandasamy et al. 2017, "BOCA"). So what
-    was stopped by bad luck is found out, and suggested once more.
+    Where trials pass rungs, the objectives have one axis more: how far a trial has come. Values that were seen early
+    are not taken for final, but tell as much of the end as they do for trials that went on (after Kandasamy et al.
+    2017, "BOCA"). So a candidate that was stopped by bad luck is recognised, and suggested once more.
     """
 
     def __init__(
@@ -157,137 +133,156 @@ class Surrogate:
         """
         Args:
             candidate_of: values of the space's parameters -> the candidate that is tried for them.
-            reference: where hypervolume begins, in both objectives; by default with the worst that was measured. All
-                that is below in the first one is the same.
+            reference: point at which the hypervolume starts, by default the worst values that were measured. First
+                values (accuracies) below it are clamped to it.
         """
         self._space, self._candidate_of, self._reference = space, candidate_of, reference
         self._parameters = space.parameters()
         self._rng = np.random.default_rng(seed)
         self._logs: dict[str, Values] = {}
-        """Of the last fits."""
+        """Name of a process -> the `logs` of its last fit."""
 
     def sample_uniform(self) -> Candidate:
-        """A candidate from all of the space, each as likely."""
-        return self._candidate_of({name: self._drawn(each) for name, each in self._parameters.items()})
+        """Draws a candidate from all of the space, each as likely."""
+        return self._candidate_of({name: self._sample(each) for name, each in self._parameters.items()})
 
-    def suggest(self, tried: Sequence[Observation], running: Sequence[Candidate]) -> Candidate | None:
-        """The candidate with the largest expected gain, of those that were not tried, or stopped, and do not run; None
-        if all that were looked at are. At least one must have been measured.
+    def suggest(self, observations: Sequence[Observation], running: Sequence[Candidate]) -> Candidate | None:
+        """Returns the candidate with the largest expected gain that is new or was stopped, and does not run.
 
-        Running ones count as if they gave what is expected of them (Ginsbourger et al. 2010, "kriging believer").
+        Running ones count as if they gave the values that are expected of them (Ginsbourger et al. 2010, "kriging
+        believer").
+
+        Args:
+            observations: at least one with values.
+
+        Returns:
+            None if every candidate that was looked at is known already.
         """
-        measured = [each for each in tried if each.values is not None]
-        known = {each.candidate for each in tried if not each.is_stopped} | set(running)
-        expect = self._expectations(tried, measured, list(running))
+        measured = [each for each in observations if each.values is not None]
+        known = {each.candidate for each in observations if not each.is_stopped} | set(running)
+        expectation = self._expectation(observations, running)
         gains: dict[Candidate, float] = {}
 
         def look_at(candidates: Iterable[Candidate]) -> None:
             new = [each for each in dict.fromkeys(candidates) if each not in known and each not in gains]
             if new:
-                gains.update(zip(new, expect(self._rows(new)).tolist(), strict=True))
+                gains.update(zip(new, expectation.at(self._points(new)).tolist(), strict=True))
 
         best = [measured[row].candidate for row in non_dominated(np.array([each.values for each in measured]))]
-        look_at(each.candidate for each in tried if each.is_stopped)
-        look_at(self.sample_uniform() for _ in range(NUM_ANYWHERE))
-        look_at(self._mutated(best[index % len(best)]) for index in range(NUM_NEAR))
-        for _ in range(NUM_ROUNDS):
-            best = sorted(gains, key=lambda each: -gains[each])[:NUM_MOVED]
-            look_at(self._mutated(each) for each in best for _ in range(NUM_MOVES))
+        look_at(each.candidate for each in observations if each.is_stopped)
+        look_at(self.sample_uniform() for _ in range(NUM_UNIFORM))
+        look_at(self._mutated(best[index % len(best)]) for index in range(NUM_NEAR_BEST))
+        for _ in range(NUM_GENERATIONS):
+            parents = sorted(gains, key=lambda each: -gains[each])[:NUM_PARENTS]
+            look_at(self._mutated(parent) for parent in parents for _ in range(NUM_CHILDREN))
         return max(gains, key=lambda each: gains[each], default=None)
 
-    def _expectations(
-        self, tried: Sequence[Observation], measured: Sequence[Observation], running: Sequence[Candidate]
-    ) -> Callable[[Values], Values]:
-        """The expected gain of hypervolume at points, times the chance that the trial succeeds within the limits."""
-        seen = [(each.candidate, 1.0, each.values) for each in measured]
-        num_rungs = max(len(each.rungs) for each in tried)
-        for each in tried:
-            seen += [(each.candidate, rung / num_rungs, values) for rung, values in enumerate(each.rungs)]
-
-        def placed(rows: Values, progress: Sequence[float]) -> Values:
-            return np.column_stack((rows, progress)) if num_rungs else rows
-
-        candidates, progress, found = zip(*seen, strict=True)
-        values = np.array(found)
+    def _expectation(self, observations: Sequence[Observation], running: Sequence[Candidate]) -> _Expectation:
+        """Fits all processes to the observations."""
+        measured = [each for each in observations if each.values is not None]
+        values = np.array([each.values for each in measured] + [one for each in observations for one in each.rungs])
         reference = values.min(axis=0) if self._reference is None else np.array(self._reference)
-        values[:, 0] = np.maximum(values[:, 0], reference[0])
-        points, waiting = self._rows([each.candidate for each in measured]), self._rows(running)
-        names = list(measured[0].excesses)
-        within = np.array([[each.excesses[name] <= 0 for name in names] for each in measured]).all(axis=1)
-        objectives = [
-            self._process(name, placed(self._rows(candidates), progress), column, placed(waiting, [1.0] * len(waiting)))
-            for name, column in zip(("accuracy", "speed-up"), values.T, strict=True)
-        ]
+        has_progress = any(each.rungs for each in observations)
+        waiting = self._points(running)
+        objectives = self._objectives(observations, waiting, reference)
+        limits = self._limits(observations, waiting)
+        # The front is of expected values, not of measured ones: the best of many measurements were lucky.
+        is_within = np.array([all(excess <= 0 for excess in each.excesses.values()) for each in measured])
+        points = self._points([each.candidate for each in measured])
+        front, _ = _final_values(objectives, np.vstack((points[is_within], waiting)), has_progress)
+        return _Expectation(
+            objectives=objectives, limits=limits, has_progress=has_progress, front=front, reference=reference
+        )
+
+    def _objectives(
+        self, observations: Sequence[Observation], waiting: Values, reference: Values
+    ) -> tuple[GaussianProcess, GaussianProcess]:
+        """Fits accuracy and speed-up to final values and to those at rungs; accuracies are clamped to the reference.
+
+        Args:
+            waiting: (n, d), points of the running candidates.
+        """
+        num_rungs = max(len(each.rungs) for each in observations)
+        rows = [(each.candidate, 1.0, each.values) for each in observations if each.values is not None]
+        for each in observations:
+            rows += [(each.candidate, rung / num_rungs, values) for rung, values in enumerate(each.rungs)]
+        candidates, progress, pairs = zip(*rows, strict=True)
+        points = self._points(candidates)
+        if num_rungs:
+            points, waiting = _with_progress(points, progress), _with_progress(waiting, [1.0] * len(waiting))
+        accuracies, speedups = np.array(pairs).T
+        return (
+            self._process("accuracy", points, np.maximum(accuracies, reference[0]), waiting),
+            self._process("speed-up", points, speedups, waiting),
+        )
+
+    def _limits(self, observations: Sequence[Observation], waiting: Values) -> list[GaussianProcess]:
+        """Fits the excess over each limit; and, if any trial failed, 1 where one did and -1 where one was measured."""
+        measured = [each for each in observations if each.values is not None]
+        points = self._points([each.candidate for each in measured])
         limits = [
-            self._process(name, points, np.array([each.excesses[name] for each in measured]), waiting) for name in names
+            self._process(name, points, np.array([each.excesses[name] for each in measured]), waiting)
+            for name in measured[0].excesses
         ]
-        ended = [each for each in tried if not each.is_stopped]
+        ended = [each for each in observations if not each.is_stopped]
         if len(measured) < len(ended):
-            failed = np.array([1.0 if each.values is None else -1.0 for each in ended])
-            limits.append(self._process("failed", self._rows([each.candidate for each in ended]), failed, waiting))
-
-        def at_end(rows: Values) -> tuple[Values, Values]:
-            """Means and deviations of both objectives, (m, 2) each."""
-            whole = placed(rows, [1.0] * len(rows))
-            means, deviations = zip(*(process.at(whole) for process in objectives), strict=True)
-            return np.column_stack(means), np.column_stack(deviations)
-
-        # What is expected at the front's points, not what was measured there: the best of many measurements are lucky.
-        front, _ = at_end(np.vstack((points[within], waiting)))
-
-        def expect(at: Values) -> Values:
-            gains = expected_gain(*at_end(at), front, reference)
-            for process in limits:
-                mean, deviation = process.at(at)
-                gains = gains * norm.cdf(-mean / deviation)
-            return gains
-
-        return expect
+            failures = np.array([1.0 if each.values is None else -1.0 for each in ended])
+            points = self._points([each.candidate for each in ended])
+            limits.append(self._process("failed", points, failures, waiting))
+        return limits
 
     def _process(self, name: str, points: Values, values: Values, waiting: Values) -> GaussianProcess:
-        """Of measured values, and of the expected ones of points that wait for theirs."""
+        """Fits a process to measured values, then adds the expected values of points that wait for theirs.
+
+        Args:
+            name: of the process; its fit starts from the last one of that name.
+            points: (n, d)
+            values: (n,)
+            waiting: (m, d)
+        """
         start = self._logs.get(name)
-        is_fit = start is not None and len(start) == points.shape[1] + 1  # not before there were rungs
-        fitted = GaussianProcess.fitted(points, values, start if is_fit else None)
+        has_same_axes = start is not None and len(start) == points.shape[1] + 1  # the first rung adds one
+        fitted = GaussianProcess.fitted(points, values, start if has_same_axes else None)
         self._logs[name] = fitted.logs
         if len(waiting) == 0:
             return fitted
         expected, _ = fitted.at(waiting)
         return GaussianProcess(np.vstack((points, waiting)), np.append(values, expected), fitted.logs)
 
-    def _rows(self, candidates: Sequence[Candidate]) -> Values:
-        """(n, d) of the unit cube: a number's place in its range, an axis for each choice."""
+    def _points(self, candidates: Sequence[Candidate]) -> Values:
+        """Places candidates in the unit cube, (n, d): a number by its share of its range, a choice with an axis for
+        each of its values."""
         axes = sum(len(each.values) if isinstance(each, Choice) else 1 for each in self._parameters.values())
-        rows = [self._row(self._space.values_of(each)) for each in candidates]
-        return np.array(rows, dtype=np.float64).reshape(len(rows), axes)
+        points = [self._point(self._space.values_of(candidate)) for candidate in candidates]
+        return np.array(points, dtype=np.float64).reshape(len(points), axes)
 
-    def _row(self, values: Mapping[str, Any]) -> list[float]:
-        row: list[float] = []
+    def _point(self, values: Mapping[str, Any]) -> list[float]:
+        point: list[float] = []
         for name, parameter in self._parameters.items():
             if isinstance(parameter, Choice):
-                row += [float(values[name] == each) for each in parameter.values]
+                point += [float(values[name] == value) for value in parameter.values]
             else:
-                row.append(parameter.share(values[name]))
-        return row
+                point.append(parameter.share(values[name]))
+        return point
 
-    def _drawn(self, parameter: Parameter) -> Any:
+    def _sample(self, parameter: Parameter) -> Any:
         if isinstance(parameter, Choice):
             return parameter.values[self._rng.integers(len(parameter.values))]
         return parameter.at(self._rng.random())
 
     def _mutated(self, candidate: Candidate) -> Candidate:
-        """A neighbour: some of its parameters, two on average, moved a little."""
+        """Draws a neighbour: some of its parameters, two on average, are moved a little."""
         values = self._space.values_of(candidate)
-        chosen = self._rng.random(len(values)) < 2 / len(values)
-        chosen[self._rng.integers(len(values))] = True
+        is_moved = self._rng.random(len(values)) < 2 / len(values)
+        is_moved[self._rng.integers(len(values))] = True
         scale = self._rng.choice(SCALES)
-        for name, is_moved in zip(values, chosen, strict=True):
+        for name, moves in zip(values, is_moved, strict=True):
             parameter = self._parameters[name]
-            if not is_moved:
+            if not moves:
                 continue
             if isinstance(parameter, Choice):
-                values[name] = self._drawn(parameter)
+                values[name] = self._sample(parameter)
             else:
-                place = parameter.share(values[name]) + scale * self._rng.standard_normal()
-                values[name] = parameter.at(min(max(place, 0.0), 1.0))
+                share = parameter.share(values[name]) + scale * self._rng.standard_normal()
+                values[name] = parameter.at(min(max(share, 0.0), 1.0))
         return self._candidate_of(values)

@@ -1,4 +1,4 @@
-"""`vitfront run`, in which every trial is measured at its rungs and goes on: what a replay with rungs needs.
+"""Runs `vitfront run` so that every trial is measured at its rungs and goes on, which a replay with rungs needs.
 
 The sweeps of `digits_rungs`, the table that benchmarks/bm_fidelities.py searches, were run on two workers, by
 
@@ -17,8 +17,8 @@ import sys
 from unittest.mock import patch
 
 from search.cli import app
-from search.cluster.scheduler import NonDominatedHalving
+from search.suggest.rungs import Rungs
 
 if __name__ == "__main__":
-    with patch.object(NonDominatedHalving, "promotes", lambda *_: True):
+    with patch.object(Rungs, "promotes", lambda *_: True):
         app(["run", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Makes one table of several finished sweeps of digits, without what a replay needs not (plans, notes).
+"""Makes one table of several finished sweeps of digits, without the parts that no replay needs (plans, notes).
 
     python tests/data/record_table.py runs/table-auto runs/table-random runs/table-tpe --to tests/data/digits_table
 
@@ -24,7 +24,7 @@ from search.records import ledger
 from search.records.folder import Folder
 
 NO_BLOCK = BlockPlan(keep_heads=(0,), keep_qk=((0,),), keep_v=((0,),), keep_hidden=(0,), num_tokens=1)
-"""In the place of all blocks' plans, which would be 3 MB; a replay shows how many there are."""
+"""Plan of a block that stands for all of them, which would be 3 MB; a replay shows how many blocks there are."""
 
 
 def stripped(outcome: Outcome, number: int) -> Outcome:
@@ -39,12 +39,12 @@ def main() -> None:
     args = parser.parse_args()
     folders = [Folder(path.parent, path.name) for path in args.sweeps]
     outcomes = [outcome for folder in folders for outcome in ledger.read(folder.ledger)]
-    record = folders[0].read_front() | {"name": args.to.name, "points": [], "knee": None, "trials": len(outcomes)}
+    front = replace(folders[0].read_front(), name=args.to.name, points=(), knee=None, trials=len(outcomes))
     table = Folder(args.to.parent, args.to.name)
     args.to.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(stripped(outcome, number).to_json()) for number, outcome in enumerate(outcomes)]
     table.ledger.write_text("".join(f"{line}\n" for line in lines))
-    table.front.write_text(json.dumps(record, indent=1) + "\n")
+    table.write_front(front)
 
 
 if __name__ == "__main__":

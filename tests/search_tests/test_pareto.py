@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from search.pareto import Values, hypervolume, knee, non_dominated
+from search.pareto import Values, hypervolume, knee, non_dominated, selection_order
 
 NAN = float("nan")
 
@@ -119,3 +119,45 @@ def test_knee_does_not_depend_on_the_units() -> None:
 )
 def test_knee_of_a_tie_is_the_more_accurate(front: list[list[float]], expected: int) -> None:
     assert knee(np.array(front)) == expected
+
+
+def dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return all(a >= b for a, b in zip(one, other, strict=True)) and one != other
+
+
+def slow_ranks(points: list[tuple[float, ...]]) -> dict[tuple[float, ...], int]:
+    """Of points that are all different: how many fronts have to go before each is on the front."""
+    ranks, rank, left = dict[tuple[float, ...], int](), 0, list(points)
+    while left:
+        front = [point for point in left if not any(dominates(other, point) for other in left)]
+        ranks |= dict.fromkeys(front, rank)
+        left = [point for point in left if point not in front]
+        rank += 1
+    return ranks
+
+
+@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_order_is_by_non_dominated_rank(m: int, seed: int) -> None:
+    points = np.random.default_rng(seed).random((30, m))
+    ranks = slow_ranks([tuple(point) for point in points])
+    order = selection_order(points)
+    assert sorted(order) == list(range(30))
+    ordered = [ranks[tuple(points[row])] for row in order]
+    assert ordered == sorted(ordered)
+
+
+def test_within_a_rank_the_ends_come_first_then_the_least_crowded() -> None:
+    #                      neighbours' box: 0.1 + 0.2 ...  0.1 + 0.8    0.8 + 0.2
+    line = np.array([[0.0, 1.0], [0.1, 0.9], [0.2, 0.8], [0.9, 0.1], [1.0, 0.0]])
+    order = selection_order(line)
+    assert set(order[:2]) == {0, 4}
+    assert order[2:].tolist() == [2, 3, 1] or order[2:].tolist() == [3, 2, 1]
+    distance_2, distance_3, distance_1 = 0.8 + 0.8, 0.8 + 0.8, 0.2 + 0.2
+    assert distance_2 == distance_3 > distance_1
+
+
+def test_equal_points_and_nan_come_later_and_nothing_gives_nothing() -> None:
+    assert selection_order(np.array([[1.0, 1.0], [1.0, 1.0], [np.nan, 9.0], [0.5, 0.5]])).tolist() == [0, 1, 3, 2]
+    assert selection_order(np.empty((0, 2))).tolist() == []
+    assert selection_order(np.array([[1.0, 2.0]])).tolist() == [0]

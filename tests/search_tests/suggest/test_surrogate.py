@@ -1,4 +1,4 @@
-"""The Gaussian process against scikit-learn's, the expected gain against sampling, and where suggestions go."""
+"""The expected gain of hypervolume against sampling, and where suggestions go."""
 
 from __future__ import annotations
 
@@ -8,67 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 from search.config import SpaceConfig
-from search.front import hypervolume
 from search.outcome import Candidate
+from search.pareto import hypervolume
 from search.space import Space
-from search.suggest.surrogate import GaussianProcess, Observation, Surrogate, expected_gain
+from search.suggest.surrogate import Observation, Surrogate, expected_gain
 
 SPACE = Space(SpaceConfig(exit_block=(2, 3), method=("cascade", "global")), depth=3)
 FRONT = np.array([[0.9, 1.2], [0.8, 2.0], [0.7, 1.9], [0.6, 2.5], [0.4, 3.0]])
 REFERENCE = np.array([0.5, 1.0])
-
-
-def wave(points: np.ndarray) -> np.ndarray:
-    """The last axis has no part in it."""
-    return np.sin(5 * points[:, 0]) + 3 * points[:, 1] ** 2 + 7
-
-
-@pytest.mark.parametrize("count", [1, 5, 40])
-def test_process_gives_what_scikit_learn_does_at_the_same_lengths(count: int) -> None:
-    rng = np.random.default_rng(0)
-    points, at = rng.random((count, 3)), rng.random((20, 3))
-    values, lengths, noise = wave(points), np.array([0.5, 1.0, 3.0]), 0.01
-    mean, deviation = GaussianProcess(points, values, np.log([*lengths, noise])).at(at)
-    scale = values.std() or 1.0
-    theirs = GaussianProcessRegressor(Matern(lengths, nu=2.5), alpha=noise, optimizer=None)
-    theirs.fit(points, (values - values.mean()) / scale)
-    their_mean, their_deviation = theirs.predict(at, return_std=True)
-    np.testing.assert_allclose(mean, values.mean() + scale * their_mean, rtol=1e-9)
-    np.testing.assert_allclose(deviation, scale * their_deviation, rtol=1e-6)
-
-
-def test_fitted_process_predicts_and_knows_how_well() -> None:
-    rng = np.random.default_rng(0)
-    points, at = rng.random((60, 3)), rng.random((200, 3))
-    fitted = GaussianProcess.fitted(points, wave(points) + 0.05 * rng.standard_normal(60))
-    mean, deviation = fitted.at(at)
-    error = np.abs(mean - wave(at))
-    assert error.mean() < 0.05
-    assert (error < 2 * deviation).mean() > 0.9
-    lengths = np.exp(fitted.logs[:-1])
-    assert lengths[2] > 3 * lengths[:2].max()
-
-
-def test_fit_is_as_likely_as_scikit_learns_without_a_prior() -> None:
-    rng = np.random.default_rng(1)
-    points = rng.random((80, 2))
-    values = wave(points) + 0.1 * rng.standard_normal(80)
-    kernel = ConstantKernel(1.0, "fixed") * Matern([1.0, 1.0], nu=2.5) + WhiteKernel(0.01, (1e-5, 1.0))
-    theirs = GaussianProcessRegressor(kernel).fit(points, (values - values.mean()) / values.std())
-    logs = GaussianProcess.fitted(points, values).logs
-    assert theirs.log_marginal_likelihood(logs) > theirs.log_marginal_likelihood_value_ - 3
-
-
-@pytest.mark.parametrize("values", [[1.0], [2.0, 2.0, 2.0]], ids=["one", "equal"])
-def test_process_of_values_without_a_spread_gives_their_value(values: list[float]) -> None:
-    points = np.random.default_rng(0).random((len(values), 2))
-    mean, deviation = GaussianProcess.fitted(points, np.array(values)).at(points)
-    np.testing.assert_allclose(mean, values)
-    assert np.isfinite(deviation).all()
 
 
 @pytest.mark.parametrize("front", [FRONT, FRONT[:1], FRONT[:0], FRONT[[1, 1]]], ids=["five", "one", "none", "twice"])
@@ -78,15 +27,15 @@ def test_expected_gain_is_the_mean_of_sampled_gains(front: np.ndarray) -> None:
     gains = expected_gain(mean, deviation, front, REFERENCE)
     before = hypervolume(front, REFERENCE)
     for gain, middle, width in zip(gains, mean, deviation, strict=True):
-        drawn = rng.normal(middle, width, size=(4000, 2))
-        sampled = np.array([hypervolume(np.vstack((front, each)), REFERENCE) - before for each in drawn])
+        drawn = rng.normal(middle, width, size=(2000, 2))
+        sampled = np.array([hypervolume(np.vstack((front, point)), REFERENCE) - before for point in drawn])
         assert gain == pytest.approx(sampled.mean(), abs=4 * sampled.std() / np.sqrt(len(sampled)) + 1e-12)
 
 
 def test_expected_gain_of_what_is_certain_is_its_gain() -> None:
     points = np.array([[0.85, 2.2], [0.75, 1.5], [0.95, 3.5], [0.4, 9.0], [0.9, 1.2]])
     gains = expected_gain(points, np.full_like(points, 1e-9), FRONT, REFERENCE)
-    exact = [hypervolume(np.vstack((FRONT, each)), REFERENCE) - hypervolume(FRONT, REFERENCE) for each in points]
+    exact = [hypervolume(np.vstack((FRONT, point)), REFERENCE) - hypervolume(FRONT, REFERENCE) for point in points]
     np.testing.assert_allclose(gains, exact, atol=1e-7)
 
 
@@ -95,7 +44,13 @@ def surrogate(**other: Any) -> Surrogate:
     return Surrogate(SPACE, lambda values: SPACE.of_values(SPACE.snap(values)), **settings)
 
 
-def tried(
+def sample(count: int, **settings: Any) -> list[Candidate]:
+    """Different candidates from all of the space, at most so many."""
+    source = surrogate(**settings)
+    return list(dict.fromkeys(source.sample_uniform() for _ in range(count)))
+
+
+def observed(
     candidate: Candidate,
     values: tuple[float, float] | None = None,
     rungs: tuple[tuple[float, float], ...] = (),
@@ -104,115 +59,122 @@ def tried(
     return Observation(candidate=candidate, values=values, excesses=excesses, rungs=rungs)
 
 
-def made_up(candidate: Candidate) -> tuple[float, float]:
-    """Best at a token share of 0.2, by the cascade; less is faster."""
+def values_of(candidate: Candidate) -> tuple[float, float]:
+    """Made-up objectives: best at a token share of 0.2, by the cascade; a smaller target is faster."""
     off = abs(candidate.token_share - 0.2) + 0.2 * (candidate.method == "global")
     return 0.9 - 0.3 * (1 - candidate.target_ratio) ** 2 - 0.3 * off, 2 - candidate.target_ratio
 
 
+def suggest_many(source: Surrogate, observations: list[Observation], count: int) -> list[Candidate]:
+    """Suggestions while none of them has ended."""
+    running = list[Candidate]()
+    for _ in range(count):
+        suggested = source.suggest(observations, running)
+        assert suggested is not None
+        running.append(suggested)
+    return running
+
+
 def test_suggestions_are_new_and_go_where_the_gain_is() -> None:
     source = surrogate()
-    known = [tried(each, made_up(each)) for each in dict.fromkeys(source.sample_uniform() for _ in range(8))]
-    for _ in range(25):
-        suggested = source.suggest(known, [])
+    observations = [observed(one, values_of(one)) for one in dict.fromkeys(source.sample_uniform() for _ in range(8))]
+    for _ in range(18):
+        suggested = source.suggest(observations, [])
         assert suggested is not None
         assert SPACE.holds(suggested)
-        assert suggested not in {each.candidate for each in known}
-        known.append(tried(suggested, made_up(suggested)))
-    late = [each.candidate for each in known[-15:]]
-    assert sum(abs(each.token_share - 0.2) < 0.1 for each in late) >= 13
-    assert sum(each.method == "cascade" for each in late) >= 13
-    gained = hypervolume(np.array([each.values for each in known]), REFERENCE)
-    at_random = [made_up(source.sample_uniform()) for _ in range(len(known))]
+        assert suggested not in {one.candidate for one in observations}
+        observations.append(observed(suggested, values_of(suggested)))
+    late = [one.candidate for one in observations[-10:]]
+    assert sum(abs(candidate.token_share - 0.2) < 0.1 for candidate in late) >= 9
+    assert sum(candidate.method == "cascade" for candidate in late) >= 9
+    gained = hypervolume(np.array([one.values for one in observations]), REFERENCE)
+    at_random = [values_of(source.sample_uniform()) for _ in observations]
     assert gained > hypervolume(np.array(at_random), REFERENCE)
 
 
 def test_what_is_expected_of_running_candidates_is_no_gain_any_more() -> None:
-    source = surrogate()
-    known = [tried(each, made_up(each)) for each in dict.fromkeys(source.sample_uniform() for _ in range(12))]
-    running = list[Candidate]()
-    for _ in range(6):
-        suggested = surrogate().suggest(known, running)
-        assert suggested is not None
-        running.append(suggested)
+    observations = [observed(one, values_of(one)) for one in sample(12)]
+    running = suggest_many(surrogate(), observations, 6)
     assert len(set(running)) == 6
-    values = np.array([made_up(each) for each in running])
+    values = np.array([values_of(candidate) for candidate in running])
     spread = hypervolume(values, REFERENCE) / hypervolume(values[:1], REFERENCE)
     assert spread > 1.05  # together they gain more than the first alone: they lie along the front
 
 
 def test_what_fails_and_what_is_beyond_a_limit_is_avoided() -> None:
-    rng = surrogate(seed=3)
-    some = list(dict.fromkeys(rng.sample_uniform() for _ in range(40)))
-    fails = [tried(each, None if each.target_ratio < 0.5 else made_up(each)) for each in some]
-    limited = [tried(each, made_up(each), macs=0.5 - each.target_ratio) for each in some]
-    free = [tried(each, made_up(each)) for each in some]
-    found = {}
-    for name, known in {"fails": fails, "limited": limited, "free": free}.items():
-        source = surrogate()
-        asked = list[Candidate]()
-        for _ in range(6):
-            suggested = source.suggest(known, asked)
-            assert suggested is not None
-            asked.append(suggested)
-        found[name] = np.mean([each.target_ratio >= 0.48 for each in asked])
-    assert found["free"] <= 0.5
-    assert found["fails"] >= 0.8
-    assert found["limited"] >= 0.8
+    candidates = sample(40, seed=3)
+    observations = {
+        "fails": [observed(one, None if one.target_ratio < 0.5 else values_of(one)) for one in candidates],
+        "limited": [observed(one, values_of(one), macs=0.5 - one.target_ratio) for one in candidates],
+        "free": [observed(one, values_of(one)) for one in candidates],
+    }
+    share_large = {
+        name: np.mean([one.target_ratio >= 0.48 for one in suggest_many(surrogate(), known, 6)])
+        for name, known in observations.items()
+    }
+    assert share_large["free"] <= 0.5
+    assert share_large["fails"] >= 0.8
+    assert share_large["limited"] >= 0.8
 
 
 def test_what_was_stopped_by_bad_luck_is_suggested_again_until_it_has_ended() -> None:
-    """Where no neighbours can be tried in its place."""
-    drawing = surrogate(seed=3)
-    some = list(dict.fromkeys(drawing.sample_uniform() for _ in range(40)))
-    lucky = replace(some[0], token_share=0.2, target_ratio=0.3, method="cascade")
-    found = made_up(lucky)
-    table, known = [*some, lucky], [tried(each, made_up(each), rungs=(made_up(each),)) for each in some[:20]]
+    """Only recorded candidates can be tried, so that no neighbours are in its place."""
+    candidates = sample(40, seed=3)
+    lucky = replace(candidates[0], token_share=0.2, target_ratio=0.3, method="cascade")
+    table = [*candidates, lucky]
+    observations = [observed(one, values_of(one), rungs=(values_of(one),)) for one in candidates[:20]]
 
     def nearest(values: Mapping[str, Any]) -> Candidate:
         share, ratio = values["token_share"], values["target_ratio"]
-        return min(table, key=lambda each: abs(each.token_share - share) + abs(each.target_ratio - ratio))
+        return min(table, key=lambda one: abs(one.token_share - share) + abs(one.target_ratio - ratio))
 
-    def suggested(*others: Observation, running: Sequence[Candidate] = ()) -> Candidate | None:
-        return Surrogate(SPACE, nearest, reference=(0.5, 1.0), seed=0).suggest([*known, *others], running)
+    def suggest(*others: Observation, running: Sequence[Candidate] = ()) -> Candidate | None:
+        return Surrogate(SPACE, nearest, reference=(0.5, 1.0), seed=0).suggest([*observations, *others], running)
 
-    stopped = tried(lucky, rungs=(found,))
-    assert suggested(stopped) == lucky
-    assert suggested(stopped, running=[lucky]) != lucky
-    assert suggested(stopped, tried(lucky, found)) != lucky
-    assert suggested(stopped, tried(lucky)) != lucky  # it failed then
+    stopped = observed(lucky, rungs=(values_of(lucky),))
+    assert suggest(stopped) == lucky
+    assert suggest(stopped, running=[lucky]) != lucky
+    assert suggest(stopped, observed(lucky, values_of(lucky))) != lucky
+    assert suggest(stopped, observed(lucky)) != lucky  # it failed then
 
 
 def test_what_was_seen_at_rungs_tells_of_the_end_but_is_not_taken_for_it() -> None:
     """Early accuracy is far too high everywhere, but highest where the end is as well."""
-    drawing = surrogate(seed=3)
-    some = list(dict.fromkeys(drawing.sample_uniform() for _ in range(40)))
 
-    def known(with_rungs: bool) -> list[Observation]:
-        found = []
-        for number, each in enumerate(some):
-            top1, speedup = made_up(each)
+    def observations(with_rungs: bool) -> list[Observation]:
+        known = []
+        for number, candidate in enumerate(sample(40, seed=3)):
+            top1, speedup = values_of(candidate)
             rungs = ((top1 + 0.09, speedup), (top1 + 0.05, speedup))
             if number < 6:
-                found.append(tried(each, (top1, speedup), rungs=rungs if with_rungs else ()))
+                known.append(observed(candidate, (top1, speedup), rungs=rungs if with_rungs else ()))
             elif with_rungs:
-                found.append(tried(each, rungs=rungs[: 1 + number % 2]))
-        return found
+                known.append(observed(candidate, rungs=rungs[: 1 + number % 2]))
+        return known
 
-    far, gained = {}, {}
+    distance, gained = {}, {}
     for with_rungs in (False, True):
-        source, asked, shown = surrogate(), list[Candidate](), known(with_rungs)
-        for _ in range(8):
-            suggested = source.suggest(shown, asked)
-            assert suggested is not None
-            asked.append(suggested)
-        far[with_rungs] = np.mean([abs(each.token_share - 0.2) for each in asked])
-        gained[with_rungs] = hypervolume(np.array([made_up(each) for each in asked]), REFERENCE)
-    assert far[True] < 0.7 * far[False]
+        suggested = suggest_many(surrogate(), observations(with_rungs), 6)
+        distance[with_rungs] = np.mean([abs(candidate.token_share - 0.2) for candidate in suggested])
+        gained[with_rungs] = hypervolume(np.array([values_of(candidate) for candidate in suggested]), REFERENCE)
+    assert distance[True] < 0.7 * distance[False]
     assert gained[True] > gained[False]
 
 
+@pytest.mark.parametrize("reference", [None, (0.5, 1.0)])
+def test_accuracies_below_the_reference_are_all_as_bad(reference: tuple[float, float] | None) -> None:
+    candidates = sample(12)
+    good, bad = candidates[:6], candidates[6:]
+
+    def suggest(lost: float) -> Candidate | None:
+        observations = [observed(one, values_of(one)) for one in good]
+        observations += [observed(one, (0.4 - lost, values_of(one)[1])) for one in bad]
+        return surrogate(reference=reference).suggest(observations, [])
+
+    assert (suggest(0.0) == suggest(0.3)) is (reference is not None)
+
+
 def test_nothing_is_suggested_where_all_was_tried() -> None:
-    whole = SPACE.first_candidates()[0]
-    source = Surrogate(SPACE, lambda _: whole, None, seed=0)
-    assert source.suggest([tried(whole, (0.9, 1.0))], []) is None
+    only = SPACE.clip(sample(1)[0])
+    source = Surrogate(SPACE, lambda _: only, None, seed=0)
+    assert source.suggest([observed(only, (0.9, 1.0))], []) is None

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,7 +285,7 @@ def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
 
     from pruning.model.anatomy import examine
     from pruning.model.surgery import keep_all_plan
-    from search.cluster.worker import run_task
+    from search.cluster.tasks import run_task
     from search.trial.context import confirm, measure, prepare
     from tests.search_tests import tiny
 
@@ -305,30 +304,6 @@ def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
     run_task(confirm, cpus, context, [plan])
     assert in_races == {"shared", "exclusive"}
     assert state(leases, "cpu") == "free"
-
-
-def test_an_actor_holds_the_device_within_a_step_and_not_between_two(leases: Path) -> None:
-    from search.cluster.worker import TrialActor
-    from search.trial.trial import Ended
-    from tests.search_tests import builders
-
-    lease = lease_of("cpu", lambda: None)
-    held: list[str] = []
-
-    def events() -> Iterator[Ended]:
-        for _ in range(2):
-            held.append(state(leases, "cpu"))
-            yield Ended(outcomes=[builders.outcome("t000", 0.9, 1.5)], models={})
-
-    actor: Any = TrialActor.__new__(TrialActor)  # without the setup, which takes Ray
-    vars(actor).update(
-        context=SimpleNamespace(lease=lease), events=events(), id="t000", exchange=None, waited_s=0.0, free_since=0.0,
-        started=0.0, is_first=False, num_trials=1, num_workers=1,
-    )  # fmt: skip
-    for _ in range(2):
-        assert TrialActor.step(actor)["done"]
-        assert state(leases, "cpu") == "free"
-    assert held == ["shared", "shared"]
 
 
 def test_a_loop_over_batches_lets_a_waiting_writer_in(leases: Path) -> None:

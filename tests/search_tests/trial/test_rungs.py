@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,6 @@ import torch
 from pruning.measure.accuracy import predict, top1
 from pruning.model.exits import truncate
 from pruning.model.surgery import apply_plan
-from search.cluster.worker import TrialActor
 from search.config import Config
 from search.outcome import Candidate, State
 from search.trial.context import TrialContext, prepare
@@ -119,14 +118,6 @@ def test_what_was_fine_tuned_before_ends_at_its_first_rung(context: TrialContext
     run_to_end(context, candidate(recovery="distill"), "t000", memory)
     events: list[Any] = list(start_trial(context, candidate(recovery="distill"), "t001", memory=memory))
     assert kinds(events) == "Rung Ended" and events[-1].outcomes[0].same_as == "t000"
-
-
-@pytest.mark.parametrize("has_rungs", [True, False])
-def test_worker_lets_a_trial_pass_rungs_only_if_it_is_told(context: TrialContext, has_rungs: bool) -> None:
-    actor: Any = TrialActor.__new__(TrialActor)  # without the setup, which takes Ray
-    actor.context, actor.exchange, actor.memory, actor.start_trial = context, None, WorkerCache(), start_trial
-    actor._start({"id": "t000", "candidate": asdict(candidate()), "is_resumed": False, "has_rungs": has_rungs})
-    assert kinds(list(actor.events)) == ("Rung Ended" if has_rungs else "Ended")
 
 
 @pytest.mark.parametrize("method", ["learned", "soft-mask", "unstructured"])

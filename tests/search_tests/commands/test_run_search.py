@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from search.records.ending import calling_on_interrupt
+from search.commands.run_search import calling_on_interrupt
 
 
 @pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])  # the latter in the background

@@ -1,0 +1,143 @@
+"""Ray for a sweep: started or joined, what a trial takes of it, and single tasks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RaySystemError, RayTaskError
+
+from pruning.errors import VitfrontError, first_line_of
+from search.cluster.tasks import run_task
+from search.config import Config
+from search.errors import ConfigError, SweepError
+
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # no CSV and JSON file a trial
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables are printed whatever `verbose` says
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it takes Ctrl-C for the end of the trials
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # all trials so far, every ten seconds; see tune.run_trials
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+CONNECT_S = 10.0
+"""Time in which a cluster's head has to answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResources:
+    """The part of the cluster that a task or a trial takes."""
+
+    cpus: int
+    """Number of cores, and of torch threads."""
+    gpus: float
+    """Number of GPUs; less than 1 for a part of one."""
+
+    @classmethod
+    def of(cls, config: Config, available: Mapping[str, float]) -> TrialResources:
+        """The part that the recipe gives a trial; by default one GPU where the cluster has any.
+
+        Args:
+            available: Ray's name of a resource -> amount that there is, now: nodes with GPUs may come later.
+        """
+        gpus = config.resources.gpus_per_trial
+        if gpus is None:
+            gpus = 1.0 if available.get("GPU", 0) > 0 else 0.0
+        return cls(cpus=config.resources.cpus_per_trial, gpus=gpus)
+
+    def check(self, available: Mapping[str, float]) -> None:
+        """Checks that this machine has as much; a trial that is larger would wait for ever.
+
+        A cluster is not checked: nodes may still come to it.
+
+        Args:
+            available: Ray's name of a resource -> amount that there is.
+
+        Raises:
+            ConfigError: names the key of the recipe and what there is.
+        """
+        for key, wanted, kind in (("cpus_per_trial", self.cpus, "CPU"), ("gpus_per_trial", self.gpus, "GPU")):
+            amount = available.get(kind, 0)
+            if wanted > amount:
+                raise ConfigError(f"resources.{key}: {wanted:g} is more than this machine has, {amount:g}")
+
+    def num_slots(self, available: Mapping[str, float]) -> int:
+        """Returns the number of trials that fit at once, at least 1."""
+        wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        return max(1, min(int(available.get(kind, 0) // amount) for kind, amount in wanted.items() if amount))
+
+
+def cluster_resources() -> Mapping[str, float]:
+    """Returns the resources of all nodes that there are now, by Ray's names."""
+    resources: Mapping[str, float] = ray.cluster_resources()
+    return resources
+
+
+def submit(function: Callable[..., Any], resources: TrialResources, *args: Any, num_returns: int = 1) -> Any:
+    """Starts a task on the cluster, with as many torch threads as it has cores; returns a reference to each result."""
+    options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "num_returns": num_returns, "max_retries": 0}
+    return ray.remote(run_task).options(**options).remote(function, resources.cpus, *args)
+
+
+def fetch(reference: Any, get: Callable[[Any], Any] = ray.get) -> Any:
+    """Returns a task's result.
+
+    Args:
+        get: gets a result of Ray.
+
+    Raises:
+        VitfrontError: the task raised it; it comes as it was, not wrapped in the worker's traceback.
+        SweepError: the worker, its node or its installation is broken.
+    """
+    try:
+        return get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, VitfrontError):
+            raise error.cause from None
+        if isinstance(error.cause, RaySystemError):  # the worker cannot even unpickle its work
+            raise SweepError(f"a worker has not what it needs: {first_line_of(error.cause)}") from error
+        raise
+    except RayError as error:  # the worker was killed, its node is gone, ...
+        raise SweepError(f"a worker broke: {first_line_of(error)}") from error
+
+
+@contextmanager
+def ray_running(address: str | None) -> Iterator[None]:
+    """Runs Ray, quietly; it is started for this sweep unless an address is given or it runs already.
+
+    Raises:
+        SweepError: Ray cannot be started, or no cluster answers at the address.
+    """
+    if address is not None:  # Tune lets one trial wait at a time, so an autoscaler would start worker by worker
+        os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "4")
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        try:
+            _reach(address)
+            ray.init(
+                address=address or "local",  # else Ray joins whatever cluster it finds on this machine
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                include_dashboard=None if address else False,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            where = "Ray cannot be started" if address is None else f"no Ray cluster at {address!r}"
+            hint = "; it wants a token: RAY_AUTH_MODE=token, and the head's ~/.ray/auth_token here"
+            is_locked = "AuthToken" in str(error.__cause__)  # as `ray start` has it, and --address auto knows it
+            raise SweepError(f"{where}: {first_line_of(error)}{hint if is_locked else ''}") from error
+    try:
+        yield
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError if nobody answers at host:port; Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()

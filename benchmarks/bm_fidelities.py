@@ -1,13 +1,13 @@
-"""Rungs against none: how long a search of trained models takes to the same hypervolume.
+"""Compares searches with and without rungs: the seconds that each takes to the same hypervolume, replayed.
 
     python benchmarks/bm_fidelities.py [--quick] [--json] [--out benchmarks/results]
 
 The table (`tests/data/digits_rungs`) is of sweeps of digits in which every pruned model was distilled to the end, and
 measured at each of its rungs on the way (tests/data/record_rungs.py). It is searched once to the end of every trial,
-without the time that the rungs' measurements took, and once with rungs. Both begin with the same candidates, have the
-same sampler and two simulated workers, busy for the recorded seconds. Hypervolume is on val, of the trials that ran to
-their end. A table has each model once: where the search without rungs has found the best of it, the other can get there
-only by the very same models; so the seconds until 99 % of that hypervolume are told as well.
+without the time that the rungs' measurements took, and once with rungs. Both searches begin with the same candidates
+and have the same sampler and two simulated workers, busy for the recorded seconds. Hypervolume is on val, of the trials
+that ran to their end. A table has each model once: where the search without rungs has found the best of it, the other
+can get there only by the very same models; so the seconds until 99 % of that hypervolume are reported as well.
 """
 
 from __future__ import annotations
@@ -35,21 +35,23 @@ from search.suggest.samplers import MAX_GP_TRIALS, Sampler, SamplerSettings
 
 TABLE = Path(__file__).parents[1] / "tests" / "data" / "digits_rungs"
 SETS = ("space.recovery=distill", "distill.epochs=48")
-"""Of the recorded sweeps, as far as they matter to a replay."""
+"""Settings of the recorded sweeps that matter to a replay."""
 
 REDUCTION_FACTOR = 2
 MILESTONES = (10, 20, 40)
-"""Trials to their end, whose hypervolume is then looked for with rungs."""
+"""Numbers of trials to their end, whose hypervolume is then looked for with rungs."""
 
 NEARLY = 0.99
+"""Share of the hypervolume that is looked for as well."""
 SAMPLERS: tuple[Sampler, ...] = ("auto", "random")
 COUNTED = ("measured", "stopped", "again")
+"""Kinds of trials that are counted: run to their end, stopped at a rung, tried once more after that."""
 
 MAX_TIMES = 2
-"""The seconds of the search without rungs for which the other is given to find as much."""
+"""Multiple of the seconds of the search without rungs in which the other may find as much."""
 
 NUM_TIMES = 200
-"""In the picture."""
+"""Number of points of a curve in the picture."""
 
 
 class SearchTrace:
@@ -103,7 +105,7 @@ def replayed(
 def measure(
     recorded: Recorded, sampler: Sampler, num_seeds: int, milestones: tuple[int, ...]
 ) -> tuple[list[dict[str, Any]], list[tuple[SearchTrace, SearchTrace]]]:
-    """A row for each milestone, and the traces of each seed, without rungs and with."""
+    """Returns a row for each milestone, and the traces of each seed, without rungs and with."""
     traces = []
     for seed in range(num_seeds):
         full = replayed(recorded, sampler, seed, milestones[-1])
@@ -142,8 +144,8 @@ def draw(traces: dict[Sampler, list[tuple[SearchTrace, SearchTrace]]], path: Pat
 
 
 def text_of(rows: list[dict[str, Any]], command: str, recorded: Recorded) -> str:
-    found = [each.measurement for each in recorded.outcomes if each.measurement is not None]
-    noise = median((each.speedup_high - each.speedup_low) / 2 / each.speedup for each in found)
+    measured = [outcome.measurement for outcome in recorded.outcomes if outcome.measurement is not None]
+    noise = median((one.speedup_high - one.speedup_low) / 2 / one.speedup for one in measured)
     counts = {row["sampler"]: [f"{row[kind]:.0f} {kind}" for kind in COUNTED] for row in rows}
     lines = [
         "# Rungs", "", f"    {command}", "",
@@ -184,8 +186,8 @@ def main() -> None:
     num_seeds, milestones = (3, MILESTONES[:1]) if args.quick else (10, MILESTONES)
     rows, traces = list[dict[str, Any]](), dict[Sampler, list[tuple[SearchTrace, SearchTrace]]]()
     for sampler in SAMPLERS:
-        some, traces[sampler] = measure(recorded, sampler, num_seeds, milestones)
-        rows += some
+        sampler_rows, traces[sampler] = measure(recorded, sampler, num_seeds, milestones)
+        rows += sampler_rows
     text = text_of(rows, " ".join(["python", *sys.argv]), recorded)
     if args.out is not None:
         (args.out / "fidelities.md").write_text(text)
@@ -195,11 +197,11 @@ def main() -> None:
 
 
 def finite(rows: Any) -> Any:
-    """JSON knows no infinity: None, in rows of numbers and of lists of them."""
+    """Replaces infinity, which JSON lacks, by None, in rows of numbers and of lists of them."""
     if isinstance(rows, list):
-        return [finite(each) for each in rows]
+        return [finite(row) for row in rows]
     if isinstance(rows, dict):
-        return {name: finite(each) for name, each in rows.items()}
+        return {name: finite(value) for name, value in rows.items()}
     return None if rows == float("inf") else rows
 
 

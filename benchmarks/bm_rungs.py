@@ -1,4 +1,4 @@
-"""Rungs against none, live: how long sweeps of trained models take to the same hypervolume.
+"""Compares sweeps with and without rungs: the seconds that each takes to the same hypervolume, live.
 
     python benchmarks/bm_rungs.py [--quick] [--json] [--out benchmarks/results] [--runs runs]
 
@@ -31,17 +31,17 @@ from search.records.folder import Folder
 
 REDUCTION_FACTOR = 2
 SECONDS = 840
-"""Of searching, without rungs."""
+"""Seconds of searching without rungs."""
 
 NUM_SEEDS = 2
 PARTS = (0.9, 0.95, 0.99, 1.0)
-"""Of what the search without rungs has found in the end."""
+"""Shares of the final hypervolume of the search without rungs that are looked for."""
 
 COLUMNS = {"seconds": 0, "with_rungs": 0, "shares": 2}
-"""Of the table, with their decimals."""
+"""Columns of the table -> their decimals."""
 
 NUM_TIMES = 200
-"""In the picture."""
+"""Number of points of a curve in the picture."""
 
 
 class Quiet:
@@ -65,16 +65,16 @@ class Quiet:
 def swept(runs: Path, seed: int, factor: float, seconds: float) -> SearchTrace:
     name = f"rungs-{seed}-{factor:g}"
     folder = Folder(runs, name)
-    left = seconds - max((each.ended_s for each in ledger.read(folder.ledger)), default=0.0)
-    if left > 0 or not folder.front.is_file():
+    left_s = seconds - max((outcome.ended_s for outcome in ledger.read(folder.ledger)), default=0.0)
+    if left_s > 0 or not folder.front.is_file():
         print(name, file=sys.stderr, flush=True)
         sets = [
-            *SETS, f"name={name}", "search.trials=200", "search.patience=0", f"search.time_budget={max(left, 1):.0f}s",
-            f"search.seed={seed}", f"search.reduction_factor={factor}",
+            *SETS, f"name={name}", "search.trials=200", "search.patience=0", f"search.seed={seed}",
+            f"search.time_budget={max(left_s, 1):.0f}s", f"search.reduction_factor={factor}",
         ]  # fmt: skip
         run_sweep(load_config("digits", sets=sets), runs, Quiet())
-    found = [each for each in ledger.read(folder.ledger) if each.ended_s <= seconds]
-    return SearchTrace(found, folder.read_front().goal.dense)
+    outcomes = [outcome for outcome in ledger.read(folder.ledger) if outcome.ended_s <= seconds]
+    return SearchTrace(outcomes, folder.read_front().goal.dense)
 
 
 def rows_of(pairs: list[tuple[SearchTrace, SearchTrace]]) -> list[dict[str, Any]]:
@@ -105,9 +105,9 @@ def text_of(
         lines.append(f"| {row['part']:.0%} | {' | '.join(cells)} | {median(row['shares']):.2f} |")
     lines += ["", "| seed | rungs | hypervolume | measured | stopped | again |", "|---|---|---|---|---|---|"]
     for seed, pair in enumerate(pairs):
-        for name, each in zip(("no", "yes"), pair, strict=True):
-            counts = f"{each.num_measured} | {each.num_stopped} | {each.num_again}"
-            lines.append(f"| {seed} | {name} | {each.hypervolumes[-1]:.3f} | {counts} |")
+        for name, trace in zip(("no", "yes"), pair, strict=True):
+            counts = f"{trace.num_measured} | {trace.num_stopped} | {trace.num_again}"
+            lines.append(f"| {seed} | {name} | {trace.hypervolumes[-1]:.3f} | {counts} |")
     return "\n".join(lines) + "\n"
 
 
@@ -122,8 +122,8 @@ def main() -> None:
     pairs = []
     for seed in range(num_seeds):
         in_turn = (1, REDUCTION_FACTOR) if seed % 2 == 0 else (REDUCTION_FACTOR, 1)
-        found = {factor: swept(args.runs, seed, factor, seconds / factor) for factor in in_turn}
-        pairs.append((found[1], found[REDUCTION_FACTOR]))
+        traces = {factor: swept(args.runs, seed, factor, seconds / factor) for factor in in_turn}
+        pairs.append((traces[1], traces[REDUCTION_FACTOR]))
     rows = rows_of(pairs)
     text = text_of(rows, pairs, " ".join(["python", *sys.argv]), seconds)
     if args.out is not None:

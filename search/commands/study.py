@@ -76,14 +76,14 @@ def _run_variants(
     """
     for context_id in dict.fromkeys(variant.context_id for variant in variants):
         group = [variant for variant in variants if variant.context_id == context_id]
-        left = [variant for variant in group if len(_outcomes_of(variant, outcomes)) < (variant.trials or 1)]
-        if not left:
+        unfinished = [variant for variant in group if len(_outcomes_of(variant, outcomes)) < (variant.trials or 1)]
+        if not unfinished:
             continue
-        say(f"preparing the dense model for {len(left)} of {len(variants)} variants")
-        context, dense = _prepare_for(left, runs)
+        say(f"preparing the dense model for {len(unfinished)} of {len(variants)} variants")
+        context, dense = _prepare_for(unfinished, runs)
         if f"dense-{context_id}" not in outcomes:
             yield _dense_outcome(context, dense, f"dense-{context_id}"), "dense"
-        for variant in left:
+        for variant in unfinished:
             for outcome in _run_variant(replace(context, config=variant.config), variant, outcomes):
                 yield outcome, _label(variant, study)
 

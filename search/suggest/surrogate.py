@@ -159,12 +159,12 @@ class Surrogate:
             None if every candidate that was looked at is known already.
         """
         measured = [each for each in observations if each.values is not None]
-        known = {each.candidate for each in observations if not each.is_stopped} | set(running)
+        excluded = {each.candidate for each in observations if not each.is_stopped} | set(running)
         expectation = self._expectation(observations, running)
         gains: dict[Candidate, float] = {}
 
         def look_at(candidates: Iterable[Candidate]) -> None:
-            new = [each for each in dict.fromkeys(candidates) if each not in known and each not in gains]
+            new = [each for each in dict.fromkeys(candidates) if each not in excluded and each not in gains]
             if new:
                 gains.update(zip(new, expectation.at(self._points(new)).tolist(), strict=True))
 
@@ -204,8 +204,9 @@ class Surrogate:
         """
         num_rungs = max(len(each.rungs) for each in observations)
         rows = [(each.candidate, 1.0, each.values) for each in observations if each.values is not None]
-        for each in observations:
-            rows += [(each.candidate, rung / num_rungs, values) for rung, values in enumerate(each.rungs)]
+        for observation in observations:
+            at_rungs = enumerate(observation.rungs)
+            rows += [(observation.candidate, rung / num_rungs, values) for rung, values in at_rungs]
         candidates, progress, pairs = zip(*rows, strict=True)
         points = self._points(candidates)
         if num_rungs:

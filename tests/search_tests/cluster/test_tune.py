@@ -1,4 +1,4 @@
-"""What the driver does at the end of every trial, without Ray."""
+"""The driver's part at every epoch and at the end of every trial, without Ray."""
 
 from __future__ import annotations
 

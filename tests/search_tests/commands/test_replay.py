@@ -136,7 +136,7 @@ def test_one_worker_takes_the_sum_of_the_seconds() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Of a finished sweep."""
+    """The folder of a finished sweep."""
     place = Folder(tmp_path / "runs", "table")
     with ledger.Ledger(place.ledger) as book:
         book.append(*OUTCOMES)

@@ -90,8 +90,8 @@ def test_trials_end_in_any_order_each_with_its_own_values() -> None:
     for number in (2, 0, 3, 1):
         tell(search, suggestions[number], top1=number / 10)
     values = [trial.values[0] for trial in search.learner.study.trials]
-    told = dict(zip(told_candidates(search), values, strict=True))
-    assert [told[suggestion.candidate] for suggestion in suggestions] == [0.0, 0.1, 0.2, 0.3]
+    top1_of = dict(zip(told_candidates(search), values, strict=True))
+    assert [top1_of[suggestion.candidate] for suggestion in suggestions] == [0.0, 0.1, 0.2, 0.3]
 
 
 def test_drawn_trial_that_breaks_is_told_as_failed_while_another_runs() -> None:

@@ -1,4 +1,4 @@
-"""What the study of a sampler is told of an outcome."""
+"""Outcomes as the study of a sampler is told of them."""
 
 from __future__ import annotations
 
@@ -93,11 +93,11 @@ def test_what_was_stopped_at_a_rung_is_no_final_value(sampler: Sampler) -> None:
     for draw in (FIRST[1], learning.draw()):
         learning.tell(draw, stopped)
     learning.close()
-    first, *others = learning.study.trials
+    first, *stopped_trials = learning.study.trials
     keeps_limits = sampler in LIMIT_KEEPERS
     assert keeps_limits is (sampler in ("tpe", "nsga2"))
     assert (first.state, first.constraints) == (TrialState.COMPLETE, {STOPPED: 0.0} if keeps_limits else {})
-    for trial in others:
+    for trial in stopped_trials:
         if keeps_limits:  # beyond a limit: of use, but not compared with the others
             assert trial.state is TrialState.COMPLETE
             assert (trial.values, trial.constraints) == ([0.6, 1.2], {STOPPED: 1.0})

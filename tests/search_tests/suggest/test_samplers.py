@@ -47,8 +47,8 @@ def test_tpe_suggests_what_optunas_own_does(space: Space) -> None:
     goal = Goal.of(builders.DENSE, "top1", ["top1 >= 0.5"])
     search = new_search(space, goal, seed=3)
     distributions, num_first = distributions_of(space), len(first_candidates(space))
-    own = TPESampler(seed=3, n_startup_trials=NUM_RANDOM, constant_liar=True)
-    study = create_study(directions=["maximize", "maximize"], sampler=own)
+    optunas = TPESampler(seed=3, n_startup_trials=NUM_RANDOM, constant_liar=True)
+    study = create_study(directions=["maximize", "maximize"], sampler=optunas)
     for number in range(num_first + 20):
         suggestion = ask(search)
         candidate = suggestion.candidate

@@ -1,4 +1,4 @@
-"""What can be wrong with a sweep, below the tree in `pruning.errors`.
+"""Errors of a sweep, below the tree in `pruning.errors`.
 
 VitfrontError
 └── SettingError

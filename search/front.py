@@ -1,4 +1,4 @@
-"""The front of a sweep: its record (front.json), how it is found among outcomes, and the pick of one point."""
+"""The front of a sweep: its record (front.json), its points among outcomes, and the pick of one point."""
 
 from __future__ import annotations
 
@@ -39,20 +39,23 @@ class Front:
     """Device, precision, threads, batch size and torch version that the figures hold for; None for a replay."""
 
     @classmethod
-    def of(cls, name: str, outcomes: Sequence[Outcome], goal: Goal, **ended: Any) -> Front:
-        """The front of the outcomes of a sweep; points that noise makes are left out.
+    def of(
+        cls, name: str, outcomes: Sequence[Outcome], goal: Goal, *, trials: int = 0, ended_by: str | None = None,
+        idle_share: float | None = None, conditions: Mapping[str, str | int] | None = None,
+    ) -> Front:  # fmt: skip
+        """Finds the front of a sweep among its outcomes; points that noise makes are left out.
 
-        Args:
-            ended: the fields from `trials` on.
+        The other arguments are the fields of the same names.
         """
         points = distinct(front_of(outcomes, goal), goal)
         return cls(
             name=name, goal=goal, points=points, hypervolume=hypervolume_of(outcomes, goal),
-            knee=points[knee(goal.values(points))].id if points else None, **ended,
+            knee=points[knee(goal.values(points))].id if points else None,
+            trials=trials, ended_by=ended_by, idle_share=idle_share, conditions=conditions,
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        """The record that front.json holds."""
+        """Returns the content of front.json, plain values only."""
         record: dict[str, Any] = {
             "name": self.name,
             "objectives": [{"name": name, "direction": "maximize"} for name in self.goal.objectives],
@@ -69,13 +72,14 @@ class Front:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Front:
-        """The front that `to_json` wrote, in this or an earlier version.
+        """Reads what `to_json` wrote, in this or an earlier version.
 
         Raises:
             SweepError: the record is not of a front.
         """
         try:
-            (accuracy,) = (each["name"] for each in record["objectives"] if each["name"] in ACCURACIES)
+            objectives = [objective["name"] for objective in record["objectives"]]
+            (accuracy,) = (name for name in objectives if name in ACCURACIES)
             return cls(
                 name=record["name"],
                 goal=Goal.of(_measurement(record["dense"]), accuracy, record.get("limits", ())),
@@ -91,13 +95,21 @@ class Front:
             raise SweepError(f"it is not a front: {type(error).__name__} {error}") from None
 
     def within(self, at_least: Mapping[str, float], at_most: Mapping[str, float]) -> Front:
-        """The same front with only the points that keep every bound; see `within`."""
+        """Returns this front with only the points that keep every bound.
+
+        Args:
+            at_least: metric (a field of `Measurement`) -> smallest value allowed.
+            at_most: metric -> largest value allowed.
+
+        Raises:
+            SweepError: there is no such metric.
+        """
         return replace(self, points=within(self.points, at_least, at_most))
 
     def pick(
         self, how: str, at_least: Mapping[str, float] | None = None, at_most: Mapping[str, float] | None = None
     ) -> Outcome:
-        """One point out of those within the bounds.
+        """Picks one point among those within the bounds.
 
         Args:
             how: `knee`, `fastest`, `most-accurate`, or the id of a point.
@@ -129,8 +141,8 @@ class Front:
 def _point_to_json(point: Outcome) -> dict[str, Any]:
     assert point.measurement is not None
     assert point.plan is not None
-    asked = {"candidate": asdict(point.candidate), "plan": point.plan.to_json()}
-    return {"id": point.id} | asdict(point.measurement) | asked
+    origin = {"candidate": asdict(point.candidate), "plan": point.plan.to_json()}
+    return {"id": point.id} | asdict(point.measurement) | origin
 
 
 def _point_from_json(record: Mapping[str, Any]) -> Outcome:
@@ -161,7 +173,7 @@ def contenders(outcomes: Sequence[Outcome], accuracy: str) -> tuple[Outcome, ...
     not looked at: a model close to one is judged by its final timing.
 
     Args:
-        accuracy: the accuracy that counts, one of `ACCURACIES`.
+        accuracy: accuracy that counts, one of `ACCURACIES`.
     """
     measured = [outcome for outcome in outcomes if outcome.measurement is not None]
     names = ("speedup_low", "speedup_high", accuracy)
@@ -190,13 +202,13 @@ def distinct(front: Sequence[Outcome], goal: Goal) -> tuple[Outcome, ...]:
 
 
 def _differ(one: Measurement, other: Measurement, metric: str) -> bool:
-    """Tells whether a metric differs beyond the noise; one without an interval is taken to be exact."""
-    values = [getattr(each, metric) for each in (one, other)]
-    noise = [
-        (getattr(each, f"{metric}_high", value) - getattr(each, f"{metric}_low", value)) / 2
-        for each, value in zip((one, other), values, strict=True)
+    """Tells whether a metric of two models differs beyond the noise; a metric without an interval is exact."""
+    first, second = getattr(one, metric), getattr(other, metric)
+    half_intervals = [
+        (getattr(measurement, f"{metric}_high", value) - getattr(measurement, f"{metric}_low", value)) / 2
+        for measurement, value in ((one, first), (other, second))
     ]
-    return bool(abs(values[0] - values[1]) > np.hypot(*noise))
+    return bool(abs(first - second) > np.hypot(*half_intervals))
 
 
 def hypervolume_of(outcomes: Sequence[Outcome], goal: Goal) -> float:
@@ -211,7 +223,7 @@ def running_hypervolume(outcomes: Sequence[Outcome], goal: Goal) -> tuple[float,
 
 
 class GrowingFront:
-    """The front of outcomes that come one by one."""
+    """A front of outcomes that come one by one, with its hypervolume."""
 
     def __init__(self, goal: Goal) -> None:
         self._goal, self._reference = goal, np.array(goal.reference)
@@ -242,10 +254,10 @@ def within(
     Raises:
         SweepError: there is no such metric.
     """
-    known = [field.name for field in fields(Measurement)]
+    metrics = [field.name for field in fields(Measurement)]
     for metric in (*at_least, *at_most):
-        if metric not in known:
-            raise SweepError(f"no metric {metric!r}; there are {', '.join(known)}")
+        if metric not in metrics:
+            raise SweepError(f"no metric {metric!r}; there are {', '.join(metrics)}")
 
     def keeps(outcome: Outcome) -> bool:
         return all(metric_of(outcome.measurement, metric) >= bound for metric, bound in at_least.items()) and all(

@@ -26,15 +26,15 @@ class Goal:
     """
 
     dense: Measurement
-    """The dense model, measured: speed-ups, limits and the reference point refer to it."""
+    """Measurement of the dense model, which speed-ups, limits and the reference point refer to."""
     accuracy: str = "top1"
-    """The accuracy that counts, one of `ACCURACIES`."""
+    """Accuracy that counts, one of `ACCURACIES`."""
     limits: tuple[Limit, ...] = ()
-    """Bounds that a model must keep to be of use."""
+    """Limits that a model must keep to be of use."""
 
     @classmethod
     def of(cls, dense: Measurement, accuracy: str, limits: Iterable[str]) -> Goal:
-        """The goal with limits as texts, such as `top1 >= dense - 0.01`.
+        """Makes a goal from limits as texts, such as `top1 >= dense - 0.01`.
 
         Raises:
             ConfigError: a limit has no known form or names an unknown metric.
@@ -43,30 +43,30 @@ class Goal:
 
     @property
     def objectives(self) -> tuple[str, str]:
-        """Fields of `Measurement` that are maximised."""
+        """The fields of `Measurement` that are maximised."""
         return self.accuracy, "speedup"
 
     @property
     def reference(self) -> tuple[float, float]:
-        """Point at which the hypervolume starts, in the order of `objectives`."""
+        """The point at which the hypervolume starts, in the order of `objectives`."""
         return metric_of(self.dense, self.accuracy) / 2, 1.0
 
     @property
     def reference_point(self) -> dict[str, float]:
-        """Point at which the hypervolume starts, by objective."""
+        """The point at which the hypervolume starts, by objective."""
         return dict(zip(self.objectives, self.reference, strict=True))
 
     def values(self, outcomes: Sequence[Outcome]) -> Values:
-        """Objectives of measured outcomes, (n, 2); NaN for a metric that was not taken."""
+        """Returns the objectives of outcomes, (n, 2); NaN for a metric that was not taken."""
         rows = [[metric_of(outcome.measurement, name) for name in self.objectives] for outcome in outcomes]
         return np.array(rows, dtype=np.float64).reshape(-1, 2)
 
     def excesses(self, measurement: Measurement) -> dict[str, float]:
-        """Limit -> share of the dense value by which the measurement is beyond it; 0 or less is within."""
+        """Computes limit -> share of the dense value by which a measurement is beyond it; 0 or less is within."""
         return {limit.text: limit.excess(measurement, self.dense) for limit in self.limits}
 
     def acceptable(self, outcomes: Iterable[Outcome]) -> tuple[Outcome, ...]:
-        """Measured outcomes that keep every limit."""
+        """Returns the measured outcomes that keep every limit."""
         return tuple(
             outcome
             for outcome in outcomes
@@ -76,6 +76,6 @@ class Goal:
 
 
 def metric_of(measurement: Measurement | None, name: str) -> float:
-    """A metric of a measurement as a number; NaN if it was not taken."""
-    value = getattr(measurement, name)
+    """Returns a metric of a measurement as a number; NaN if the metric or the measurement was not taken."""
+    value = None if measurement is None else getattr(measurement, name)
     return nan if value is None else float(value)

@@ -1,4 +1,4 @@
-"""Outcomes made to measure: choose the two objectives, the rest follows."""
+"""Builders of outcomes: choose the two objectives, the rest follows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ DENSE_IMG_S = 100.0
 
 
 def measurement(top1: float, speedup: float, **other: Any) -> Measurement:
-    """A measurement whose other fields agree with the two; `other` overrides them."""
-    made = Measurement(
+    """Builds a measurement whose other fields agree with the two; `other` overrides them."""
+    measurement = Measurement(
         top1=top1,
         top1_low=top1 - 0.01,
         top1_high=top1 + 0.01,
@@ -26,10 +26,11 @@ def measurement(top1: float, speedup: float, **other: Any) -> Measurement:
         macs=round(1_234_567 / speedup),
         params=round(5_700_000 / speedup),
     )
-    return replace(made, **other)
+    return replace(measurement, **other)
 
 
 def plan(exit_block: int = 2) -> Plan:
+    """Builds a plan whose blocks are all alike."""
     block = BlockPlan(
         keep_heads=(0, 2), keep_qk=((0, 1), (1, 3)), keep_v=((0,), (2,)), keep_hidden=(1, 4), num_tokens=9
     )
@@ -37,8 +38,8 @@ def plan(exit_block: int = 2) -> Plan:
 
 
 def candidate(exit_block: int = 2, **other: Any) -> Candidate:
-    """A candidate of the cascade; `other` overrides its fields."""
-    made = Candidate(
+    """Builds a candidate of the cascade; `other` overrides its fields."""
+    candidate = Candidate(
         cutoff_channel=0.1,
         cutoff_token=0.8,
         drop_budget=(1.5, 0.5, 0.25),
@@ -46,11 +47,11 @@ def candidate(exit_block: int = 2, **other: Any) -> Candidate:
         target_ratio=0.6,
         exit_block=exit_block,
     )
-    return replace(made, **other)
+    return replace(candidate, **other)
 
 
 def outcome(id: str, top1: float, speedup: float, **other: Any) -> Outcome:
-    """A measured outcome; `other` are fields of its measurement."""
+    """Builds a measured outcome; `other` are fields of its measurement."""
     return Outcome(
         id=id,
         state=State.MEASURED,
@@ -64,6 +65,7 @@ def outcome(id: str, top1: float, speedup: float, **other: Any) -> Outcome:
 
 
 def failed(id: str, state: State = State.FAILED, reason: str = "RuntimeError: out of memory") -> Outcome:
+    """Builds an outcome without a measurement."""
     return Outcome(id=id, state=state, candidate=candidate(), reason=reason, seconds=0.5)
 
 

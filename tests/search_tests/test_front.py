@@ -67,21 +67,21 @@ def test_running_hypervolume_is_that_of_each_beginning(sweep: list[Outcome]) -> 
     assert running[1] == running[2] < running[3] < running[4] == running[5]
 
 
-def made_at_random(count: int) -> list[Outcome]:
+def drawn_at_random(count: int) -> list[Outcome]:
     """Few values, so that ties are common; some failed, some without their accuracy."""
     random = np.random.default_rng(count)
-    found = []
+    outcomes = []
     for number in range(count):
         top1, speedup = random.integers(4, 10) / 10, 1 + random.integers(0, 30) / 20
         other = {"speedup_high": NAN} if random.random() < 0.05 else {}
         outcome = builders.outcome(f"t{number:03d}", NAN if random.random() < 0.1 else top1, speedup, **other)
-        found.append(builders.failed(outcome.id) if random.random() < 0.1 else outcome)
-    return found
+        outcomes.append(builders.failed(outcome.id) if random.random() < 0.1 else outcome)
+    return outcomes
 
 
 def test_front_that_grows_has_the_hypervolume_of_the_whole() -> None:
     goal = Goal.of(builders.DENSE, "top1", ["top1 >= 0.5", "speedup <= 2.3"])
-    outcomes = made_at_random(60)
+    outcomes = drawn_at_random(60)
     growing, reference = GrowingFront(goal), np.array([0.45, 1.0])
     volumes = []
     for count, outcome in enumerate(outcomes, start=1):
@@ -228,12 +228,12 @@ def test_metric_without_an_interval_is_exact() -> None:
 
 
 def test_contenders_are_those_of_brute_force_also_when_they_come_one_by_one() -> None:
-    outcomes = made_at_random(80)
+    outcomes = drawn_at_random(80)
     measured = [(outcome.id, outcome.measurement) for outcome in outcomes if outcome.measurement is not None]
     expected = [
         id
-        for id, own in measured
-        if not any(other.speedup_low > own.speedup_high and other.top1 >= own.top1 for _, other in measured)
+        for id, model in measured
+        if not any(other.speedup_low > model.speedup_high and other.top1 >= model.top1 for _, other in measured)
     ]
     assert [outcome.id for outcome in contenders(outcomes, "top1")] == expected
     left: tuple[Outcome, ...] = ()
@@ -262,11 +262,11 @@ def searched_by(accuracy: str, outcomes: list[Outcome]) -> list[Outcome]:
     """The same sweep with its accuracies under another name, and top-1 accuracies that say the opposite."""
     changed = []
     for outcome in outcomes:
-        found = outcome.measurement
-        if found is not None:
-            top1 = found.top1
-            found = replace(found, **{accuracy: top1, "top1": 1 - top1, "top1_low": 0.0, "top1_high": 1.0})
-        changed.append(replace(outcome, measurement=found))
+        measurement = outcome.measurement
+        if measurement is not None:
+            values = {accuracy: measurement.top1, "top1": 1 - measurement.top1, "top1_low": 0.0, "top1_high": 1.0}
+            measurement = replace(measurement, **values)
+        changed.append(replace(outcome, measurement=measurement))
     return changed
 
 

@@ -1,4 +1,4 @@
-"""Limits: their forms, what they mean against a dense model, what is beyond them, and what a search does with them."""
+"""Limits: their forms, their bounds against a dense model, and the excess of a measurement beyond them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_excess_is_a_share_of_dense_above_0_beyond_the_limit_alone() -> None:
     assert least.excess(builders.measurement(0.8, 2.0), DENSE) == pytest.approx(-0.1)
 
 
-def test_what_is_at_the_bound_is_within() -> None:
+def test_value_at_the_bound_is_within() -> None:
     for dense, top1 in ((0.9, 0.87), (0.3, 0.27), (0.7, 0.67)):  # 0.3 - 0.03 is above 0.27 in binary fractions
         limit = parse_limit("top1 >= dense - 0.03")
         assert limit.excess(builders.measurement(top1, 2.0), builders.measurement(dense, 1.0)) <= 0
@@ -74,18 +74,6 @@ def test_a_limit_on_what_the_recipe_does_not_measure_is_refused() -> None:
         Config.from_dict(record)
     record["search"]["accuracy"] = "recall_at_1"
     assert Config.from_dict(record).search.limits == ("recall_at_1 >= 0.5",)
-
-
-def test_acceptable_is_what_was_measured_and_keeps_all_limits() -> None:
-    goal = Goal.of(DENSE, "top1", ["top1 >= 0.7", "speedup >= 1.5"])
-    outcomes = [
-        builders.outcome("t000", 0.75, 1.6),
-        builders.outcome("t001", 0.65, 3.0),
-        builders.outcome("t002", 0.9, 1.2),
-    ]
-    outcomes += [builders.failed("t003")]
-    assert [each.id for each in goal.acceptable(outcomes)] == ["t000"]
-    assert [each.id for each in Goal(dense=DENSE).acceptable(outcomes)] == ["t000", "t001", "t002"]
 
 
 def test_the_hypervolume_counts_what_keeps_the_limits() -> None:

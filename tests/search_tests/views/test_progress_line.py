@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from dataclasses import replace
 
 from rich.console import Console
@@ -19,7 +18,8 @@ class Screen:
     def __init__(self, terminal: bool) -> None:
         self._file = io.StringIO()
         self.console = Console(file=self._file, force_terminal=terminal, width=200, color_system=None)
-        self.line = ProgressLine(self.console)
+        self.now = 1000.0
+        self.line = ProgressLine(self.console, clock=lambda: self.now)
 
     @property
     def text(self) -> str:
@@ -27,7 +27,7 @@ class Screen:
 
     def live(self) -> str:
         """The line as it stands."""
-        return self.line._render().plain
+        return self.line.render().plain
 
 
 def started(screen: Screen, *ids: str) -> None:
@@ -90,7 +90,7 @@ def test_live_line_counts_done_running_and_failed() -> None:
 def test_time_left_is_what_the_other_trials_take_at_this_pace() -> None:
     screen = Screen(terminal=True)
     screen.line.start_trials(4, 10, None)
-    screen.line._trials_since -= 7200  # two hours ago
+    screen.now += 7200
     started(screen, "t004", "t005")
     screen.line.finished(builders.outcome("t004", 0.9, 1.5), 0.1)
     screen.line.finished(builders.outcome("t005", 0.9, 1.5), 0.1)
@@ -99,14 +99,53 @@ def test_time_left_is_what_the_other_trials_take_at_this_pace() -> None:
 
 def test_time_left_ends_at_the_deadline() -> None:
     screen = Screen(terminal=True)
-    screen.line.start_trials(0, 100, time.monotonic() + 90.4)
-    screen.line._trials_since -= 60
+    screen.line.start_trials(0, 100, screen.now + 150)
+    screen.now += 60
     started(screen, "t000")
     screen.line.finished(builders.outcome("t000", 0.9, 1.5), 0.1)
     assert screen.live().endswith("1:00 gone, 1:30 left")
-    screen.line.start_trials(0, 100, time.monotonic() - 5)
+    screen.line.start_trials(0, 100, screen.now - 5)
     screen.line.finished(builders.outcome("t001", 0.9, 1.5), 0.1)
     assert screen.live().endswith("0:00 left")
+
+
+def test_trials_that_train_are_told_by_epoch_until_they_end() -> None:
+    screen = Screen(terminal=True)
+    screen.line.start_trials(0, 4, None)
+    started(screen, "t000", "t001")
+    screen.line.epoch("t000", {"epoch": 3, "loss": 0.12345})
+    screen.line.epoch("t001", {"epoch": 1, "loss": 0.5})
+    assert screen.live().endswith(" left; t000 epoch 3; t001 epoch 1")
+    screen.line.finished(builders.outcome("t000", 0.9, 1.5), 0.1)
+    assert screen.live().endswith(" left; t001 epoch 1")
+    assert screen.text == ""
+
+
+def test_elsewhere_every_epoch_is_a_line() -> None:
+    screen = Screen(terminal=False)
+    screen.line.epoch("t000", {"epoch": 3, "loss": 0.12345, "share": 0.5})
+    assert screen.text == "t000 epoch 3: loss 0.1235, share 0.5\n"
+
+
+def test_earlier_exits_of_a_trial_are_told_but_not_counted() -> None:
+    screen = Screen(terminal=False)
+    screen.line.stage("loading")
+    screen.line.start_trials(0, 2, None)
+    screen.line.finished(builders.outcome("t000", 0.9, 1.5), 0.1)
+    screen.line.finished(builders.outcome("t000.2", 0.8, 2.5), 0.1)
+    assert [line.split()[:2] for line in screen.text.splitlines()[1:]] == [["1/2", "t000"], ["1/2", "t000.2"]]
+
+
+def test_interrupt_is_one_line_on_a_terminal_as_well() -> None:
+    screen = Screen(terminal=True)
+    screen.line.interrupted()
+    assert screen.text.startswith("no further trial starts; ") and screen.text.count("\n") == 1
+
+
+def test_brackets_in_a_reason_are_text() -> None:
+    screen = Screen(terminal=False)
+    screen.line.finished(builders.failed("t004", reason="[enforce fail] at [b]"), 0.2)
+    assert screen.text.endswith("t004 failed: [enforce fail] at [b]\n")
 
 
 def test_stage_after_the_trials_is_shown_again() -> None:

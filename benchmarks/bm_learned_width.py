@@ -1,4 +1,4 @@
-"""Learned width (WDPruning): how well the target is hit, and what is left of the accuracy without fine-tuning after.
+"""Measures learned width (WDPruning): how well it hits the target, and the accuracy that it keeps without fine-tuning.
 
     python benchmarks/bm_learned_width.py [--quick] [--json] [--out benchmarks/results]
 
@@ -48,16 +48,18 @@ def digits(quick: bool) -> tuple[torch.nn.Module, Images, Images, dict[str, Any]
 
 
 def cifar10(quick: bool) -> tuple[torch.nn.Module, Images, Images, dict[str, Any]]:
-    told = json.loads((DATA / "vit_cifar10.json").read_text())
+    description = json.loads((DATA / "vit_cifar10.json").read_text())
     names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
-    spec = InputSpec(size=(32, 32), mean=tuple(told["mean"]), std=tuple(told["std"]), crop_pct=1.0)
+    spec = InputSpec(size=(32, 32), mean=tuple(description["mean"]), std=tuple(description["std"]), crop_pct=1.0)
     limits = (256, 200) if quick else (None, None)
     images = {
         split: load_split("folder", split, spec, num_classes=10, root=DATA, limit=limit)
         for split, limit in zip(("train", "val"), limits, strict=True)
     }
     model = create_model(
-        told["model"], args={name: told[name] for name in names}, checkpoint=DATA / "vit_cifar10.safetensors"
+        description["model"],
+        args={name: description[name] for name in names},
+        checkpoint=DATA / "vit_cifar10.safetensors",
     )
     settings = {"epochs": 1 if quick else 10, "jitter": Jitter(max_shift=2.0, flip=True)}
     return model.eval(), images["train"], images["val"], settings
@@ -73,14 +75,14 @@ def row_file(task: str, target: float, gradient: str, quick: bool) -> Path:
 
 def measure(task: str, targets: Sequence[float], quick: bool) -> list[dict[str, Any]]:
     wanted = list(itertools.product(targets, GRADIENTS[task]))
-    missing = [each for each in wanted if not row_file(task, *each, quick).exists()]
+    missing = [variant for variant in wanted if not row_file(task, *variant, quick).exists()]
     if missing:
         train_rows(task, missing, quick)
-    return [json.loads(row_file(task, *each, quick).read_text()) for each in wanted]
+    return [json.loads(row_file(task, *variant, quick).read_text()) for variant in wanted]
 
 
 def train_rows(task: str, wanted: Sequence[tuple[float, RatioGradient]], quick: bool) -> None:
-    """Writes the row of each."""
+    """Trains the wanted variants, and writes a row for each."""
     model, training, val, settings = TASKS[task](quick)
     model.requires_grad_(False)
     anatomy = examine(model)
@@ -98,13 +100,13 @@ def train_rows(task: str, wanted: Sequence[tuple[float, RatioGradient]], quick: 
             epoch = {"epoch": run.loop.epoch} | {key: round(value, 4) for key, value in progress.items()}
             print(task, target, gradient, epoch, f"{time.monotonic() - start:.0f} s", file=sys.stderr)
         seconds = time.monotonic() - start
-        *earlier, whole = run.finish()
-        _, timings = time_against_dense(model, [whole.model, *(each.model for each in earlier)], batch, num_rounds=15)
-        exits = [top1(predict(each.model, val), val.labels) for each in earlier]
+        *earlier, full = run.finish()
+        _, timings = time_against_dense(model, [full.model, *(early.model for early in earlier)], batch, num_rounds=15)
+        exits = [top1(predict(early.model, val), val.labels) for early in earlier]
         row = {
             "task": task, "target": target, "ratio_gradient": gradient,
-            "reached": count_macs(anatomy, whole.plan) / dense_macs,
-            "top1": top1(predict(whole.model, val), val.labels), "dense_top1": dense_top1,
+            "reached": count_macs(anatomy, full.plan) / dense_macs,
+            "top1": top1(predict(full.model, val), val.labels), "dense_top1": dense_top1,
             "loss": progress["loss"], "speedup": timings[0].speedup,
             "exit_block": earlier[0].plan.exit_block, "exit_top1": exits[0],
             "exit_reached": count_macs(anatomy, earlier[0].plan) / dense_macs, "exit_speedup": timings[1].speedup,

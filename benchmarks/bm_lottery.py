@@ -26,30 +26,30 @@ COLOURS = {"dense": "#222222", "ticket": "#1f5fa8", "random": "#d1495b", "sparse
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """The record of `search.commands.lottery.run_lottery_seeds`, and the seconds it took."""
+    """Runs the lottery; returns the record of `search.commands.lottery.run_lottery_seeds`, and the seconds it took."""
     epochs = 4 if quick else EPOCHS
     sets = (f"model.training.epochs={epochs}", f"model.args.depth={DEPTH}", f"space.exit_block={DEPTH}")
     start = time.monotonic()
 
-    def told(stage: str) -> None:
+    def print_stage(stage: str) -> None:
         print(f"{time.monotonic() - start:4.0f} s {stage}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as runs:
         record = run_lottery_seeds(
             load_config("digits", sets=sets), Path(runs), sparsity=SPARSITY, rounds=ROUNDS, rewind_step=0,
-            seeds=1 if quick else SEEDS, on_stage=told,
+            seeds=1 if quick else SEEDS, on_stage=print_stage,
         )  # fmt: skip
     return record | {"seconds": time.monotonic() - start}
 
 
 def top1_by_seed(record: dict[str, Any], arm: str) -> list[float]:
-    """Of the last round."""
+    """Returns the accuracies of an arm's last round, one a seed."""
     last = max(row["round"] for row in record["rows"] if row["arm"] == arm)
     return [row["top1"] for row in record["rows"] if (row["arm"], row["round"]) == (arm, last)]
 
 
-def seen(record: dict[str, Any]) -> str:
-    """The ticket against the other arms, seed by seed, in points."""
+def comparison(record: dict[str, Any]) -> str:
+    """Compares the ticket with the other arms, seed by seed, in points."""
     parts = []
     for arm in ("random", "sparse-aware", "dense"):
         pairs = zip(top1_by_seed(record, "ticket"), top1_by_seed(record, arm), strict=True)
@@ -64,7 +64,7 @@ def seen(record: dict[str, Any]) -> str:
 
 
 def write(record: dict[str, Any], folder: Path) -> None:
-    """The table as Markdown, and the picture."""
+    """Writes the table as Markdown, and the picture."""
     here, recipe = record["conditions"], record["config"]
     epochs, depth = recipe["model"]["training"]["epochs"], recipe["model"]["args"]["depth"]
     lines = [
@@ -90,7 +90,7 @@ def write(record: dict[str, Any], folder: Path) -> None:
             f"| {', '.join(format(row['top1'], '.4f') for row in rows)} "
             f"| {arm['gradient_norm_first']:.3f} | {arm['gradient_norm_mean']:.3f} |"
         )
-    lines += ["", seen(record), "", "![top-1 and gradient norm of every arm](lottery.png)"]
+    lines += ["", comparison(record), "", "![top-1 and gradient norm of every arm](lottery.png)"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "lottery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(record, folder / "lottery.png")
@@ -109,7 +109,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         left.scatter([place] * len(rows), [row["top1"] for row in rows], color=colour, alpha=0.5)
         left.hlines(arm["top1"], place - 0.3, place + 0.3, color=colour)
         if arm["arm"] != "ticket" or arm["round"] == record["rounds"]:
-            norms = [sum(each) / len(each) for each in zip(*(row["gradient_norms"] for row in rows), strict=True)]
+            norms = [sum(step) / len(step) for step in zip(*(row["gradient_norms"] for row in rows), strict=True)]
             right.plot(range(1, len(norms) + 1), norms, color=colour, label=arm["arm"], linewidth=1)
     names = [f"{arm['arm']}\n{arm['sparsity']:.0%} gone" for arm in record["arms"]]
     left.set_xticks(range(len(names)), names)

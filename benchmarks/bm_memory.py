@@ -1,4 +1,4 @@
-"""How much a speed-up changes from process to process, with freed memory kept and without.
+"""Measures the spread of a speed-up from process to process, with freed memory kept and without.
 
     python benchmarks/bm_memory.py [--quick] [--json] [--out benchmarks/results]
 
@@ -36,11 +36,11 @@ KINDS = ("freed memory kept", "as glibc does")
 NUM_ROUNDS = 21
 TARGET = 0.3
 MOST_MIB = (0, 1, 2, 4, 8, 16)
-"""Of a piece that a process frees before."""
+"""Largest sizes of the pieces that a process frees before it measures, in MiB."""
 
 
-def time_once(is_kept: bool, seed: int, found: Connection) -> None:
-    """In a fresh process: sends speed-up, milliseconds of a dense batch, and page faults a forward pass."""
+def time_once(is_kept: bool, seed: int, results: Connection) -> None:
+    """Sends speed-up, milliseconds of a dense batch, and page faults a forward pass; runs in a fresh process."""
     torch.set_num_threads(1)
     inputs = load_inputs(load_config("digits"), Path("runs"))
     model = inputs.model.eval().requires_grad_(False)  # speed does not depend on the weights
@@ -55,24 +55,24 @@ def time_once(is_kept: bool, seed: int, found: Connection) -> None:
         before = getrusage(RUSAGE_SELF).ru_minflt
         dense, (timing,) = time_against_dense(model, [pruned], batch, num_rounds=NUM_ROUNDS)
         faults = getrusage(RUSAGE_SELF).ru_minflt - before
-    found.send((timing.speedup, dense.latency_ms_p50, faults / (2 * NUM_ROUNDS)))
+    results.send((timing.speedup, dense.latency_ms_p50, faults / (2 * NUM_ROUNDS)))
 
 
 def measure(num_processes: int) -> list[dict[str, Any]]:
-    """A row for each kind."""
+    """Measures both kinds, a row each."""
     context = multiprocessing.get_context("spawn")
-    found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in KINDS}
+    results: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in KINDS}
     for seed in range(num_processes):
         for kind in KINDS:
-            here, there = context.Pipe()
-            process = context.Process(target=time_once, args=(kind == KINDS[0], seed, there))
+            receiver, sender = context.Pipe()
+            process = context.Process(target=time_once, args=(kind == KINDS[0], seed, sender))
             process.start()
-            found[kind].append(here.recv())
+            results[kind].append(receiver.recv())
             process.join()
-            print(kind, found[kind][-1], file=sys.stderr, flush=True)
+            print(kind, results[kind][-1], file=sys.stderr, flush=True)
     rows = []
-    for kind, results in found.items():
-        speedups, dense_ms, faults = zip(*results, strict=True)
+    for kind, figures in results.items():
+        speedups, dense_ms, faults = zip(*figures, strict=True)
         rows.append({
             "memory": kind, "processes": num_processes, "speedup": median(speedups), "least": min(speedups),
             "most": max(speedups), "dense_ms": median(dense_ms), "faults": median(faults), "most_faults": max(faults),

@@ -1,4 +1,4 @@
-"""The strongest pruned ViT-Tiny without any training, at six sizes, beside Torch-Pruning and ToMe.
+"""Prunes ViT-Tiny without any training to six sizes, beside Torch-Pruning and ToMe.
 
     python benchmarks/bm_no_training.py [--quick] [--json] [--out benchmarks/results]
 
@@ -46,11 +46,11 @@ LIMITS = (
     (0.48, True, 0.80),
     (0.38, True, 0.76),
 )
-"""Share of the dense multiply-adds at most, whether tokens may be reduced, and the top-1 aimed at."""
+"""Largest share of the dense multiply-adds, True if tokens may be reduced, and the top-1 aimed at."""
 
 TOKEN_SHARES = (0.25, 0.5)
 TOME = {0.73: 8, 0.57: 13, 0.48: 16}
-"""Tokens that ToMe merges in every block, by the limit it is compared at."""
+"""Largest share of the dense multiply-adds -> tokens that ToMe merges in every block."""
 
 
 def images(split: str) -> Images:
@@ -63,7 +63,11 @@ def vitfront(
     model: nn.Module, profile: Profile, allowed_widths: tuple[AllowedWidths, ...], limit: float, tokens: bool,
     calibration: Images, probe: Images, rest: Images,
 ) -> tuple[nn.Module, Plan, float]:  # fmt: skip
-    """The model, its plan, and seconds to make it; of several weights the best on the probe images."""
+    """Prunes by vitfront, with the weight of tokens that is best on the probe images.
+
+    Returns:
+        The pruned model, its plan, and the seconds that it took.
+    """
     start, anatomy = time.monotonic(), examine(model)
     target = int(limit * count_macs(anatomy, keep_all_plan(anatomy)))
     dense, best, sensitivity = predict(model, probe), None, measure_sensitivity(model, calibration)
@@ -71,8 +75,8 @@ def vitfront(
         allocate(profile, anatomy, target, share, allowed_widths) for share in (TOKEN_SHARES if tokens else (0.0,))
     ]
     for plan in dict.fromkeys(plans):
-        made = repaired_model(model, plan, calibration, sensitivity).model
-        lost = divergence(dense, predict(made, probe))
+        pruned = repaired_model(model, plan, calibration, sensitivity).model
+        lost = divergence(dense, predict(pruned, probe))
         if best is None or lost < best[0]:
             best = lost, plan
     assert best is not None
@@ -87,40 +91,43 @@ def tome(model: nn.Module, removed: int) -> tuple[nn.Module, Plan]:
 
 
 def torch_pruning(model: nn.Module, limit: float, calibration: Images) -> tuple[nn.Module, float]:
-    """Torch-Pruning's global Taylor on hidden units and head widths, as its ViT example sets it up; its own counter."""
+    """Prunes hidden units and head widths by Torch-Pruning's global Taylor, set up as in its ViT example.
+
+    Returns:
+        The pruned model, and its share of the multiply-adds by Torch-Pruning's counter.
+    """
     import torch_pruning as tp
 
-    made: Any = copy.deepcopy(model).requires_grad_(True)
+    pruned: Any = copy.deepcopy(model).requires_grad_(True)
     example = torch.zeros(1, 3, 224, 224)
     heads = {}
-    for block in blocks_of(made):
+    for block in blocks_of(pruned):
         block.attn.fused_attn = False
         heads[block.attn.qkv] = block.attn.num_heads
-    dense_macs, _ = tp.utils.count_ops_and_params(made, example)
+    dense_macs, _ = tp.utils.count_ops_and_params(pruned, example)
     steps = 25
     pruner = tp.pruner.BasePruner(
-        made, example, importance=tp.importance.GroupTaylorImportance(), global_pruning=True, isomorphic=False,
-        pruning_ratio=0.9, iterative_steps=steps, ignored_layers=[made.head, made.patch_embed.proj], num_heads=heads,
-        prune_head_dims=True, prune_num_heads=False,
-        root_module_types=[nn.Linear],
+        pruned, example, importance=tp.importance.GroupTaylorImportance(), global_pruning=True, isomorphic=False,
+        pruning_ratio=0.9, iterative_steps=steps, ignored_layers=[pruned.head, pruned.patch_embed.proj],
+        num_heads=heads, prune_head_dims=True, prune_num_heads=False, root_module_types=[nn.Linear],
     )  # fmt: skip
     for _ in range(steps):
-        made.zero_grad()
+        pruned.zero_grad()
         for batch, labels in calibration.batches(64):
-            torch.nn.functional.cross_entropy(made(batch), labels).backward()
+            torch.nn.functional.cross_entropy(pruned(batch), labels).backward()
         pruner.step()
-        for block in blocks_of(made):
+        for block in blocks_of(pruned):
             block.attn.head_dim = block.attn.qkv.out_features // (3 * block.attn.num_heads)
             block.attn.attn_dim = block.attn.num_heads * block.attn.head_dim
-        macs, _ = tp.utils.count_ops_and_params(made, example)
+        macs, _ = tp.utils.count_ops_and_params(pruned, example)
         if macs <= limit * dense_macs:
             break
-    return made.requires_grad_(False).eval(), macs / dense_macs
+    return pruned.requires_grad_(False).eval(), macs / dense_macs
 
 
-def timed(model: nn.Module, made: nn.Module, batch: Tensor, rounds: int) -> dict[str, float]:
+def timed(model: nn.Module, pruned: nn.Module, batch: Tensor, rounds: int) -> dict[str, float]:
     precision = fastest_precision(model, batch)
-    _, (timing,) = time_against_dense(model, [made], batch, num_rounds=rounds, precision=precision)
+    _, (timing,) = time_against_dense(model, [pruned], batch, num_rounds=rounds, precision=precision)
     return {"speedup": timing.speedup, "speedup_low": timing.speedup_low, "speedup_high": timing.speedup_high}
 
 
@@ -139,10 +146,10 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     batch, rounds = val.normalized(slice(0, 16)), 7 if quick else 15
     rows: list[dict[str, Any]] = []
 
-    def add(method: str, limit: float, tokens: bool, share: float, made: nn.Module, **more: Any) -> None:
-        accuracy = top1(predict(made, val), val.labels)
+    def add(method: str, limit: float, tokens: bool, share: float, pruned: nn.Module, **more: Any) -> None:
+        accuracy = top1(predict(pruned, val), val.labels)
         row = {"method": method, "limit": limit, "tokens": tokens, "share": share, "top1": accuracy}
-        rows.append(row | timed(model, made, batch, rounds) | more)
+        rows.append(row | timed(model, pruned, batch, rounds) | more)
         shown = {key: value for key, value in rows[-1].items() if key != "plan_shapes"}
         print(shown, file=sys.stderr, flush=True)
 
@@ -155,23 +162,23 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     )
     widths_s = time.monotonic() - start
     for limit, tokens, wanted in LIMITS[1:4:2] if quick else LIMITS:
-        made, plan, seconds = vitfront(model, profile, allowed_widths, limit, tokens, calibration, probe, rest)
+        pruned, plan, seconds = vitfront(model, profile, allowed_widths, limit, tokens, calibration, probe, rest)
         add(
-            "vitfront", limit, tokens, count_macs(anatomy, plan) / dense_macs, made, wanted=wanted, seconds=seconds,
+            "vitfront", limit, tokens, count_macs(anatomy, plan) / dense_macs, pruned, wanted=wanted, seconds=seconds,
             profile_seconds=profile_s, widths_seconds=widths_s,
             plan_shapes=[list(vars(block.shape).values()) for block in plan.blocks],
         )  # fmt: skip
     for limit, removed in [(0.57, 13)] if quick else TOME.items():
-        made, plan = tome(model, removed)
-        add("tome", limit, True, count_macs(anatomy, plan) / dense_macs, made, removed=removed)
+        pruned, plan = tome(model, removed)
+        add("tome", limit, True, count_macs(anatomy, plan) / dense_macs, pruned, removed=removed)
     for limit in (0.65,) if quick else (0.80, 0.65):
-        made, share = torch_pruning(model, limit, calibration.take(slice(0, 96)))
-        add("torch-pruning", limit, False, share, made)
+        pruned, share = torch_pruning(model, limit, calibration.take(slice(0, 96)))
+        add("torch-pruning", limit, False, share, pruned)
     return rows
 
 
 def write(rows: list[dict[str, Any]], folder: Path, command: str) -> None:
-    """The table as Markdown, and the picture."""
+    """Writes the table as Markdown, and the picture."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -193,10 +200,11 @@ def write(rows: list[dict[str, Any]], folder: Path, command: str) -> None:
             f"| {row['top1']:.4f} | {wanted} | {speedup} "
             f"| {0.8 / row['share']:.2f} |"
         )
-    made = [row for row in rows if row["method"] == "vitfront"]
-    if made:
-        seconds = ", ".join(f"{row['seconds']:.0f}" for row in made)
-        once = f"Profile {made[0]['profile_seconds']:.0f} s and widths {made[0]['widths_seconds']:.0f} s, once"
+    vitfront_rows = [row for row in rows if row["method"] == "vitfront"]
+    if vitfront_rows:
+        seconds = ", ".join(f"{row['seconds']:.0f}" for row in vitfront_rows)
+        profile_s, widths_s = vitfront_rows[0]["profile_seconds"], vitfront_rows[0]["widths_seconds"]
+        once = f"Profile {profile_s:.0f} s and widths {widths_s:.0f} s, once"
         lines += ["", f"{once}; then {seconds} s a row of vitfront."]
     lines += ["", "![top-1 against share of MACs](no_training.png)"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,9 +218,11 @@ def write(rows: list[dict[str, Any]], folder: Path, command: str) -> None:
         ("torch-pruning", False, "Torch-Pruning, Taylor"),
     )
     for (method, tokens, label), marker in zip(kinds, "osv^", strict=True):
-        some = sorted((row["share"], row["top1"]) for row in rows if (row["method"], row["tokens"]) == (method, tokens))
-        if some:
-            axes.plot(*zip(*some, strict=True), marker=marker, label=label)
+        points = sorted(
+            (row["share"], row["top1"]) for row in rows if (row["method"], row["tokens"]) == (method, tokens)
+        )
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=marker, label=label)
     axes.axhline(rows[0]["top1"], color="grey", linestyle=":", label="dense")
     axes.set(xlabel="share of the dense multiply-adds", ylabel="top-1 on val", title="ViT-Tiny, no training")
     axes.grid(alpha=0.3)

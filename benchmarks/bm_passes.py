@@ -1,4 +1,4 @@
-"""What a 12-block cascade costs, in forward passes of ViT-Tiny over its probe images (a backward pass is two).
+"""Counts the cost of a 12-block cascade, in forward passes of ViT-Tiny over its probe images (a backward pass is two).
 
     python benchmarks/bm_passes.py [--quick] [--json] [--out benchmarks/results]
 
@@ -63,7 +63,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
 
 
 def write(rows: list[dict[str, Any]], folder: Path) -> None:
-    """The table, as Markdown."""
+    """Writes the table as Markdown."""
     lines = [
         "# What a cascade costs: ViT-Tiny, 12 blocks",
         "",

@@ -67,15 +67,15 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A recipe, and what each side makes of it."""
+    """A recipe, with the settings of each side."""
 
     recipe: str
     seconds: float
-    """Of each search."""
+    """Time of each search."""
     sets: tuple[str, ...]
-    """vitfront's changes to the recipe; images and measurements are then the peer's as well."""
+    """vitfront's changes to the recipe; those of images and measurements are the peer's as well."""
     heaviest: float
-    """Share of all channels that the peer's last ranking takes: about where half the accuracy is lost."""
+    """Share of all channels that the peer's last ranking removes, by which about half the accuracy is lost."""
 
 
 TASKS = {
@@ -98,18 +98,18 @@ class Point(NamedTuple):
     """A trial that was measured."""
 
     ended_s: float
-    """Since the search began."""
+    """Seconds from the beginning of the search to the end of the trial."""
     top1: float
     speedup: float
 
 
-class Found(NamedTuple):
-    """What a search found."""
+class SearchResult(NamedTuple):
+    """The trials of a search."""
 
     prepared_s: float
-    """When its first trial could start."""
+    """Seconds from the beginning of the search to the time at which its first trial could start."""
     points: list[Point]
-    """In the order in which they ended."""
+    """Measured trials, in the order in which they ended."""
 
 
 # ------------------------------------------------------------------------------------------------------------ vitfront
@@ -124,9 +124,9 @@ class Clock:
 
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
-        """On the monotonic clock."""
+        """Time on the monotonic clock at which the sweep is ended."""
         self.searching = 0.0
-        """Likewise: when trials could start."""
+        """Time on the monotonic clock at which trials could start."""
 
     def stage(self, text: str) -> None:
         print(f"  {text}", file=sys.stderr, flush=True)
@@ -145,8 +145,8 @@ class Clock:
     def interrupted(self) -> None: ...
 
 
-def vitfront(config: Config, seconds: float) -> Found:
-    """A sweep, until the first trial that ends too late."""
+def vitfront(config: Config, seconds: float) -> SearchResult:
+    """Runs a sweep until the first trial that ends too late."""
     from search.commands.run import run_sweep  # not at the top: the peer's processes need not import Ray and MLflow
 
     folder = Folder(RUNS, config.name)
@@ -158,13 +158,16 @@ def vitfront(config: Config, seconds: float) -> Found:
     with suppress(TimeIsUp):
         run_sweep(config, RUNS, clock)
     prepared_s = clock.searching - start
-    measured = [(each.ended_s, each.measurement) for each in ledger.read(folder.ledger)]
-    points = [Point(prepared_s + ended_s, found.top1, found.speedup) for ended_s, found in measured if found]
-    return Found(prepared_s, points)
+    points = [
+        Point(prepared_s + outcome.ended_s, outcome.measurement.top1, outcome.measurement.speedup)
+        for outcome in ledger.read(folder.ledger)
+        if outcome.measurement is not None
+    ]
+    return SearchResult(prepared_s, points)
 
 
 def train_dense() -> None:
-    """A sweep of one trial of digits, once: their dense model is trained then, and MLflow has its database."""
+    """Runs a sweep of one trial of digits: afterwards their dense model is trained, and MLflow has its database."""
     from search.commands.run import run_sweep
 
     run_sweep(load_config("digits", name="peer-loop-dense", trials=1), RUNS, Clock(math.inf))
@@ -173,34 +176,34 @@ def train_dense() -> None:
 # ------------------------------------------------------------------------------------------------------------ the peer
 
 LEVELS = {"head_dim": 8, "hidden": 32}
-"""What is chosen for every block, and from how many widths in equal steps: of 8 and 24 channels in ViT-Tiny, since odd
-ones are slow."""
+"""Kind of width that is chosen for every block -> number of widths in equal steps: of 8 and 24 channels in ViT-Tiny,
+since odd widths are slow."""
 
 NUM_RANKINGS = 9
 
 Widths = list[tuple[int, ...]]
-"""Of every block: width of each head, hidden units; in steps, from 1 to `LEVELS`."""
+"""Width of each head and hidden units of every block, in steps, from 1 to `LEVELS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """What the peer's processes share."""
+    """The settings that the peer's processes share."""
 
     config: Config
     model: nn.Module
     gradients: dict[str, Tensor]
-    """Of the loss on the calibration images, by the parameters' names."""
+    """Gradients of the loss on the calibration images, by the parameters' names."""
     val: Images
     precision: Precision
 
     @property
     def steps(self) -> list[int]:
-        """Channels a step, of head widths and of hidden units."""
+        """The channels a step, of head widths and of hidden units."""
         widths = widths_of(blocks_of(self.model)[0])
         return [width // count for width, count in zip(widths, LEVELS.values(), strict=True)]
 
     def pruner(self, widths: Widths | None = None, **settings: Any) -> tuple[nn.Module, Any]:
-        """A copy of the model and Torch-Pruning's pruner of it, as its ViT example has it (`--bottleneck`).
+        """Returns a copy of the model and Torch-Pruning's pruner of it, as its ViT example has it (`--bottleneck`).
 
         Chosen on training images, by the top-1 of ViT-Tiny (dense: 0.78 of 96 images, 0.81 of 128). Taylor keeps 0.56
         without 20 % of the hidden units and 0.72 without 10 % of the head widths, magnitude 0.40 and 0.21. Ranked
@@ -209,10 +212,10 @@ class Peer:
         quarter of each head's width less 0.48: so widths are searched, not heads. On digits magnitude does not differ
         from Taylor by more than 0.01 up to 40 %, and the rest is the same.
         """
-        made: Any = copy.deepcopy(self.model).requires_grad_(True)
-        for name, parameter in made.named_parameters():
+        pruned: Any = copy.deepcopy(self.model).requires_grad_(True)
+        for name, parameter in pruned.named_parameters():
             parameter.grad = self.gradients[name].clone()
-        blocks = blocks_of(made)
+        blocks = blocks_of(pruned)
         for block in blocks:
             block.attn.fused_attn = False  # the trace cannot follow the fused one
         ratios = {}
@@ -223,61 +226,62 @@ class Peer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it tells that cls_token and pos_embed belong to no layer
             pruner = tp.pruner.BasePruner(
-                made, self.val.normalized(slice(0, 1)), importance=tp.importance.GroupTaylorImportance(normalizer=None),
-                ignored_layers=[made.head, made.patch_embed.proj, *(block.mlp.fc2 for block in blocks)],
+                pruned, self.val.normalized(slice(0, 1)),
+                importance=tp.importance.GroupTaylorImportance(normalizer=None),
+                ignored_layers=[pruned.head, pruned.patch_embed.proj, *(block.mlp.fc2 for block in blocks)],
                 num_heads={block.attn.qkv: block.attn.num_heads for block in blocks},
                 prune_num_heads=False, prune_head_dims=True, root_module_types=[nn.Linear],
                 pruning_ratio_dict=ratios, **settings,
             )  # fmt: skip
-        return made, pruner
+        return pruned, pruner
 
     def rankings(self, heaviest: float) -> list[Widths]:
-        """The widths that Torch-Pruning leaves when it ranks all channels together, from light to heavy."""
-        made, pruner = self.pruner(global_pruning=True, pruning_ratio=heaviest, iterative_steps=NUM_RANKINGS)
-        found = []
+        """Returns the widths that Torch-Pruning leaves when it ranks all channels together, from light to heavy."""
+        pruned, pruner = self.pruner(global_pruning=True, pruning_ratio=heaviest, iterative_steps=NUM_RANKINGS)
+        rankings = []
         for _ in range(NUM_RANKINGS):
             pruner.step()
-            found.append([
+            rankings.append([
                 tuple(max(1, round(width / step)) for width, step in zip(widths_of(block), self.steps, strict=True))
-                for block in blocks_of(made)
+                for block in blocks_of(pruned)
             ])  # fmt: skip
-        return found
+        return rankings
 
     def prune(self, widths: Widths) -> nn.Module:
-        """A smaller model in eval mode, with fused attention if the dense one has it."""
-        made, pruner = self.pruner(widths)
+        """Makes a smaller model in eval mode, with fused attention if the dense one has it."""
+        pruned, pruner = self.pruner(widths)
         pruner.step()
-        for block, whole in zip(blocks_of(made), blocks_of(self.model), strict=True):
+        for block, dense in zip(blocks_of(pruned), blocks_of(self.model), strict=True):
             attn = block.attn
             attn.head_dim, _ = widths_of(block)
             attn.attn_dim = attn.num_heads * attn.head_dim
-            attn.fused_attn = whole.attn.fused_attn
+            attn.fused_attn = dense.attn.fused_attn
             attn.scale = attn.head_dim**-0.5  # as the fused attention scales; the queries keep the dense model's scale
             for parameter in attn.qkv.parameters():
-                parameter.data[: attn.attn_dim] *= whole.attn.scale / attn.scale
+                parameter.data[: attn.attn_dim] *= dense.attn.scale / attn.scale
                 parameter.grad = None
-        return made.requires_grad_(False).eval()
+        return pruned.requires_grad_(False).eval()
 
     def objective(self, trial: optuna.Trial) -> tuple[float, float]:
-        """Accuracy on val and speed-up of what the trial chooses, measured as `search.trial.context.measure` does."""
-        made = self.prune([
+        """Measures accuracy on val and speed-up of a trial's widths, as `search.trial.context.measure` does."""
+        pruned = self.prune([
             tuple(trial.suggest_int(f"{kind}.{block}", 1, most) for kind, most in LEVELS.items())
             for block in range(len(blocks_of(self.model)))
         ])  # fmt: skip
         size, rounds = self.config.measure.batch_size, self.config.measure.num_rounds
         batch = self.val.normalized(torch.arange(size) % len(self.val))
-        logits = predict(made, self.val, batch_size=self.config.cascade.batch_size, precision=self.precision)
-        _, (timing,) = time_against_dense(self.model, [made], batch, num_rounds=rounds, precision=self.precision)
+        logits = predict(pruned, self.val, batch_size=self.config.cascade.batch_size, precision=self.precision)
+        _, (timing,) = time_against_dense(self.model, [pruned], batch, num_rounds=rounds, precision=self.precision)
         return top1(logits, self.val.labels), timing.speedup
 
 
 def widths_of(block: Any) -> tuple[int, int]:
-    """Width of each head, hidden units; in channels."""
+    """Returns the width of each head and the hidden units of a block, in channels."""
     return block.attn.qkv.out_features // (3 * block.attn.num_heads), block.mlp.fc1.out_features
 
 
 def gradients_of(model: nn.Module, images: Images) -> dict[str, Tensor]:
-    """Of the cross-entropy, summed over batches, by the parameters' names."""
+    """Computes the gradients of the cross-entropy, summed over batches, by the parameters' names."""
     training = copy.deepcopy(model).requires_grad_(True)
     for batch, labels in images.batches(32):
         nn.functional.cross_entropy(training(batch), labels).backward()
@@ -289,7 +293,7 @@ def storage_of(journal: str) -> JournalStorage:
 
 
 def work(peer: Peer, journal: str, seed: int, deadline: float) -> None:
-    """One of the peer's processes: trial after trial, until the wall clock says `deadline`."""
+    """Runs trial after trial until the wall clock says `deadline`, in one of the peer's processes."""
     os.nice(15)  # as Ray's workers, so that what else runs here hinders both sides alike
     torch.set_num_threads(peer.config.resources.cpus_per_trial)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -298,8 +302,8 @@ def work(peer: Peer, journal: str, seed: int, deadline: float) -> None:
     study.optimize(peer.objective, timeout=max(0.0, deadline - time.time()))
 
 
-def peer_loop(config: Config, seconds: float, seed: int, heaviest: float) -> Found:
-    """The loop, with as many processes as Ray has room for trials."""
+def peer_loop(config: Config, seconds: float, seed: int, heaviest: float) -> SearchResult:
+    """Runs the peer's loop, with as many processes as Ray has room for trials."""
     start = time.time()
     num_workers = (os.cpu_count() or 1) // config.resources.cpus_per_trial
     # As vitfront prepares: two threads on cores that others use wait for each other.
@@ -325,7 +329,9 @@ def peer_loop(config: Config, seconds: float, seed: int, heaviest: float) -> Fou
         seeds = range(seed * num_workers, (seed + 1) * num_workers)
         # Spawned, not forked: Ray, which ran in this process before, leaves threads behind.
         context = torch.multiprocessing.get_context("spawn")
-        workers = [context.Process(target=work, args=(peer, journal, each, start + seconds)) for each in seeds]
+        workers = [
+            context.Process(target=work, args=(peer, journal, process_seed, start + seconds)) for process_seed in seeds
+        ]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -333,7 +339,7 @@ def peer_loop(config: Config, seconds: float, seed: int, heaviest: float) -> Fou
         assert all(worker.exitcode == 0 for worker in workers), "a process of the peer broke"
         trials = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
     ended = [(trial.datetime_complete.timestamp() - start, trial.values) for trial in trials if trial.datetime_complete]
-    return Found(prepared_s, sorted(Point(ended_s, *values) for ended_s, values in ended))
+    return SearchResult(prepared_s, sorted(Point(ended_s, *values) for ended_s, values in ended))
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
@@ -342,24 +348,24 @@ SIDES = "vitfront", "peer"
 
 
 def volume(points: Sequence[Sequence[float]], dense_top1: float, at_s: float) -> float:
-    """Hypervolume of the trials that ended by then, above half the dense accuracy and speed-up 1."""
-    values = np.array([each[1:] for each in points if each[0] <= at_s]).reshape(-1, 2)
+    """Computes the hypervolume of the trials that ended by then, above half the dense accuracy and speed-up 1."""
+    values = np.array([point[1:] for point in points if point[0] <= at_s]).reshape(-1, 2)
     return hypervolume(values, np.array([dense_top1 / 2, 1.0]))
 
 
 def front(points: Sequence[Sequence[float]], at_s: float) -> list[tuple[float, float]]:
-    """Top-1 and speed-up of those trials that no other beats, the slowest first."""
-    values = np.array([each[1:] for each in points if each[0] <= at_s]).reshape(-1, 2)
+    """Returns top-1 and speed-up of those trials that no other beats, the slowest first."""
+    values = np.array([point[1:] for point in points if point[0] <= at_s]).reshape(-1, 2)
     return sorted(((float(top), float(speed)) for top, speed in values[non_dominated(values)]), key=lambda it: it[1])
 
 
 def fastest(points: Sequence[Sequence[float]], at_s: float, least: float) -> float:
-    """The largest speed-up with so much accuracy; NaN without any."""
-    return max((each[2] for each in points if each[0] <= at_s and each[1] >= least), default=float("nan"))
+    """Returns the largest speed-up of a trial with at least so much accuracy; NaN without any."""
+    return max((point[2] for point in points if point[0] <= at_s and point[1] >= least), default=float("nan"))
 
 
 def measure(name: str, seed: int, seconds: float) -> dict[str, Any]:
-    """The row of one task and seed."""
+    """Runs both searches of one task and seed, and returns their row."""
     task = TASKS[name]
     sets = [*task.sets, f"search.seed={seed}", "search.patience=0"]
     config = load_config(
@@ -368,21 +374,21 @@ def measure(name: str, seed: int, seconds: float) -> dict[str, Any]:
     inputs = load_inputs(config, RUNS)
     logits = predict(inputs.model, inputs.splits.val, batch_size=config.cascade.batch_size)
     dense_top1 = top1(logits, inputs.splits.val.labels)
-    found = {"peer": peer_loop(config, seconds, seed, task.heaviest), "vitfront": vitfront(config, seconds)}
-    volumes = {side: volume(found[side].points, dense_top1, seconds) for side in SIDES}
+    results = {"peer": peer_loop(config, seconds, seed, task.heaviest), "vitfront": vitfront(config, seconds)}
+    volumes = {side: volume(results[side].points, dense_top1, seconds) for side in SIDES}
     row: dict[str, Any] = {"task": name, "seed": seed, "seconds": seconds, **volumes}
     row["ratio"] = volumes["vitfront"] / volumes["peer"] if volumes["peer"] else None
     for side in SIDES:
-        row[f"{side}_trials"] = sum(point.ended_s <= seconds for point in found[side].points)
-        row[f"{side}_prepared_s"] = found[side].prepared_s
+        row[f"{side}_trials"] = sum(point.ended_s <= seconds for point in results[side].points)
+        row[f"{side}_prepared_s"] = results[side].prepared_s
     print(row, file=sys.stderr)
     for side in SIDES:
-        print(f"  {side}: {front(found[side].points, seconds)}", file=sys.stderr, flush=True)
-    return row | {"dense_top1": dense_top1, "points": {side: found[side].points for side in SIDES}}
+        print(f"  {side}: {front(results[side].points, seconds)}", file=sys.stderr, flush=True)
+    return row | {"dense_top1": dense_top1, "points": {side: results[side].points for side in SIDES}}
 
 
 def rows_of(folder: Path | None) -> dict[tuple[str, int, float], dict[str, Any]]:
-    """Of an earlier run, by task, seed and seconds."""
+    """Reads the rows of an earlier run, by task, seed and seconds."""
     file = folder and folder / "peer_loop.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file and file.exists() else []
     return {(row["task"], row["seed"], row["seconds"]): row for row in rows}
@@ -410,26 +416,26 @@ def text_of(rows: list[dict[str, Any]], command: str) -> str:
             f"| {' / '.join(trials)} | {' / '.join(ready)} | {' / '.join(speedups)} |"
         )
     for name in dict.fromkeys(row["task"] for row in rows):
-        some = [row for row in rows if row["task"] == name]
-        means = {side: fmean(row[side] for row in some) for side in SIDES}
+        task_rows = [row for row in rows if row["task"] == name]
+        means = {side: fmean(row[side] for row in task_rows) for side in SIDES}
         lines.append(f"| {name} | mean | | {means['vitfront']:.4f} | {means['peer']:.4f} | | | | |")
     return "\n".join([*lines, "", "![hypervolume over seconds](peer_loop.png)"]) + "\n"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel a task: hypervolume over seconds, mean of the seeds and their range."""
+    """Draws hypervolume over seconds, a panel a task: mean of the seeds and their range."""
     from pictures import band, drawn  # not at the top: the peer's processes need no matplotlib
 
     names = list(dict.fromkeys(row["task"] for row in rows))
     labels = {"vitfront": "vitfront", "peer": "Optuna + Torch-Pruning"}
     with drawn(path, len(names)) as panels:
         for axes, name in zip(panels, names, strict=True):
-            some = [row for row in rows if row["task"] == name]
-            seconds = np.linspace(0, min(row["seconds"] for row in some), 200)
+            task_rows = [row for row in rows if row["task"] == name]
+            seconds = np.linspace(0, min(row["seconds"] for row in task_rows), 200)
             for side in SIDES:
-                curves = [[volume(row["points"][side], row["dense_top1"], at) for at in seconds] for row in some]
+                curves = [[volume(row["points"][side], row["dense_top1"], at) for at in seconds] for row in task_rows]
                 band(axes, seconds, curves, labels[side])
-            title = f"{name}, mean and range of {len(some)} seeds" if len(some) > 1 else f"{name}, one seed"
+            title = f"{name}, mean and range of {len(task_rows)} seeds" if len(task_rows) > 1 else f"{name}, one seed"
             axes.set(xlabel="seconds since the search began", ylabel="hypervolume on val", title=title)
 
 
@@ -452,12 +458,12 @@ def main() -> None:
     args = parser.parse_args()
     tasks, seeds, seconds = (["digits"], [0], 60.0) if args.quick else (args.tasks, args.seeds, args.seconds)
     command, rows = " ".join(["python", *sys.argv]), []
-    known = rows_of(args.out) if args.resume else {}
+    earlier_rows = rows_of(args.out) if args.resume else {}
     train_dense()
     for name in tasks:
         for seed in seeds:
             wanted = name, seed, seconds or TASKS[name].seconds
-            rows.append(known[wanted] if wanted in known else measure(*wanted))
+            rows.append(earlier_rows[wanted] if wanted in earlier_rows else measure(*wanted))
             if args.out is not None:
                 write(rows, args.out, command)
     print(json.dumps({"rows": rows}) if args.json else text_of(rows, command), end="")

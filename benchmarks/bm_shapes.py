@@ -35,8 +35,8 @@ def block(shape: list[int]) -> BlockPlan:
 def measure(quick: bool) -> list[dict[str, Any]]:
     model = create_model("vit_tiny_patch16_224", checkpoint=DATA / "vit_tiny_patch16_224.safetensors")
     assert examine(model).blocks[0].num_heads == 3
-    known = [row for row in json.loads(RESULTS.read_text())["rows"] if row["method"] == "vitfront"]
-    plans = [Plan(blocks=tuple(map(block, row["plan_shapes"])), token_reduction="attention-merge") for row in known]
+    rows = [row for row in json.loads(RESULTS.read_text())["rows"] if row["method"] == "vitfront"]
+    plans = [Plan(blocks=tuple(map(block, row["plan_shapes"])), token_reduction="attention-merge") for row in rows]
     batch = images("val").normalized(slice(0, 16))
     precision = fastest_precision(model, batch)
     _, timings = time_against_dense(
@@ -46,7 +46,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     return [
         {"limit": row["limit"], "tokens": row["tokens"], "share": row["share"], "precision": precision,
          "speedup": timing.speedup, "speedup_low": timing.speedup_low, "speedup_high": timing.speedup_high}
-        for row, timing in zip(known, timings, strict=True)
+        for row, timing in zip(rows, timings, strict=True)
     ]  # fmt: skip
 
 

@@ -33,17 +33,17 @@ VALUES: dict[str, dict[str, list[Any]]] = {
     "order": {"space.drop_budget": [0.5, 1.0, 2.0]},
     "budgets": {"space.drop_budget": [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0]},
 }
-"""Instead of those of the shipped study, key by key."""
+"""Study -> key -> values that replace those of the shipped study."""
 
 QUICK = {"cutoff": {"space.target_ratio": [0.7], "space.cutoff_channel": [0.1, 0.8]}}
 QUICK_SETS = ("data.calibration_images=64", "data.probe_images=64", "data.val_images=100")
 
 
 def thinned(study: Study, values: dict[str, list[Any]]) -> Study:
-    """The study with fewer values."""
+    """Returns a study with fewer values."""
 
-    def fewer(each: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {key: values.get(key, all_of_them) for key, all_of_them in each.items()}
+    def fewer(lists: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {key: values.get(key, shipped) for key, shipped in lists.items()}
 
     num_trials = len(values.get("space.drop_budget", ()))  # as many searched as uniform ones, of one seed
     series = [
@@ -54,7 +54,7 @@ def thinned(study: Study, values: dict[str, list[Any]]) -> Study:
 
 
 def measure(config: Config, values: dict[str, dict[str, list[Any]]], names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The record of every study, with the seconds it took here."""
+    """Runs the studies; returns the record of each, with the seconds it took here."""
     records = []
     for name in names:
         start = time.monotonic()
@@ -67,7 +67,7 @@ def measure(config: Config, values: dict[str, dict[str, list[Any]]], names: tupl
 
 
 def write(records: list[dict[str, Any]], folder: Path, command: str, config: Config) -> None:
-    """The sentences as Markdown, and a picture with a panel a metric of each study."""
+    """Writes the sentences as Markdown, and a picture with a panel a metric of each study."""
     data, dense_top1, num_val = config.data, records[0]["dense"]["top1"], records[0]["val_images"]
     threads = torch.get_num_threads()
     lines = [
@@ -102,7 +102,7 @@ def write(records: list[dict[str, Any]], folder: Path, command: str, config: Con
 
 
 def draw(infos: list[StudyInfo], path: Path) -> None:
-    """A panel a metric, in columns of three."""
+    """Draws a panel a metric, in columns of three."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""What the benchmarks' pictures share."""
+"""Axes and bands that the benchmarks' pictures share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ mpl.use("Agg")
 
 @contextmanager
 def drawn(path: Path, num_panels: int = 1) -> Iterator[list[Axes]]:
-    """Axes side by side, to be drawn on; saved as PNG in the end."""
+    """Gives axes side by side to draw on, and saves them as PNG in the end."""
     import matplotlib.pyplot as plt
 
     figure, grid = plt.subplots(1, num_panels, figsize=(6.5 * num_panels, 4.5), squeeze=False)
@@ -33,7 +33,7 @@ def drawn(path: Path, num_panels: int = 1) -> Iterator[list[Axes]]:
 
 
 def band(axes: Axes, at: ArrayLike, curves: ArrayLike, label: str) -> None:
-    """The mean of some curves, and the range in which all of them lie.
+    """Draws the mean of some curves, and the range in which all of them lie.
 
     Args:
         at: (n,)

@@ -110,8 +110,8 @@ def front(
     """Show the front of a sweep, or pick a point of it."""
     from search.records.folder import Folder
 
-    whole, bounds = Folder(runs, name).read_front(), (_parse_bounds(at_least), _parse_bounds(at_most))
-    shown = whole.within(*bounds) if pick is None else replace(whole, points=(whole.pick(pick, *bounds),))
+    front, bounds = Folder(runs, name).read_front(), (_parse_bounds(at_least), _parse_bounds(at_most))
+    shown = front.within(*bounds) if pick is None else replace(front, points=(front.pick(pick, *bounds),))
     _print_front(shown, runs, as_json)
 
 

@@ -184,11 +184,11 @@ class Tracker:
     def _log_settings(self, params: Mapping[str, object]) -> None:
         """Writes the settings as params; MLflow never changes a param, so what a resume sets anew stands in a tag."""
         texts = {key: str(value)[:MAX_PARAM_CHARS] for key, value in params.items()}
-        there = self._parent.data.params
-        new = [Param(key, text) for key, text in texts.items() if key not in there]
+        params_there = self._parent.data.params
+        new = [Param(key, text) for key, text in texts.items() if key not in params_there]
         self._client.log_batch(self.run_id, params=new)
         for key, text in texts.items():
-            if there.get(key, text) != text:
+            if params_there.get(key, text) != text:
                 self._client.set_tag(self.run_id, f"vitfront.resumed.{key}", text)
 
     @contextmanager
@@ -258,8 +258,8 @@ class Tracker:
                 continue  # deleted by hand
             tags = {"on_front": str(outcome.id in on_front).lower(), "knee": str(outcome.id == front.knee).lower()}
             new_tags = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
-            there = run.data.metrics
-            changed = {key: value for key, value in _scalars(outcome).items() if there.get(key) != value}
+            metrics_there = run.data.metrics
+            changed = {key: value for key, value in _scalars(outcome).items() if metrics_there.get(key) != value}
             if new_tags or changed:
                 self._client.log_batch(run.info.run_id, metrics=_metrics(changed, _now_ms()), tags=new_tags)
 

@@ -52,7 +52,7 @@ class StudyInfo:
     """The sentence below the title."""
     x_label: str
     log_x: bool
-    """Whether the horizontal axis is logarithmic."""
+    """True for a logarithmic horizontal axis."""
     panels: tuple[StudyPanel, ...]
 
 

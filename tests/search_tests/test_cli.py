@@ -1,4 +1,4 @@
-"""What a user who got something wrong sees: one line, exit code 2, and a folder with nothing new in it."""
+"""The command line: its results, and its errors of one line with exit code 2 and nothing new in the folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OUTCOMES = [builders.outcome("t000", 0.9, 1.0), builders.outcome("t001", 0.88, 2
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the command runs: images of all classes in images/train and images/val."""
+    """The folder in which commands run, with images of all classes in images/train and images/val."""
     monkeypatch.chdir(tmp_path)
     for split in ("train", "val"):
         tiny.write_images(tmp_path / "images" / split)
@@ -301,9 +301,9 @@ def test_front_of_a_retrieval_sweep_is_shown_bounded_and_picked_by_its_metric(
 def test_bounds_and_pick_leave_one_point(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
     code, out, _ = call(capsys, "front", "mine", "--at-least", "top1=0.8", "--pick", "fastest", "--json")
     assert code == 0
-    shown, whole = json.loads(out), json.loads(json.dumps(record(OUTCOMES)))
+    shown, full = json.loads(out), json.loads(json.dumps(record(OUTCOMES)))
     assert [point["id"] for point in shown["points"]] == ["t001"]
-    assert shown | {"points": whole["points"]} == whole
+    assert shown | {"points": full["points"]} == full
 
 
 def test_export_copies_the_picked_model(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
@@ -318,18 +318,18 @@ def shapes_of(outcome: Outcome) -> list[BlockShape]:
     return [block.shape for block in outcome.plan.blocks]
 
 
-def widths_and_wholes(outcome: Outcome) -> list[tuple[int, int]]:
-    """Every width of the pruned model, and the width before pruning."""
-    wholes = (16, 16, 128)
+def widths_and_dense_widths(outcome: Outcome) -> list[tuple[int, int]]:
+    """Pairs every width of the pruned model with the width before pruning."""
+    dense_widths = (16, 16, 128)
     return [
         pair
         for shape in shapes_of(outcome)
-        for pair in zip((shape.qk_width, shape.v_width, shape.num_hidden), wholes, strict=True)
+        for pair in zip((shape.qk_width, shape.v_width, shape.num_hidden), dense_widths, strict=True)
     ]
 
 
 def check_saved(folder: Path, outcome: Outcome) -> torch.nn.Module:
-    """Expects a saved model that is the outcome's; gives it."""
+    """Expects a saved model to be the outcome's, and loads it."""
     model, description = load(folder)
     assert outcome.measurement is not None
     assert description.plan == outcome.plan
@@ -349,8 +349,8 @@ def test_one_model_is_pruned_without_a_search_to_the_widths_and_depth_that_are_a
     check_saved(folder / "out" / "model", outcome)
     assert not (folder / "runs").exists()
     assert [shape.num_tokens for shape in shapes_of(outcome)] == [16, 16]
-    assert all(width % 12 == 0 or width == whole for width, whole in widths_and_wholes(outcome))
-    assert any(width < whole for width, whole in widths_and_wholes(outcome))
+    assert all(width % 12 == 0 or width == dense for width, dense in widths_and_dense_widths(outcome))
+    assert any(width < dense for width, dense in widths_and_dense_widths(outcome))
 
 
 def test_by_default_a_model_is_pruned_globally_with_the_best_reduction_and_widths_measured_here(
@@ -364,7 +364,7 @@ def test_by_default_a_model_is_pruned_globally_with_the_best_reduction_and_width
     assert (candidate.method, candidate.token_reduction, candidate.round_to) == ("global", "attention-merge", "auto")
     assert outcome.plan is not None
     assert outcome.plan.token_reduction == "attention-merge"
-    assert all(width % 8 == 0 for width, _ in widths_and_wholes(outcome))
+    assert all(width % 8 == 0 for width, _ in widths_and_dense_widths(outcome))
 
 
 def write_swin(folder: Path) -> None:
@@ -446,7 +446,7 @@ def test_cascade_tells_what_each_block_cost(capsys: pytest.CaptureFixture[str], 
     outcome = Outcome.from_json(json.loads(out))
     assert len(outcome.block_drops) == 3
     assert (outcome.candidate.criterion, outcome.candidate.drop_budget) == ("lfs", (100.0,) * 3)
-    assert all(width % 8 == 0 for width, _ in widths_and_wholes(outcome))
+    assert all(width % 8 == 0 for width, _ in widths_and_dense_widths(outcome))
 
 
 @pytest.mark.parametrize(

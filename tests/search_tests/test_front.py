@@ -259,7 +259,7 @@ RETRIEVAL = ("recall_at_1", "mean_average_precision")
 
 
 def searched_by(accuracy: str, outcomes: list[Outcome]) -> list[Outcome]:
-    """The same sweep with its accuracies under another name, and top-1 accuracies that say the opposite."""
+    """Copies a sweep with its accuracies under another name, and with top-1 accuracies that say the opposite."""
     changed = []
     for outcome in outcomes:
         measurement = outcome.measurement
@@ -271,22 +271,20 @@ def searched_by(accuracy: str, outcomes: list[Outcome]) -> list[Outcome]:
 
 
 @pytest.mark.parametrize("accuracy", RETRIEVAL)
-def test_what_is_best_by_a_retrieval_metric_is_what_is_best_by_top1_of_these_values(
-    sweep: list[Outcome], accuracy: str
-) -> None:
-    others, ids = searched_by(accuracy, sweep), [outcome.id for outcome in front_of(sweep, GOAL)]
+def test_front_by_a_retrieval_metric_is_the_front_by_top1_of_these_values(sweep: list[Outcome], accuracy: str) -> None:
+    by_metric, ids = searched_by(accuracy, sweep), [outcome.id for outcome in front_of(sweep, GOAL)]
     goal = Goal(dense=builders.measurement(0.1, 1.0, **{accuracy: 0.9}), accuracy=accuracy)
     by_top1 = Goal(dense=goal.dense)
-    assert [outcome.id for outcome in front_of(others, goal)] == ids
-    assert [outcome.id for outcome in front_of(others, by_top1)] != ids
-    assert [o.id for o in contenders(others, accuracy)] == [o.id for o in contenders(sweep, "top1")]
-    assert [o.id for o in contenders(others, "top1")] != [o.id for o in contenders(sweep, "top1")]
+    assert [outcome.id for outcome in front_of(by_metric, goal)] == ids
+    assert [outcome.id for outcome in front_of(by_metric, by_top1)] != ids
+    assert [o.id for o in contenders(by_metric, accuracy)] == [o.id for o in contenders(sweep, "top1")]
+    assert [o.id for o in contenders(by_metric, "top1")] != [o.id for o in contenders(sweep, "top1")]
     assert goal.reference_point == {accuracy: 0.45, "speedup": 1.0}
-    assert running_hypervolume(others, goal) == running_hypervolume(sweep, GOAL)
-    assert hypervolume_of(others, goal) == hypervolume_of(sweep, GOAL)
+    assert running_hypervolume(by_metric, goal) == running_hypervolume(sweep, GOAL)
+    assert hypervolume_of(by_metric, goal) == hypervolume_of(sweep, GOAL)
     for how in ("knee", "fastest", "most-accurate"):
-        assert front(others, goal).pick(how).id == front(sweep).pick(how).id
-    assert replace(front(others, goal), goal=by_top1).pick("most-accurate").id == "t004"
+        assert front(by_metric, goal).pick(how).id == front(sweep).pick(how).id
+    assert replace(front(by_metric, goal), goal=by_top1).pick("most-accurate").id == "t004"
 
 
 @pytest.mark.parametrize("accuracy", ACCURACIES)
@@ -338,10 +336,10 @@ def test_record_without_a_key_is_no_front(sweep: list[Outcome], key: str) -> Non
 def test_front_within_bounds_is_the_same_front_with_fewer_points(
     sweep: list[Outcome], at_least: dict[str, float], at_most: dict[str, float], expected: list[str]
 ) -> None:
-    whole = front(sweep)
-    left = whole.within(at_least, at_most)
+    full_front = front(sweep)
+    left = full_front.within(at_least, at_most)
     assert [point.id for point in left.points] == expected
-    assert replace(left, points=whole.points) == whole
+    assert replace(left, points=full_front.points) == full_front
 
 
 def test_front_of_a_retrieval_sweep_is_bounded_and_picked_by_its_metric_after_it_was_read_back() -> None:

@@ -1,4 +1,4 @@
-"""The front against brute force, the hypervolume against closed forms and unit cubes, the knee by hand."""
+"""Dominance against brute force, hypervolumes against closed forms and unit cubes, the knee by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAN = float("nan")
 
 
 def brute_force_front(values: Values) -> list[int]:
-    """By the definition, row against row."""
+    """Finds the front by its definition, row against row."""
 
     def beats(a: int, b: int) -> bool:
         better = (values[a] >= values[b]).all() and (values[a] > values[b]).any()
@@ -24,7 +24,7 @@ def brute_force_front(values: Values) -> list[int]:
 
 
 def count_unit_cubes(values: Values, reference: Values, size: int) -> int:
-    """For whole-numbered points up to `size`: the unit cubes of the grid below at least one of them."""
+    """Counts the unit cubes of a grid below at least one of some whole-numbered points up to `size`."""
     corners = product(*(range(int(start), size) for start in reference))
     return sum(any((np.array(corner) + 1 <= value).all() for value in values) for corner in corners)
 

@@ -1,4 +1,4 @@
-"""`vitfront lottery`: what it trains, what it prints and writes, and what it refuses before anything starts."""
+"""`vitfront lottery`: its trainings, its table and files, and the mistakes that it refuses before anything starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ARMS = [("dense", 0), ("ticket", 1), ("ticket", 2), ("random", 2), ("sparse-awar
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the command runs; holds a recipe that trains."""
+    """The folder in which the command runs, with a recipe that trains."""
     monkeypatch.chdir(tmp_path)
     tiny.write_recipe(tmp_path / "tiny.yaml", **CHANGES)
     return tmp_path
@@ -159,11 +159,11 @@ def test_lottery_starts_untrained_even_where_a_sweep_has_left_trained_weights(tm
 def test_given_weights_are_where_training_starts_but_not_what_is_drawn_anew(tmp_path: Path) -> None:
     given = seeded_model(config(), 42)
     save_file(given.state_dict(), tmp_path / "given.safetensors")
-    there = config(model__checkpoint=str(tmp_path / "given.safetensors"))
+    with_checkpoint = config(model__checkpoint=str(tmp_path / "given.safetensors"))
     drawn = seeded_model(config(), 7)
     for model, expected in (
-        (seeded_model(there, 7), given),
-        (seeded_model(there, 7, untouched=True), drawn),
+        (seeded_model(with_checkpoint, 7), given),
+        (seeded_model(with_checkpoint, 7, untouched=True), drawn),
     ):
         assert all(
             torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True)

@@ -1,4 +1,4 @@
-"""What is read back of a sweep: its settings, its front, a point of it, a model."""
+"""The folder of a sweep: settings and front read back, and the export of a model."""
 
 from __future__ import annotations
 

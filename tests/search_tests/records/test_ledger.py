@@ -61,12 +61,12 @@ def test_outcome_is_readable_as_soon_as_it_is_appended(path: Path) -> None:
 
 def test_ledger_cut_at_any_byte_keeps_the_whole_lines(path: Path) -> None:
     write(path, OUTCOMES)
-    whole = path.read_bytes()
-    newlines = [place for place, byte in enumerate(whole) if byte == ord("\n")]
+    content = path.read_bytes()
+    newlines = [place for place, byte in enumerate(content) if byte == ord("\n")]
     near_newlines = {place + offset for place in newlines for offset in (-1, 0, 1)}
-    for length in sorted(near_newlines | set(range(0, len(whole), 31))):
-        path.write_bytes(whole[:length])
-        count = whole[:length].count(b"\n")
+    for length in sorted(near_newlines | set(range(0, len(content), 31))):
+        path.write_bytes(content[:length])
+        count = content[:length].count(b"\n")
         assert ledger.read(path) == OUTCOMES[:count]
         assert path.stat().st_size == length
 
@@ -130,11 +130,11 @@ def test_lock_holds_between_processes_and_ends_with_a_kill(path: Path) -> None:
 
 def test_broken_ledger_gives_its_lock_back(path: Path) -> None:
     write(path, OUTCOMES[:1])
-    whole = path.read_bytes()
+    content = path.read_bytes()
     path.write_bytes(b"{\n")
     with pytest.raises(SweepError, match="line 1"):
         Ledger(path)
-    path.write_bytes(whole)
+    path.write_bytes(content)
     write(path, OUTCOMES[1:])
     assert ledger.read(path) == OUTCOMES
 

@@ -109,7 +109,7 @@ def test_exits_of_one_trial_are_recorded_together(sweep: Sweep) -> None:
     trial = [builders.outcome("t000", 0.8, 2.0), builders.outcome("t000.2", 0.7, 3.0)]
     with Ledger(sweep.folder.ledger) as book:
         sweep.recorder(book).ended(trial, {})
-    assert [told for _, _, told in sweep.observer.finishes] == [["t000", "t000.2"]] * 2
+    assert [ids for _, _, ids in sweep.observer.finishes] == [["t000", "t000.2"]] * 2
 
 
 def test_time_of_an_outcome_counts_from_the_start_and_stops_between_runs(sweep: Sweep) -> None:

@@ -1,4 +1,4 @@
-"""What MLflow holds after a sweep, a kill, an outage and a resume, read back from a real SQLite store."""
+"""MLflow after a sweep, a kill, an outage and a resume, read back from a real SQLite store."""
 
 from __future__ import annotations
 
@@ -244,13 +244,13 @@ def test_trial_cut_off_half_way_is_completed_in_place_on_resume(store: Store, pa
     assert half.info.status == "RUNNING"
     again = store.tracker(f"cut-{part}", done=OUTCOMES[:1])
     again.sync(OUTCOMES[:1], HYPERVOLUMES[:1])
-    (whole,) = store.children(again).values()
-    assert whole.info.run_id == half.info.run_id
-    assert whole.info.status == "FINISHED"
-    assert whole.data.params["exit_block"] == "2"
-    assert store.curve(whole.info.run_id, "top1") == [(0, 0.7)]
-    assert store.curve(whole.info.run_id, "block_drop") == [(0, 1.25), (1, 0.5)]
-    assert store.artifact(whole.info.run_id, "plan.json")
+    (complete,) = store.children(again).values()
+    assert complete.info.run_id == half.info.run_id
+    assert complete.info.status == "FINISHED"
+    assert complete.data.params["exit_block"] == "2"
+    assert store.curve(complete.info.run_id, "top1") == [(0, 0.7)]
+    assert store.curve(complete.info.run_id, "block_drop") == [(0, 1.25), (1, 0.5)]
+    assert store.artifact(complete.info.run_id, "plan.json")
     assert store.curve(again.run_id, "hypervolume") == stairs(OUTCOMES[:1])
 
 
@@ -392,10 +392,10 @@ def test_sweep_begun_anew_in_an_emptied_folder_is_another_run(store: Store) -> N
 
 
 def test_one_name_in_two_folders_is_two_runs(store: Store, tmp_path: Path) -> None:
-    here = store.tracker("twice")
-    there = store.tracker("twice", run_dir=tmp_path / "twice")
-    assert here.run_id != there.run_id
-    assert store.tracker("twice").run_id == here.run_id
+    first = store.tracker("twice")
+    second = store.tracker("twice", run_dir=tmp_path / "twice")
+    assert first.run_id != second.run_id
+    assert store.tracker("twice").run_id == first.run_id
 
 
 def test_settings_changed_on_resume_stand_beside_the_first(store: Store) -> None:

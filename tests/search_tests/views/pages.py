@@ -1,4 +1,4 @@
-"""What a browser would make of a page."""
+"""Pages as a browser reads them."""
 
 from __future__ import annotations
 

@@ -166,17 +166,14 @@ def front_of(outcomes: Sequence[Outcome], goal: Goal) -> tuple[Outcome, ...]:
     return tuple(sorted(front, key=lambda outcome: metric_of(outcome.measurement, "throughput_img_s")))
 
 
-def contenders(outcomes: Sequence[Outcome], accuracy: str) -> tuple[Outcome, ...]:
+def contenders(outcomes: Sequence[Outcome], goal: Goal) -> tuple[Outcome, ...]:
     """Returns the measured outcomes that may be on the front, given how well their speed-ups are known.
 
-    An outcome is out if another is at least as accurate and has a speed-up interval that lies above its own. Limits are
-    not looked at: a model close to one is judged by its final timing.
-
-    Args:
-        accuracy: accuracy that counts, one of `ACCURACIES`.
+    An outcome is out if another is at least as accurate and has a speed-up interval that lies above its own. The goal's
+    limits are not looked at: a model close to one is judged by its final timing.
     """
     measured = [outcome for outcome in outcomes if outcome.measurement is not None]
-    names = ("speedup_low", "speedup_high", accuracy)
+    names = ("speedup_low", "speedup_high", goal.accuracy)
     low, high, top = np.array([[metric_of(outcome.measurement, name) for outcome in measured] for name in names])
     is_beaten = ((low > high[:, None]) & (top >= top[:, None])).any(axis=1)
     return tuple(outcome for outcome, beaten in zip(measured, is_beaten, strict=True) if not beaten)

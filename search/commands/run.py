@@ -145,10 +145,10 @@ def _confirm(sweep: Sweep, prepared: Prepared, outcomes: Sequence[Outcome]) -> t
     sweep.observer.stage("measuring the front once more, quietly, and on test")
     goal, resources = prepared.goal, TrialResources.of(sweep.config, cluster_resources())
     different = [outcome for outcome in outcomes if outcome.same_as is None]
-    candidates = contenders(goal.acceptable(different), goal.accuracy)
+    candidates = contenders(goal.acceptable(different), goal)
     timings = fetch(submit(time_remotely, resources, prepared.context_ref, [outcome.plan for outcome in candidates]))
     timed = list(map(_with_timing, candidates, timings))
-    candidates = contenders(timed, goal.accuracy)  # fewer: the timings beside trials are less certain
+    candidates = contenders(timed, goal)  # fewer: the timings beside trials are less certain
     plans = [outcome.plan for outcome in candidates if outcome.plan is not None]
     weights = [_read_weights(sweep.folder, outcome) for outcome in candidates]
     confirmation: Confirmation = fetch(submit(confirm_remotely, resources, prepared.context_ref, plans, weights))

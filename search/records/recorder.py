@@ -53,7 +53,7 @@ class Recorder:
         self._trial_volumes = [
             volume for outcome, volume in zip(self.outcomes, volumes, strict=True) if _is_measured_trial(outcome)
         ]
-        self._contenders = contenders(goal.acceptable(self.outcomes), goal.accuracy)
+        self._contenders = contenders(goal.acceptable(self.outcomes), goal)
         self._start = clock() - max((outcome.ended_s for outcome in self.outcomes), default=0.0)
         self._writing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
         self._written: list[Future[None]] = []
@@ -101,7 +101,7 @@ class Recorder:
 
     def _remove_beaten_weights(self, new: Sequence[Outcome]) -> None:
         """Removes weights of models beaten beyond the noise: they stay beaten, so nobody will ask for them."""
-        self._contenders = contenders([*self._contenders, *self._goal.acceptable(new)], self._goal.accuracy)
+        self._contenders = contenders([*self._contenders, *self._goal.acceptable(new)], self._goal)
         kept = {outcome.weights_id for outcome in self._contenders}
         for path in self._folder.weights.glob("*.safetensors"):
             if path.stem not in kept:

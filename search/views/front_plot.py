@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from search.front import Front
-from search.goal import ACCURACIES, metric_of
+from search.goal import ACCURACIES, Goal, metric_of
 from search.outcome import Measurement, Outcome
 from search.views.page import AXIS, DENSE_COLOUR, FAINT_COLOUR, FRONT_COLOUR, KNEE_COLOUR, lay_out, to_page
 
@@ -57,36 +57,36 @@ def front_html(front: Front, outcomes: Sequence[Outcome]) -> str:
 
 def front_info(front: Front, outcomes: Sequence[Outcome]) -> FrontInfo:
     """Collects what the picture of a front shows, as numbers and labels."""
-    accuracy, dense = front.goal.accuracy, front.goal.dense
+    goal = front.goal
 
     def point(outcome: Outcome, measurement: Measurement) -> Point:
         assert outcome.plan is not None
-        return _point(accuracy, outcome.id, measurement, f"exit after block {outcome.plan.exit_block}")
+        return _point(goal, outcome.id, measurement, f"exit after block {outcome.plan.exit_block}")
 
     points = {model.id: point(model, model.measurement) for model in front.points if model.measurement is not None}
     return FrontInfo(
         title=f"Pareto front of {escape(front.name)}",
-        accuracy=ACCURACIES[accuracy],
+        accuracy=ACCURACIES[goal.accuracy],
         measured=tuple(
-            point(outcome, _rescaled(outcome.measurement, dense))
+            point(outcome, _rescaled(outcome.measurement, goal))
             for outcome in outcomes
             if outcome.id not in points and outcome.measurement is not None
         ),
         front=tuple(points.values()),
         knee=points.get(front.knee or ""),
-        dense=_point(accuracy, "dense", dense, "the model before pruning"),
+        dense=_point(goal, "dense", goal.dense, "the model before pruning"),
     )
 
 
-def _rescaled(measurement: Measurement, dense: Measurement) -> Measurement:
+def _rescaled(measurement: Measurement, goal: Goal) -> Measurement:
     """Replaces the throughput by the one that the speed-up means at the front's dense throughput.
 
     Trials are measured while others run, the front quietly: only the ratios to dense compare.
     """
-    return replace(measurement, throughput_img_s=measurement.speedup * dense.throughput_img_s)
+    return replace(measurement, throughput_img_s=measurement.speedup * goal.dense.throughput_img_s)
 
 
-def _point(accuracy: str, name: str, measurement: Measurement, remark: str) -> Point:
+def _point(goal: Goal, name: str, measurement: Measurement, remark: str) -> Point:
     retrieval = {title: getattr(measurement, metric) for metric, title in ACCURACIES.items() if metric != "top1"}
     top1_test = measurement.top1_test
     lines = (
@@ -102,8 +102,8 @@ def _point(accuracy: str, name: str, measurement: Measurement, remark: str) -> P
     return Point(
         name=name,
         throughput_img_s=measurement.throughput_img_s,
-        accuracy=metric_of(measurement, accuracy),
-        interval=(measurement.top1_low, measurement.top1_high) if accuracy == "top1" else None,
+        accuracy=metric_of(measurement, goal.accuracy),
+        interval=(measurement.top1_low, measurement.top1_high) if goal.accuracy == "top1" else None,
         label="<br>".join(lines),
     )
 

@@ -121,7 +121,7 @@ def test_points_are_those_that_no_other_beats_and_run_from_slow_to_fast(first: S
     assert throughput == sorted(throughput)
     values = torch.tensor([[point["top1"], point["speedup"]] for point in points]).double().numpy()
     assert list(non_dominated(values)) == list(range(len(points)))
-    assert {point["id"] for point in points} <= {outcome.id for outcome in contenders(first.outcomes, "top1")}
+    assert {point["id"] for point in points} <= {outcome.id for outcome in contenders(first.outcomes, first.front.goal)}
 
 
 def test_dense_model_and_every_point_have_a_test_accuracy(first: Sweep) -> None:

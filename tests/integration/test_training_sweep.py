@@ -100,7 +100,9 @@ def test_a_finished_sweep_is_not_run_again(swept: Swept) -> None:
 
 def test_weights_are_kept_for_those_that_may_be_on_the_front_alone(swept: Swept) -> None:
     kept = {path.stem for path in swept.folder.weights.iterdir()}
-    assert kept == {outcome.id for outcome in contenders(swept.outcomes, "top1") if outcome.has_weights}
+    assert kept == {
+        outcome.id for outcome in contenders(swept.outcomes, swept.folder.read_front().goal) if outcome.has_weights
+    }
 
 
 def test_models_of_the_front_are_those_that_were_trained(swept: Swept) -> None:

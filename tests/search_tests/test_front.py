@@ -191,7 +191,7 @@ def test_contenders_are_those_not_beaten_beyond_the_noise() -> None:
         builders.outcome("t004", 0.91, 0.5),  # the most accurate
         builders.failed("t005"),
     ]
-    assert [outcome.id for outcome in contenders(outcomes, "top1")] == ["t000", "t001", "t003", "t004"]
+    assert [outcome.id for outcome in contenders(outcomes, GOAL)] == ["t000", "t001", "t003", "t004"]
 
 
 def test_points_within_the_noise_of_one_before_them_are_not_points_of_their_own() -> None:
@@ -235,13 +235,13 @@ def test_contenders_are_those_of_brute_force_also_when_they_come_one_by_one() ->
         for id, model in measured
         if not any(other.speedup_low > model.speedup_high and other.top1 >= model.top1 for _, other in measured)
     ]
-    assert [outcome.id for outcome in contenders(outcomes, "top1")] == expected
+    assert [outcome.id for outcome in contenders(outcomes, GOAL)] == expected
     left: tuple[Outcome, ...] = ()
     for outcome in outcomes:
-        left = contenders([*left, outcome], "top1")
+        left = contenders([*left, outcome], GOAL)
     assert [outcome.id for outcome in left] == expected
     assert 1 < len(expected) < 60
-    assert contenders([], "top1") == ()
+    assert contenders([], GOAL) == ()
 
 
 def test_front_lies_within_the_contenders() -> None:
@@ -250,9 +250,9 @@ def test_front_lies_within_the_contenders() -> None:
         builders.outcome(f"t{i:03d}", top1, speed) for i, (top1, speed) in enumerate(draw.random((60, 2)) + 0.5)
     ]
     assert {outcome.id for outcome in front_of(outcomes, GOAL)} <= {
-        outcome.id for outcome in contenders(outcomes, "top1")
+        outcome.id for outcome in contenders(outcomes, GOAL)
     }
-    assert len(contenders(outcomes, "top1")) < len(outcomes)
+    assert len(contenders(outcomes, GOAL)) < len(outcomes)
 
 
 RETRIEVAL = ("recall_at_1", "mean_average_precision")
@@ -277,8 +277,8 @@ def test_front_by_a_retrieval_metric_is_the_front_by_top1_of_these_values(sweep:
     by_top1 = Goal(dense=goal.dense)
     assert [outcome.id for outcome in front_of(by_metric, goal)] == ids
     assert [outcome.id for outcome in front_of(by_metric, by_top1)] != ids
-    assert [o.id for o in contenders(by_metric, accuracy)] == [o.id for o in contenders(sweep, "top1")]
-    assert [o.id for o in contenders(by_metric, "top1")] != [o.id for o in contenders(sweep, "top1")]
+    assert [o.id for o in contenders(by_metric, goal)] == [o.id for o in contenders(sweep, GOAL)]
+    assert [o.id for o in contenders(by_metric, by_top1)] != [o.id for o in contenders(sweep, GOAL)]
     assert goal.reference_point == {accuracy: 0.45, "speedup": 1.0}
     assert running_hypervolume(by_metric, goal) == running_hypervolume(sweep, GOAL)
     assert hypervolume_of(by_metric, goal) == hypervolume_of(sweep, GOAL)
@@ -301,10 +301,9 @@ def test_record_says_which_accuracy_was_searched_by(sweep: list[Outcome], accura
 
 def test_outcome_without_the_metric_is_not_on_its_front_and_beats_nobody() -> None:
     outcomes = [builders.outcome("t000", 0.9, 9.0), builders.outcome("t001", 0.5, 1.5, recall_at_1=0.8)]
-    assert [outcome.id for outcome in front_of(outcomes, Goal(dense=builders.DENSE, accuracy="recall_at_1"))] == [
-        "t001"
-    ]
-    assert "t001" in [outcome.id for outcome in contenders(outcomes, "recall_at_1")]
+    goal = Goal(dense=builders.DENSE, accuracy="recall_at_1")
+    assert [outcome.id for outcome in front_of(outcomes, goal)] == ["t001"]
+    assert "t001" in [outcome.id for outcome in contenders(outcomes, goal)]
 
 
 def test_front_comes_back_from_json_as_it_was(sweep: list[Outcome]) -> None:

@@ -30,8 +30,8 @@ from pictures import drawn
 from pruning.device_sharing import yield_device
 from pruning.measure.cost import count_macs
 from pruning.measure.stopwatch import Timing, device_name, median_interval, time_against_dense
-from pruning.methods.allocation import scheduled
 from pruning.methods.cascade import CascadeSettings, cascade
+from pruning.methods.schedule import scheduled_plan
 from pruning.model.anatomy import examine
 from pruning.model.surgery import apply_plan, keep_all_plan
 from search.config import load_config
@@ -92,7 +92,7 @@ def measure(threads: int, turns: int, num_rounds: int) -> list[dict[str, Any]]:
     inputs, lease = load(), lease_on(DEVICE)
     anatomy = examine(inputs.model)
     target = int(TARGET * count_macs(anatomy, keep_all_plan(anatomy)))
-    pruned = apply_plan(inputs.model, scheduled(anatomy, target, "constant", "lfe", 0.85))
+    pruned = apply_plan(inputs.model, scheduled_plan(anatomy, target, "constant", "lfe", 0.85))
     batch = inputs.splits.val.normalized(slice(0, 256), DEVICE)
 
     def timed() -> Timing:

@@ -26,7 +26,7 @@ from pictures import drawn
 
 from pruning.measure.cost import count_macs
 from pruning.measure.stopwatch import device_name, time_against_dense
-from pruning.methods.allocation import scheduled
+from pruning.methods.schedule import scheduled_plan
 from pruning.model.anatomy import examine
 from pruning.model.surgery import apply_plan, keep_all_plan
 from search.config import load_config
@@ -46,7 +46,7 @@ def time_once(is_kept: bool, seed: int, results: Connection) -> None:
     model = inputs.model.eval().requires_grad_(False)  # speed does not depend on the weights
     anatomy = examine(model)
     target = int(TARGET * count_macs(anatomy, keep_all_plan(anatomy)))
-    pruned = apply_plan(model, scheduled(anatomy, target, "constant", "lfe", 0.85))
+    pruned = apply_plan(model, scheduled_plan(anatomy, target, "constant", "lfe", 0.85))
     batch = inputs.splits.val.normalized(slice(0, 256), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     for size in torch.randint(1, (MOST_MIB[seed % len(MOST_MIB)] << 20) + 2, (40,), generator=generator).tolist():

@@ -22,15 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from pruning.data import Images, InputSpec, load_split
+from pruning.losses import divergence
 from pruning.measure.accuracy import predict, top1
 from pruning.measure.cost import count_macs
 from pruning.measure.stopwatch import device_name, fastest_precision, time_against_dense
 from pruning.measure.widths import AllowedWidths, measure_allowed_widths
-from pruning.methods.allocation import Profile, allocate, divergence, measure_profile
+from pruning.methods.allocation import allocate
+from pruning.methods.profile import Profile
+from pruning.methods.profiling import measure_profile
+from pruning.methods.schedule import token_counts
 from pruning.model.anatomy import blocks_of, examine
 from pruning.model.loading import create_model
 from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
-from pruning.model.tokens import schedule
 from pruning.plan import Plan
 from pruning.repair.compensation import repaired_model
 from pruning.repair.sensitivity import measure_sensitivity
@@ -76,7 +79,7 @@ def vitfront(
     ]
     for plan in dict.fromkeys(plans):
         pruned = repaired_model(model, plan, calibration, sensitivity).model
-        lost = divergence(dense, predict(pruned, probe))
+        lost = divergence(dense, predict(pruned, probe)).item()
         if best is None or lost < best[0]:
             best = lost, plan
     assert best is not None
@@ -85,7 +88,7 @@ def vitfront(
 
 def tome(model: nn.Module, removed: int) -> tuple[nn.Module, Plan]:
     anatomy = examine(model)
-    counts = schedule("constant", anatomy.blocks[0].num_patches, anatomy.depth, removed)
+    counts = token_counts("constant", anatomy.blocks[0].num_patches, anatomy.depth, removed)
     plan = Plan(blocks=tuple(keep_all_block(anatomy.blocks[0], count) for count in counts), token_reduction="merge")
     return apply_plan(model, plan), plan
 

@@ -5,10 +5,8 @@ B images, N tokens (P prefix tokens first, M = N - P patches), H heads, K query/
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +15,6 @@ from torch import Tensor, nn
 from pruning.model.lfe import low_frequency_energy, score_tokens
 from pruning.plan import TokenReduction
 from pruning.spectrum import token_filter
-
-Schedule = Literal["constant", "decreasing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,16 +247,3 @@ def _rows(stream: Tensor, chosen: Tensor) -> Tensor:
 def _row_numbers(chosen: Tensor, num_tokens: int) -> Tensor:
     first = torch.arange(0, len(chosen) * num_tokens, num_tokens, device=chosen.device)[:, None]
     return (first + chosen).flatten()
-
-
-def schedule(kind: Schedule, num_patches: int, depth: int, removed: float) -> list[int]:
-    """Returns the number of patches that leave each block, by one of ToMe's two schedules; at least one stays.
-
-    `constant` takes `removed` patches from each block, `decreasing` twice as many from the first down to none from the
-    last.
-    """
-    counts, left = [], float(num_patches)
-    for block in range(depth):
-        left -= removed if kind == "constant" else 2 * removed * (1 - block / max(1, depth - 1))
-        counts.append(max(1, math.floor(left + 0.5)))
-    return counts

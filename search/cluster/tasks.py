@@ -12,7 +12,7 @@ from torch import nn
 
 from pruning.artifact import Weights
 from pruning.measure.stopwatch import Timing
-from pruning.methods.allocation import Profile
+from pruning.methods.profile import Profile
 from pruning.plan import Plan, TokenReduction
 from search.config import Config
 from search.outcome import Candidate, Measurement

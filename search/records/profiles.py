@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pruning.data import Splits
-from pruning.methods.allocation import Profile
+from pruning.methods.profile import Profile
 from pruning.plan import TokenReduction
 from pruning.scores.curves import RemovalCurves
 from search.config import Config

@@ -28,7 +28,8 @@ from pruning.measure.stopwatch import (
     time_against_dense,
 )
 from pruning.measure.widths import AllowedWidths, measure_allowed_widths
-from pruning.methods.allocation import Profile, measure_profile
+from pruning.methods.profile import Profile
+from pruning.methods.profiling import measure_profile
 from pruning.methods.sparsity import sparsity_of
 from pruning.model.anatomy import Anatomy, examine
 from pruning.model.exits import ExitHead, fit_exits, truncate

@@ -20,10 +20,11 @@ from pruning.artifact import Weights
 from pruning.errors import TargetError, VitfrontError
 from pruning.measure.cost import count_macs, count_params
 from pruning.measure.widths import AllowedWidths, multiples
-from pruning.methods.allocation import allocate, scheduled
+from pruning.methods.allocation import allocate
 from pruning.methods.cascade import CascadeSettings, CascadeState, cascade
 from pruning.methods.finetune import FinetuneSettings, Finetuning
 from pruning.methods.prefix_cache import PrefixCache
+from pruning.methods.schedule import scheduled_plan
 from pruning.methods.softmask import SoftMaskSettings, SoftMaskTraining
 from pruning.methods.sparsity import GradualMagnitude, MaskSchedule, Pattern, apply_masks, pattern_masks
 from pruning.methods.width import WidthSettings, WidthTraining
@@ -419,7 +420,7 @@ def _prune_at_once(context: TrialContext, candidate: Candidate, shorter: nn.Modu
     """By a plan that is made before anything is pruned."""
     anatomy, target = examine(shorter), int(candidate.target_ratio * context.dense_macs)
     if candidate.method == "constant" or candidate.method == "decreasing":
-        plan = scheduled(anatomy, target, candidate.method, candidate.token_reduction, candidate.cutoff_token)
+        plan = scheduled_plan(anatomy, target, candidate.method, candidate.token_reduction, candidate.cutoff_token)
     else:
         profile = replace(context.profiles[candidate.token_reduction], cutoff_token=candidate.cutoff_token)
         plan = allocate(profile, anatomy, target, candidate.token_share, _allowed_widths(context, candidate))

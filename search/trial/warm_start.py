@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pruning.errors import TargetError
-from pruning.methods.allocation import Profile, allocate, block_costs
+from pruning.methods.allocation import allocate
+from pruning.methods.profile import Profile, block_costs
 from pruning.model.anatomy import Anatomy, examine
 from pruning.model.exits import truncate
 from search.outcome import Candidate

@@ -14,9 +14,9 @@ from pruning.device_sharing import calling_on_yield, yield_device, yielding_betw
 from pruning.measure.accuracy import predict
 from pruning.measure.stopwatch import fastest_precision, time_against_dense
 from pruning.measure.widths import measure_allowed_widths
-from pruning.methods.allocation import measure_profile
 from pruning.methods.cascade import CascadeSettings, cascade
 from pruning.methods.finetune import FinetuneSettings, Finetuning
+from pruning.methods.profiling import measure_profile
 from pruning.methods.softmask import SoftMaskSettings, SoftMaskTraining
 from pruning.methods.width import WidthSettings, WidthTraining
 from pruning.model.anatomy import examine

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pruning.measure.cost import count_macs
 from pruning.measure.widths import AllowedWidths, multiples
-from pruning.methods.allocation import SHARES, Profile, allocate
+from pruning.methods.allocation import allocate
+from pruning.methods.profile import REMOVED_SHARES, Profile
 from pruning.methods.cascade import CascadeSettings, cascade
 from pruning.model.anatomy import Anatomy, examine
 from pruning.model.surgery import keep_all_plan
@@ -43,7 +44,7 @@ def invented(anatomy: Anatomy, kind: TokenReduction = "attention", seed: int = 0
         )
         for block in anatomy.blocks
     )  # fmt: skip
-    tokens = tuple(tuple(0.2 * share**1.5 * (1 + index) for share in SHARES) for index in range(anatomy.depth))
+    tokens = tuple(tuple(0.2 * share**1.5 * (1 + index) for share in REMOVED_SHARES) for index in range(anatomy.depth))
     return Profile(
         channels=channels, channel_scale=1.0, token_scale=1.0, tokens=tokens, token_reduction=kind, cutoff_token=0.85,
         forward_passes=0.0,

@@ -19,10 +19,12 @@ from torch.overrides import TorchFunctionMode
 from pruning.artifact import Description, load, save
 from pruning.data import Images, InputSpec
 from pruning.errors import ModelError, PlanError
+from pruning.losses import divergence
 from pruning.measure.accuracy import predict, top1
 from pruning.measure.cost import count_macs
-from pruning.methods.allocation import allocate, divergence, measure_profile
+from pruning.methods.allocation import allocate
 from pruning.methods.cascade import CascadeSettings, cascade
+from pruning.methods.profiling import measure_profile
 from pruning.model.anatomy import Anatomy, blocks_of, classify, embed, examine, tail_tokens
 from pruning.model.exits import fit_exits, truncate
 from pruning.model.layers import SlimBlock

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pruning.model.anatomy import Anatomy, BlockAnatomy, blocks_of, examine
 from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
-from pruning.model.tokens import REDUCERS, AttentionState, Reduced, Reducer, class_attention, merges, schedule
+from pruning.model.tokens import REDUCERS, AttentionState, Reduced, Reducer, class_attention, merges
 from pruning.plan import TOKEN_REDUCTIONS, Plan, TokenReduction
 from tests.pruning_tests import builders, reference
 
@@ -445,48 +445,3 @@ def test_a_reduced_model_runs_in_bfloat16_too(kind: TokenReduction) -> None:
     assert out.shape == (2, 7) and out.isfinite().all()
     if merges(kind):
         assert seen[1][..., -1].sum(dim=1).tolist() == [17.0, 17.0]
-
-
-# Schedules
-
-
-@pytest.mark.parametrize(
-    ("patches", "depth", "removed", "counts"),
-    [
-        (196, 12, 8, [188, 180, 172, 164, 156, 148, 140, 132, 124, 116, 108, 100]),
-        (196, 12, 16, [180, 164, 148, 132, 116, 100, 84, 68, 52, 36, 20, 4]),
-        (16, 4, 0, [16, 16, 16, 16]),
-        (16, 4, 6, [10, 4, 1, 1]),
-        (16, 3, 16, [1, 1, 1]),
-        (1, 2, 1, [1, 1]),
-    ],
-)
-def test_the_constant_schedule_takes_as_many_from_every_block(
-    patches: int, depth: int, removed: int, counts: list[int]
-) -> None:
-    assert schedule("constant", patches, depth, removed) == counts
-
-
-@pytest.mark.parametrize(
-    ("patches", "depth", "removed", "counts"),
-    [
-        (100, 5, 4, [92, 86, 82, 80, 80]),  # 8, 6, 4, 2, 0
-        (100, 4, 3, [94, 90, 88, 88]),  # 6, 4, 2, 0
-        (100, 4, 4, [92, 87, 84, 84]),  # 8, 5 1/3, 2 2/3, 0: from 92, 86 2/3, 84, 84
-        (16, 3, 8, [1, 1, 1]),  # 16, 8, 0
-        (16, 3, 0, [16, 16, 16]),
-        (16, 2, 4, [8, 8]),
-    ],
-)
-def test_the_decreasing_schedule_takes_twice_as_many_at_first_and_none_at_last(
-    patches: int, depth: int, removed: int, counts: list[int]
-) -> None:
-    assert schedule("decreasing", patches, depth, removed) == counts
-
-
-@pytest.mark.parametrize("removed", range(0, 17, 2))
-def test_both_schedules_take_equally_many_in_all_and_never_give_any_back(removed: int) -> None:
-    constant, decreasing = (schedule(kind, 196, 12, removed) for kind in ("constant", "decreasing"))
-    assert constant[-1] == decreasing[-1] == 196 - 12 * removed
-    assert decreasing == sorted(decreasing, reverse=True)
-    assert all(fewer <= more for fewer, more in zip(decreasing, constant, strict=True))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pruning.methods.allocation import Profile, allocate, block_costs
+from pruning.methods.allocation import allocate
+from pruning.methods.profile import Profile, block_costs
 from pruning.model.anatomy import examine
 from search.config import Config
 from search.errors import SweepError

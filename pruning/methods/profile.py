@@ -1,0 +1,75 @@
+"""A profile: what it costs to remove channels and tokens, block by block, and what a plan costs by it.
+
+All costs are nats an image: the divergence of the pruned model's answers from the dense model's.
+
+B images, D head width, h hidden units, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pruning.model.anatomy import Anatomy
+from pruning.plan import Plan, TokenReduction
+from pruning.scores.curves import RemovalCurves
+
+REMOVED_SHARES = (1 / 24, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 11 / 12)
+"""Shares of the tokens whose removal from one block is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What it costs to remove channels (predicted) and tokens (measured) from each block of one dense model."""
+
+    channels: tuple[RemovalCurves, ...]
+    """The removal curves of every block."""
+    channel_scale: float
+    """Measured cost of a model with fewer channels / predicted cost; the prediction takes errors to be independent."""
+    token_scale: float
+    """Measured cost of a model with fewer tokens / predicted cost."""
+    tokens: tuple[tuple[float, ...], ...]
+    """For every block, nats at the `REMOVED_SHARES`, never falling; empty without a token reduction."""
+    token_reduction: TokenReduction
+    cutoff_token: float
+    """Cutoff of the token filter, in (0, 1]."""
+    forward_passes: float
+    """Cost of the profile, in forward passes over the calibration images; a backward pass counts as two."""
+
+
+def block_costs(profile: Profile, anatomy: Anatomy, plan: Plan) -> list[tuple[float, float]]:
+    """Predicts what each block's missing channels, and its missing tokens, cost under a plan, in nats an image.
+
+    Args:
+        anatomy: of the profiled model, or of its first blocks behind an exit.
+    """
+    costs, num_tokens_in = [], anatomy.blocks[0].num_patches
+    for block, block_plan, curves, token_costs in zip(
+        anatomy.blocks, plan.blocks, profile.channels, profile.tokens, strict=False
+    ):
+        shape, of_tokens = block_plan.shape, 0.0
+        of_channels = float(curves.qk[block.head_dim - shape.qk_width] + curves.v[block.head_dim - shape.v_width])
+        of_channels += float(curves.hidden[block.num_hidden - shape.num_hidden])
+        if token_costs and shape.num_tokens < num_tokens_in:
+            of_tokens = float(token_costs_at(token_costs, np.array(1 - shape.num_tokens / num_tokens_in)))
+        costs.append((profile.channel_scale * of_channels, profile.token_scale * of_tokens))
+        num_tokens_in = shape.num_tokens
+    return costs
+
+
+def token_costs_at(costs: Sequence[float], shares: np.ndarray) -> np.ndarray:
+    """Interpolates a block's token costs: a power law between the measured shares, and beyond the first and last.
+
+    Args:
+        costs: nats at the `REMOVED_SHARES`.
+        shares: of any shape; shares of removed tokens, in (0, 1).
+
+    Returns:
+        Nats, of the shape of `shares`.
+    """
+    log_shares, log_costs = np.log(np.array(REMOVED_SHARES)), np.log(np.maximum(np.array(costs), 1e-7))
+    places = np.clip(np.searchsorted(log_shares, np.log(shares)) - 1, 0, len(REMOVED_SHARES) - 2)
+    slopes = (log_costs[1:] - log_costs[:-1]) / (log_shares[1:] - log_shares[:-1])
+    return np.exp(log_costs[places] + slopes[places] * (np.log(shares) - log_shares[places]))

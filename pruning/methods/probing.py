@@ -1,0 +1,301 @@
+"""Probing: tries a pruned block in the place of a dense one, and counts the probe images that still come out right.
+
+The activations that enter the current block are kept, so a probe runs that block and the later ones alone; a probed
+block is really built and repaired, so what is measured is what will be delivered.
+
+B images, N tokens, C model width.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pruning.data import Images
+from pruning.device_sharing import yield_device, yielding_between
+from pruning.methods.prefix_cache import Threshold
+from pruning.model.anatomy import Anatomy, blocks_of, classify, embed, summary_token
+from pruning.model.surgery import as_slim
+from pruning.model.tokens import merges
+from pruning.plan import BlockPlan, Plan, TokenReduction
+from pruning.precision import Precision, autocast
+from pruning.repair.compensation import REPAIR_PASSES, BlockRepair, RepairedBlock, RepairedModel, repaired_model
+from pruning.repair.flow import CalibrationStream
+from pruning.repair.sensitivity import BlockSensitivity, measure_sensitivity
+from pruning.scores.channel import ChannelScores, ScoringInput
+from pruning.scores.criteria import CRITERIA
+from pruning.spectrum import low_pass
+
+SENSITIVITY_PASSES = 3
+"""Cost of the sensitivity: one forward and one backward pass, in forward passes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbingSettings:
+    """How blocks are scored, pruned and run."""
+
+    cutoff_channel: float = 0.1
+    """Cutoff of the image filter of the channel score, in (0, 1]."""
+    cutoff_token: float = 0.85
+    """Cutoff of the token filter of the token score, in (0, 1]."""
+    criterion: str = "lfs"
+    """Score of the channels: a key of `pruning.scores.criteria.CRITERIA`."""
+    token_reduction: TokenReduction = "lfe"
+    alpha: float = 0.1
+    """Weight of the cross-entropy in the channel score, in [0, 1]."""
+    batch_size: int = 64
+    precision: Precision = "float32"
+    seed: int = 0
+    """Seed of the random criterion."""
+
+
+@dataclass
+class Probe:
+    """A block that is being tried, and what came of the probe images that it has run on so far, in their order."""
+
+    repaired: RepairedBlock
+    budget: Threshold
+    """Probe images that the block may cost."""
+    correct_before: int
+    """Probe images that came out right before anything of this block was removed."""
+    is_right: list[Tensor] = field(default_factory=list)
+    """(batch,) bool for every batch."""
+    margins: list[Tensor] = field(default_factory=list)
+    """(batch,) for every batch: logit of the label - largest other logit."""
+    num_seen: int = 0
+    num_right: int = 0
+
+    def is_enough(self, num_right: int) -> bool:
+        """Tells whether so many images that come out right are within budget."""
+        return self.budget.reaches(self.correct_before - num_right)
+
+
+class Prober:
+    """The images on their way through the blocks, from the first to the last, and what that has cost so far."""
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, probe: Images, calibration: Images, settings: ProbingSettings,
+        sensitivity: list[BlockSensitivity] | None,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            model: dense, in eval mode, on the device to work on.
+            sensitivity: of the model on the calibration images; measured if it is not given.
+        """
+        self.model, self.anatomy, self.settings = model, anatomy, settings
+        self.probe, self.calibration = probe, calibration
+        self.num_probe = len(probe)
+        self.block_images = float(SENSITIVITY_PASSES * anatomy.depth * len(calibration))
+        """Blocks run, times images; a backward pass counts as two forward passes."""
+        if sensitivity is None:
+            sensitivity = measure_sensitivity(
+                model, calibration, batch_size=settings.batch_size, precision=settings.precision
+            )
+        self.stream = CalibrationStream(
+            model, calibration, sensitivity,
+            token_reduction=settings.token_reduction, cutoff_token=settings.cutoff_token,
+            batch_size=settings.batch_size, precision=settings.precision,
+        )  # fmt: skip
+        self._embed_probe()
+        self._embed_calibration()
+        self.order = torch.arange(self.num_probe, device=self.x_probe.device)
+        """(B,): the order that `accept` gave the probe images."""
+        self._enter_first()
+        self._probe_dense()
+
+    def copy(self) -> Prober:
+        """The same state, between two blocks, to go on from; both share the tensors, which nobody changes."""
+        other = copy.copy(self)
+        other.stream = self.stream.copy()
+        other.block_repair = BlockRepair(other.stream)
+        return other
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the activations."""
+        leaves = tree_leaves([vars(self), vars(self.stream)])
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+
+    @property
+    def num_correct(self) -> int:
+        """Probe images that come out right as the model is now."""
+        return int(self.is_right.sum())
+
+    @torch.no_grad()
+    def _embed_probe(self) -> None:
+        device, size = next(self.model.parameters()).device, self.settings.batch_size
+        self.labels = self.probe.labels.to(device)
+        with autocast(device, self.settings.precision):
+            self.x_probe = _cat(embed(self.model, pixels) for pixels, _ in self.probe.batches(size, device))
+        """(B, N, C), or (B, N, C + 1) with sizes: tokens of the probe images that enter the current block."""
+
+    @torch.no_grad()
+    def _embed_calibration(self) -> None:
+        """Prepares what the channel score looks at beside the stream; by all criteria but lfs that is not looked at."""
+        settings, device = self.settings, self.stream.x.device
+        self.calibration_labels = self.calibration.labels.to(device)
+        self.x_low, self.summaries = self.stream.x, [torch.empty(0)] * self.anatomy.depth
+        if settings.criterion != "lfs":
+            return
+        with autocast(device, settings.precision):
+            self.x_low = _cat(
+                embed(self.model, low_pass(pixels, settings.cutoff_channel))
+                for pixels, _ in self.calibration.batches(settings.batch_size, device)
+            )
+        # T of the channel score: the dense model's summary token after every block, images as they are.
+        x = self.stream.x
+        for index, block in enumerate(blocks_of(self.model)):
+            x = self._run(block, x)
+            self.summaries[index] = summary_token(self.anatomy.blocks[index], x)
+
+    def _enter_first(self) -> None:
+        """Puts the images before the block that is probed first."""
+        self._enter(0)
+
+    def _enter(self, index: int) -> None:
+        self.index, self.block_repair = index, BlockRepair(self.stream)
+        self.dense, *self.later = blocks_of(self.model)[index:]
+        if merges(self.settings.token_reduction):
+            last = len(self.later) - 1
+            anatomies = self.anatomy.blocks[index:]
+            self.later = [as_slim(block, anatomies[1 + n], is_last=n == last) for n, block in enumerate(self.later)]
+            self.dense = as_slim(self.dense, anatomies[0], is_last=not self.later)
+
+    def _probe_dense(self) -> None:
+        self.is_right = torch.zeros(self.num_probe, dtype=torch.bool, device=self.x_probe.device)
+        """(B,): probe images that come out right as the model is now."""
+        dense = Probe(RepairedBlock(block=self.dense), budget=Threshold(math.inf), correct_before=0)
+        self.is_within(dense, surely=True)
+        self.accept(dense)
+
+    @torch.no_grad()
+    def repair(self, plan: BlockPlan) -> RepairedBlock:
+        """Repairs the current block under a plan: it runs over the calibration images once for each of its halves."""
+        self.block_images += (1 if self.block_repair.has_attention(plan) else 2) * len(self.calibration)
+        return self.block_repair.repair(plan)
+
+    def is_within(self, probe: Probe, *, surely: bool) -> bool:
+        """Tells whether enough probe images come out right with a block; goes on where its probe stopped before.
+
+        The images come by their margin so far, the wrong and the nearly wrong first. So what costs too much is refused
+        after a part of the pass, and never wrongly: all images that were not run yet are taken to come out right.
+
+        Args:
+            surely: accepts a block only after all images. Otherwise a whole batch that comes out as before is enough:
+                the images of larger margin behind it are taken to come out as before too.
+        """
+        while True:
+            num_left = self.num_probe - probe.num_seen
+            if not probe.is_enough(probe.num_right + num_left):
+                return False
+            if not num_left:
+                return True
+            yield_device()
+            right_before = self.is_right[probe.num_seen :][: self.settings.batch_size]
+            self._run_batch(probe)
+            num_likely = probe.num_right + int(self.is_right[probe.num_seen :].sum())
+            if not surely and probe.is_enough(num_likely) and bool((probe.is_right[-1] == right_before).all()):
+                return True
+
+    @torch.no_grad()
+    def _run_batch(self, probe: Probe) -> None:
+        batch = slice(probe.num_seen, probe.num_seen + self.settings.batch_size)
+        x, labels = self.x_probe[batch], self.labels[batch]
+        with autocast(x.device, self.settings.precision):
+            for block in (probe.repaired.block, *self.later):
+                x = block(x)
+            logits = classify(self.model, x).float()
+        self.block_images += (1 + len(self.later)) * len(labels)
+        largest_other = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
+        probe.margins.append(logits.gather(1, labels[:, None])[:, 0] - largest_other)
+        probe.is_right.append(logits.argmax(dim=1) == labels)
+        probe.num_seen += len(labels)
+        probe.num_right += int(probe.is_right[-1].sum())
+
+    def accept(self, probe: Probe) -> None:
+        """Takes the outcome of a probe of all images as what the model does now, and orders them by their margins."""
+        order = torch.cat(probe.margins).argsort()
+        self.is_right = torch.cat(probe.is_right)[order]
+        self.x_probe, self.labels, self.order = self.x_probe[order], self.labels[order], self.order[order]
+
+    def score(self, block: nn.Module) -> ChannelScores:
+        """Scores the channels of the current block, whose tokens may be reduced already."""
+        settings = self.settings
+        if settings.criterion in ("lfs", "taylor"):
+            self.block_images += 3 * (1 + len(self.later)) * len(self.calibration)
+        elif settings.criterion != "random":
+            self.block_images += len(self.calibration)
+        scoring_input = ScoringInput(
+            model=self.model, anatomy=self.anatomy.blocks[self.index], index=self.index,
+            blocks=[block, *self.later], x=self.stream.x, x_low=self.x_low, targets=self.summaries[self.index],
+            labels=self.calibration_labels, alpha=settings.alpha, batch_size=settings.batch_size,
+            precision=settings.precision, seed=settings.seed, repair=self.block_repair,
+        )  # fmt: skip
+        return CRITERIA[settings.criterion](scoring_input)
+
+    def advance(self, block: nn.Module) -> None:
+        """Takes all activations through the finished block, on to the next."""
+        self.block_images += 2 * len(self.calibration)  # pruned so far, and dense
+        self.stream.advance(block)
+        self.x_probe = self._run(block, self.x_probe)
+        self.x_low = self._run(block, self.x_low) if self.settings.criterion == "lfs" else self.stream.x
+        if self.later:
+            self._enter(self.index + 1)
+
+    def repair_all(self, plan: Plan) -> RepairedModel:
+        """Repairs the dense model under a plan of all blocks, from the first to the last."""
+        passes = REPAIR_PASSES - SENSITIVITY_PASSES
+        self.block_images += passes * self.anatomy.depth * len(self.calibration)
+        return repaired_model(
+            self.model, plan, self.calibration, self.stream.sensitivity,
+            batch_size=self.settings.batch_size, precision=self.settings.precision,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        self.block_images += len(x)
+        with autocast(x.device, self.settings.precision):
+            return _cat(block(batch) for batch in yielding_between(x.split(self.settings.batch_size)))
+
+
+class TopDownProber(Prober):
+    """The images on their way through the blocks, from the last to the first.
+
+    What enters a block is dense, and run anew for each: to keep it for all blocks would take the memory of all their
+    activations.
+    """
+
+    def _enter_first(self) -> None:
+        self.embedded = self.x_probe, self.x_low, self.stream.x
+        """What the embedding gives, images in their own order."""
+        self.built: list[nn.Module] = []
+        self._enter(self.anatomy.depth - 1)
+
+    def _enter(self, index: int) -> None:
+        self.index, self.dense, self.later = index, blocks_of(self.model)[index], self.built
+        x_probe, x_low, x_calibration = self.embedded
+        self.x_probe = self._run_up_to(index, x_probe)[self.order]
+        self.stream.turn_to(index, self._run_up_to(index, x_calibration))
+        self.block_repair = BlockRepair(self.stream)
+        self.x_low = self._run_up_to(index, x_low) if self.settings.criterion == "lfs" else self.stream.x
+
+    def _run_up_to(self, index: int, x: Tensor) -> Tensor:
+        for block in blocks_of(self.model)[:index]:
+            x = self._run(block, x)
+        return x
+
+    def advance(self, block: nn.Module) -> None:
+        """Puts the finished block behind all that come, and goes back by one."""
+        self.built = [block, *self.built]
+        if self.index:
+            self._enter(self.index - 1)
+
+
+def _cat(batches: Iterable[Tensor]) -> Tensor:
+    return torch.cat([batch.float() for batch in batches])

@@ -36,6 +36,7 @@ class Images:
         return len(self.labels)
 
     def take(self, indices: Tensor | slice) -> Images:
+        """Some of the images, in this order: a view of the pixels for a slice, a copy for indices."""
         return replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
@@ -52,28 +53,41 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """The images of a sweep. `calibration` and `probe` are disjoint parts of the training images."""
+    """The images of a sweep; the training images are stored once, calibration and probe are views of them."""
 
-    calibration: Images
-    """Scores and moments are taken on these."""
-    probe: Images
-    """The cascade measures on these what a pruning step costs."""
+    training: Images
+    """All training images: first those for calibration, then those to probe."""
+    num_calibration: int
+    """Training images for calibration, at least 1; the others, at least 1, are to probe."""
+    every: int = 1
+    """Calibration and probe have one in so many of their images; all of them where there are fewer."""
     val: Images
-    """What the search sees as accuracy."""
+    """Images whose accuracy the search sees."""
     test: Images | None
-    """Touched once, for the final front."""
+    """Images that are touched once, for the final front."""
     confirm: Images | None = None
-    """More of `val`, to confirm the final front on."""
+    """More of the val split, to confirm the final front on."""
+
+    def __post_init__(self) -> None:
+        assert 0 < self.num_calibration < len(self.training)
 
     @property
-    def training(self) -> Images:
-        """All training images, copied: those of the calibration, then those to probe."""
-        parts = (self.calibration, self.probe)
-        return replace(
-            self.probe,
-            pixels=torch.cat([part.pixels for part in parts]),
-            labels=torch.cat([part.labels for part in parts]),
-        )
+    def calibration(self) -> Images:
+        """The training images that scores and moments are taken on; no pixel is copied."""
+        return _thinned(self.training.take(slice(0, self.num_calibration)), self.every)
+
+    @property
+    def probe(self) -> Images:
+        """The training images on which a pruning step's cost is measured; no pixel is copied."""
+        return _thinned(self.training.take(slice(self.num_calibration, None)), self.every)
+
+    def thinned(self, every: int) -> Splits:
+        """The splits with one in `every` images of calibration, probe and val; `training` keeps all."""
+        return replace(self, every=every, val=_thinned(self.val, every))
+
+
+def _thinned(images: Images, every: int) -> Images:
+    return images.take(slice(None, None, every)) if len(images) >= every else images
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,7 @@ class TrialContext:
 
     def subsampled(self) -> TrialContext:
         """The same with a part of the images, and short timings: what a first look at a candidate costs little on."""
-        splits = _part_of(self.splits)
+        splits = self.splits.thinned(SUBSAMPLE)
         timing = self.config.measure.model_copy(update={"num_rounds": MIN_ROUNDS})
         return replace(self, splits=splits, config=self.config.model_copy(update={"measure": timing}))
 
@@ -118,15 +118,6 @@ class TrialContext:
         """The images that models are timed on: (batch size, ...); the val images over and over if there are few."""
         size = self.config.measure.batch_size
         return self.splits.val.normalized(torch.arange(size) % len(self.splits.val), self.device)
-
-
-def _part_of(splits: Splits) -> Splits:
-    """Every so many images."""
-
-    def every(images: Images) -> Images:
-        return images.take(slice(None, None, SUBSAMPLE)) if len(images) >= SUBSAMPLE else images
-
-    return replace(splits, calibration=every(splits.calibration), probe=every(splits.probe), val=every(splits.val))
 
 
 def lease_on(device: torch.device) -> Lease:
@@ -196,7 +187,7 @@ def prepare(
 
 def profile_images(space: Space, splits: Splits) -> Splits:
     """What the profiles are taken on: all where `method: global` allocates by them, a part where they only propose."""
-    return splits if "global" in space.method else _part_of(splits)
+    return splits if "global" in space.method else splits.thinned(SUBSAMPLE)
 
 
 def profiled(space: Space) -> tuple[TokenReduction, ...]:

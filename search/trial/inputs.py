@@ -88,21 +88,26 @@ def load_splits(config: Config, spec: InputSpec, num_classes: int) -> Splits:
     if min(num_calibration, len(train) - num_calibration) < 1:
         raise DataError(f"{len(train)} training images are too few: some are for calibration, others for probing")
     return Splits(
-        calibration=_noisy(train.take(slice(0, num_calibration)), data.noise, data.seed),
-        probe=train.take(slice(num_calibration, None)),
+        training=_noisy(train, num_calibration, data.noise, data.seed),
+        num_calibration=num_calibration,
         val=load(data.val, data.val_images),
         confirm=None if data.confirm_images is None else load(data.val, data.confirm_images),
         test=None if data.test is None else load(data.test, data.test_images),
     )
 
 
-def _noisy(images: Images, std: float, seed: int) -> Images:
-    """With Gaussian noise of this standard deviation, in units of the pixels' range; still whole numbers within it."""
+def _noisy(images: Images, count: int, std: float, seed: int) -> Images:
+    """Adds Gaussian noise to the first `count` images; pixels stay whole numbers within their range.
+
+    Args:
+        std: in units of the pixels' range; 0 gives the images as they are, not copied.
+    """
     if not std:
         return images
-    noise = torch.randn(images.pixels.shape, generator=torch.Generator().manual_seed(seed))
-    pixels = (images.pixels + 255 * std * noise).round().clamp(0, 255).to(torch.uint8)
-    return replace(images, pixels=pixels)
+    first, others = images.pixels[:count], images.pixels[count:]
+    noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(seed))
+    noisy = (first + 255 * std * noise).round().clamp(0, 255).to(torch.uint8)
+    return replace(images, pixels=torch.cat([noisy, others]))
 
 
 def _training_hash(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pruning.data import Images, InputSpec, balanced_subset, folder_classes, load_split
+from pruning.data import Images, InputSpec, Splits, balanced_subset, folder_classes, load_split
 from pruning.errors import DataError
 from tests.pruning_tests import builders
 
@@ -253,6 +254,52 @@ def test_taking_some_images_keeps_pixels_and_labels_together() -> None:
     some = images.take(torch.tensor([4, 0]))
     assert torch.equal(some.pixels, images.pixels[[4, 0]]) and torch.equal(some.labels, images.labels[[4, 0]])
     assert len(some) == 2 and some.mean == images.mean
+
+
+def splits(count: int = 21, num_calibration: int = 9) -> Splits:
+    return Splits(
+        training=builders.images(count), num_calibration=num_calibration, val=builders.images(10, seed=1), test=None
+    )
+
+
+def storage(images: Images) -> tuple[int, int]:
+    return images.pixels.untyped_storage().data_ptr(), images.labels.untyped_storage().data_ptr()
+
+
+def test_calibration_and_probe_are_the_training_images_in_their_order() -> None:
+    dealt = splits()
+    assert (len(dealt.calibration), len(dealt.probe)) == (9, 12)
+    for name in ("pixels", "labels"):
+        parts = [getattr(part, name) for part in (dealt.calibration, dealt.probe)]
+        assert torch.equal(torch.cat(parts), getattr(dealt.training, name))
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_calibration_and_probe_copy_no_pixel_of_the_training_images(every: int) -> None:
+    dealt = splits()
+    thinned = dealt.thinned(every)
+    for part in (dealt.calibration, dealt.probe, thinned.training, thinned.calibration, thinned.probe):
+        assert storage(part) == storage(dealt.training)
+    assert storage(thinned.val) == storage(dealt.val)
+    assert dealt.probe.pixels.data_ptr() == dealt.training.pixels[9:].data_ptr()
+
+
+def test_splits_that_go_to_another_process_hold_the_training_images_once() -> None:
+    dealt = splits(count=400)
+    size = dealt.training.pixels.numel() + dealt.val.pixels.numel()
+    assert size < len(pickle.dumps(dealt)) < 1.1 * size
+    again = pickle.loads(pickle.dumps(dealt))
+    assert torch.equal(again.calibration.pixels, dealt.calibration.pixels)
+    assert storage(again.probe) == storage(again.training)
+
+
+def test_thinned_splits_have_one_in_so_many_images_of_each_part_but_all_to_train_on() -> None:
+    dealt = splits(count=12, num_calibration=9)
+    thinned = dealt.thinned(4)
+    assert torch.equal(thinned.calibration.pixels, dealt.training.pixels[:9][[0, 4, 8]])
+    assert torch.equal(thinned.probe.labels, dealt.training.labels[9:])  # three are too few to leave any out
+    assert torch.equal(thinned.val.labels, dealt.val.labels[[0, 4, 8]])
+    assert thinned.training is dealt.training and dealt.every == 1
 
 
 def digits(split: str, **other: Any) -> Images:

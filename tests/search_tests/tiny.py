@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,15 @@ def images(count: int, seed: int = 0) -> Images:
 
 
 def splits(test: bool = True) -> Splits:
+    calibration, probe = images(16, seed=1), images(40, seed=2)
+    training = replace(
+        calibration,
+        pixels=torch.cat([calibration.pixels, probe.pixels]),
+        labels=torch.cat([calibration.labels, probe.labels]),
+    )
     return Splits(
-        calibration=images(16, seed=1),
-        probe=images(40, seed=2),
+        training=training,
+        num_calibration=16,
         val=images(24, seed=3),
         test=images(20, seed=4) if test else None,
     )

@@ -179,6 +179,16 @@ def test_noise_of_zero_leaves_all_pixels_bit_equal(folder: Path) -> None:
     assert torch.equal(plain.calibration.pixels, none.calibration.pixels)
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_training_images_are_stored_once_and_noise_is_among_those_to_train_on(folder: Path, noise: float) -> None:
+    splits = load_inputs(config(folder, data__noise=noise), folder).splits
+    stored = splits.training.pixels.untyped_storage()
+    assert stored.nbytes() == splits.training.pixels.numel()
+    for part in (splits.calibration, splits.probe):
+        assert part.pixels.untyped_storage().data_ptr() == stored.data_ptr()
+    assert torch.equal(torch.cat([splits.calibration.pixels, splits.probe.pixels]), splits.training.pixels)
+
+
 @pytest.mark.parametrize("noise", [0.02, 0.1])
 def test_noise_has_the_standard_deviation_that_is_asked_for(folder: Path, noise: float) -> None:
     pixels = grey(folder, data__noise=noise).splits.calibration.pixels

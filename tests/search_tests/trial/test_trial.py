@@ -263,7 +263,7 @@ def test_layers_that_too_few_images_repair_are_noted(paced: TrialContext, method
         method=method, token_reduction="none", criterion="magnitude", target_ratio=0.5, round_to=1,
         drop_budget=(100.0 if method == "cascade" else 0.0,) * tiny.DEPTH,
     )  # fmt: skip
-    few = replace(paced, splits=replace(paced.splits, calibration=paced.splits.calibration.take(slice(0, 1))))
+    few = replace(paced, splits=replace(paced.splits, num_calibration=1))
     outcome = run(few, asked, "t000")
     measured(outcome)
     assert outcome.plan is not None
@@ -371,8 +371,8 @@ def test_dense_model_and_front_of_a_retrieval_sweep_are_measured_by_it(context: 
 
 
 def test_training_images_whose_features_are_no_numbers_fail(context: TrialContext) -> None:
-    broken = replace(context.splits.probe, mean=(float("nan"),) * 3)
-    spoilt = by_retrieval(replace(context, splits=replace(context.splits, probe=broken)))
+    broken = replace(context.splits.training, mean=(float("nan"),) * 3)
+    spoilt = by_retrieval(replace(context, splits=replace(context.splits, training=broken)))
     with pytest.raises(VitfrontError, match="the model's features are not finite"):
         measure(spoilt, context.model, keep_all_plan(examine(context.model)))
 

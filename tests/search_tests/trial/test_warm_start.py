@@ -125,10 +125,10 @@ def test_a_profile_comes_back_as_it_was(context: TrialContext, tmp_path: Path) -
 
 def test_another_model_other_images_or_settings_have_other_profiles(context: TrialContext, tmp_path: Path) -> None:
     cache(tmp_path, context).write(context.profiles)
-    images = replace(context.splits.probe, pixels=context.splits.probe.pixels.flip(0))
+    images = replace(context.splits.training, pixels=context.splits.training.pixels.flip(0))
     for changes in (
         {"weights": tiny.model(seed=1).state_dict()},
-        {"splits": replace(context.splits, probe=images)},
+        {"splits": replace(context.splits, training=images)},
         {"config": tiny.config(cascade__batch_size=3)},
     ):
         assert cache(tmp_path, context, **changes).read(["lfe"]) == {}

@@ -13,8 +13,8 @@ from torch import Tensor
 from pruning.measure.cost import count_macs
 from pruning.measure.widths import AllowedWidths, multiples
 from pruning.methods.allocation import allocate
-from pruning.methods.profile import REMOVED_SHARES, Profile
 from pruning.methods.cascade import CascadeSettings, cascade
+from pruning.methods.profile import REMOVED_SHARES, Profile
 from pruning.model.anatomy import Anatomy, examine
 from pruning.model.surgery import keep_all_plan
 from pruning.plan import Plan, TokenReduction

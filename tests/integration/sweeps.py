@@ -192,16 +192,16 @@ def copy_runs(runs: Path, to: Path) -> None:
     shutil.copytree(runs, to, ignore=shutil.ignore_patterns("mlflow.db*"))
     with closing(sqlite3.connect(runs / "mlflow.db")) as old, closing(sqlite3.connect(to / "mlflow.db")) as new:
         old.backup(new)  # mlflow has it open
-        changes = {id: uuid.uuid4().hex for (id,) in new.execute("SELECT run_uuid FROM runs")} | {str(runs): str(to)}
+        ids = {before: uuid.uuid4().hex for (before,) in new.execute("SELECT run_uuid FROM runs")}
         tables = [name for (name,) in new.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         columns = [(table, row[1]) for table in tables for row in new.execute(f"PRAGMA table_info({table})")]
-        for before, after in changes.items():
+        for before, after in [*ids.items(), (str(runs), str(to))]:
             for table, column in columns:
                 where = f"WHERE instr({column}, ?)"
                 new.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?) {where}", (before, after, before))
-            if (to / "mlartifacts" / before).is_dir():
-                (to / "mlartifacts" / before).rename(to / "mlartifacts" / after)
         new.commit()
+    for artifacts in list((to / "mlartifacts").iterdir()):
+        artifacts.rename(artifacts.with_name(ids[artifacts.name]))
 
 
 def copy_cache(runs: Path, to: Path) -> None:

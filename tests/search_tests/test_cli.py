@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +31,20 @@ from tests.search_tests.test_space import Chooser
 OUTCOMES = [builders.outcome("t000", 0.9, 1.0), builders.outcome("t001", 0.88, 2.0), builders.outcome("t002", 0.5, 2.5)]
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of all classes in train and val, to be copied."""
+    folder = tmp_path_factory.mktemp("images")
+    for split in ("train", "val"):
+        tiny.write_images(folder / split)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Path) -> Path:
     """The folder in which commands run, with images of all classes in images/train and images/val."""
     monkeypatch.chdir(tmp_path)
-    for split in ("train", "val"):
-        tiny.write_images(tmp_path / "images" / split)
+    shutil.copytree(images, tmp_path / "images")
     return tmp_path
 
 
@@ -337,34 +346,38 @@ def check_saved(folder: Path, outcome: Outcome) -> torch.nn.Module:
     return model
 
 
-def test_one_model_is_pruned_without_a_search_to_the_widths_and_depth_that_are_asked(
-    capsys: pytest.CaptureFixture[str], folder: Path
-) -> None:
-    tiny.write_recipe(folder / "tiny.yaml")
-    arguments = ["--target-ratio", "0.5", "--exit-block", "2", "--round-to", "12", "--token-reduction", "none"]
-    code, out, _ = call(capsys, "prune", "tiny.yaml", *arguments, "--to", "out/model", "--json")
-    assert code == 0
-    outcome = Outcome.from_json(json.loads(out))
-    assert (outcome.candidate.round_to, outcome.candidate.token_reduction) == (12, "none")
-    check_saved(folder / "out" / "model", outcome)
-    assert not (folder / "runs").exists()
-    assert [shape.num_tokens for shape in shapes_of(outcome)] == [16, 16]
-    assert all(width % 12 == 0 or width == dense for width, dense in widths_and_dense_widths(outcome))
-    assert any(width < dense for width, dense in widths_and_dense_widths(outcome))
-
-
-def test_by_default_a_model_is_pruned_globally_with_the_best_reduction_and_widths_measured_here(
+def test_one_model_is_pruned_globally_with_the_best_reduction_and_widths_measured_here_and_saved(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     tiny.write_recipe(folder / "tiny.yaml", space__round_to=5, space__token_reduction="lfe")
-    code, out, _ = call(capsys, "prune", "tiny.yaml", "--json")
+    code, out, _ = call(capsys, "prune", "tiny.yaml", "--to", "out/model", "--json")
     assert code == 0
     outcome = Outcome.from_json(json.loads(out))
     candidate = outcome.candidate
     assert (candidate.method, candidate.token_reduction, candidate.round_to) == ("global", "attention-merge", "auto")
     assert outcome.plan is not None
-    assert outcome.plan.token_reduction == "attention-merge"
+    assert (outcome.plan.token_reduction, outcome.plan.exit_block) == ("attention-merge", 3)
     assert all(width % 8 == 0 for width, _ in widths_and_dense_widths(outcome))
+    check_saved(folder / "out" / "model", outcome)
+    assert not (folder / "runs").exists()
+
+
+def test_cascade_prunes_to_the_depth_and_widths_that_are_asked_and_tells_what_each_block_cost(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    tiny.write_recipe(folder / "tiny.yaml")
+    given = ["--method", "cascade", "--criterion", "lfs", "--budget", "100", "--target-ratio", "0.5"]
+    given += ["--exit-block", "2", "--round-to", "12", "--token-reduction", "none"]
+    code, out, _ = call(capsys, "prune", "tiny.yaml", *given, "--json")
+    assert code == 0
+    outcome = Outcome.from_json(json.loads(out))
+    candidate = outcome.candidate
+    assert (candidate.method, candidate.criterion, candidate.drop_budget) == ("cascade", "lfs", (100.0,) * 3)
+    assert (candidate.round_to, candidate.token_reduction, candidate.exit_block) == (12, "none", 2)
+    assert len(outcome.block_drops) == 2
+    assert [shape.num_tokens for shape in shapes_of(outcome)] == [16, 16]
+    assert all(width % 12 == 0 or width == dense for width, dense in widths_and_dense_widths(outcome))
+    assert any(width < dense for width, dense in widths_and_dense_widths(outcome))
 
 
 def write_swin(folder: Path) -> None:
@@ -436,17 +449,6 @@ def test_tokens_alone_are_not_pruned_where_none_may_go(capsys: pytest.CaptureFix
     tiny.write_recipe(folder / "tiny.yaml")
     given = ["--token-share", "1", "--token-reduction", "none"]
     check_refused(capsys, folder, "prune", "tiny.yaml", *given, says=["token share 1 ", "none", "less"])
-
-
-def test_cascade_tells_what_each_block_cost(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    tiny.write_recipe(folder / "tiny.yaml")
-    given = ["--method", "cascade", "--criterion", "lfs", "--token-reduction", "lfe", "--budget", "100"]
-    code, out, _ = call(capsys, "prune", "tiny.yaml", *given, "--round-to", "8", "--json")
-    assert code == 0
-    outcome = Outcome.from_json(json.loads(out))
-    assert len(outcome.block_drops) == 3
-    assert (outcome.candidate.criterion, outcome.candidate.drop_budget) == ("lfs", (100.0,) * 3)
-    assert all(width % 8 == 0 for width, _ in widths_and_dense_widths(outcome))
 
 
 @pytest.mark.parametrize(

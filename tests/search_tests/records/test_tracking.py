@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -44,6 +46,8 @@ class Store:
         self.database = folder / "runs" / "mlflow.db"
         self.uri = default_uri(folder / "runs")
         self.client = MlflowClient(tracking_uri=self.uri)
+        self.printed_when_made = ""
+        """All that making the store printed."""
 
     def tracker(self, sweep: str, done: Sequence[Outcome] = (), **other: Any) -> Tracker:
         settings: dict[str, Any] = {"params": {"seed": 0}, "run_dir": self.folder / "runs" / sweep}
@@ -77,6 +81,7 @@ class Store:
     def broken(self, part: str) -> Iterator[None]:
         """The store without its table `part`, or without its `artifacts` folder."""
         if part == "artifacts":
+            self.artifacts.mkdir(exist_ok=True)  # it is made with the first artifact
             away = self.artifacts.rename(self.folder / "away")
             self.artifacts.write_text("")
             try:
@@ -98,12 +103,30 @@ class Store:
             database.commit()
 
 
+@contextmanager
+def printed_to(path: Path) -> Iterator[None]:
+    """Sends stdout and stderr to a file, of Python and of what lies below it."""
+    with path.open("w+") as file, redirect_stdout(file), redirect_stderr(file):
+        before = [os.dup(handle) for handle in (1, 2)]
+        try:
+            for handle in (1, 2):
+                os.dup2(file.fileno(), handle)
+            yield
+        finally:
+            for copy, handle in zip(before, (1, 2), strict=True):
+                os.dup2(copy, handle)
+                os.close(copy)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        store = Store(tmp_path_factory.mktemp("store"))
-        store.tracker("first")
+        folder = tmp_path_factory.mktemp("store")
+        store = Store(folder)
+        with printed_to(folder / "printed.txt"):
+            store.tracker("first")
+        store.printed_when_made = (folder / "printed.txt").read_text()
         yield store
 
 
@@ -112,13 +135,17 @@ def stairs(outcomes: Sequence[Outcome]) -> list[tuple[int, float]]:
     return list(enumerate(running_hypervolume(outcomes, builders.GOAL), start=1))
 
 
-def test_new_store_is_made_with_its_folder_and_without_a_word(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    database = tmp_path / "a" / "b" / "mlflow.db"
-    Tracker(f"sqlite:///{database}", tmp_path / "artifacts", "s", {}, run_dir=tmp_path / "s", done=())
-    assert database.exists()
-    assert capfd.readouterr() == ("", "")
+def test_new_store_is_made_with_its_folder_and_without_a_word(store: Store) -> None:
+    assert store.database.exists()
+    assert store.printed_when_made == ""
+
+
+def test_all_that_is_printed_is_caught(tmp_path: Path) -> None:
+    with printed_to(tmp_path / "printed.txt"):
+        sys.stdout.write("from Python\n")
+        sys.stdout.flush()
+        os.write(2, b"from below\n")
+    assert (tmp_path / "printed.txt").read_text() == "from Python\nfrom below\n"
 
 
 def test_store_is_a_file_among_the_sweeps_unless_the_environment_names_one(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from pruning.methods.allocation import allocate
 from pruning.methods.profile import Profile, block_costs
 from pruning.model.anatomy import examine
-from search.config import Config
+from search.config import Config, SpaceConfig
 from search.errors import SweepError
+from search.outcome import Candidate
 from search.records.profiles import ProfileCache
 from search.space import Space
 from search.trial.context import TrialContext, prepare, profiled
@@ -150,3 +152,45 @@ def test_a_file_that_holds_another_class_is_not_unpickled(context: TrialContext,
     torch.save({"made": context.config}, path)
     with pytest.raises(SweepError, match="holds no profile"):
         cache(tmp_path, context).read(["lfe"])
+
+
+# Recorded
+
+
+RECORDED = json.loads((Path(__file__).parents[2] / "data" / "first_candidates.json").read_text())
+"""The first candidates of a search, recorded at commit d706483: a list of candidates, then for each
+combination, with and without proposals, the places in that list."""
+RECORDED_DEPTH = 6
+
+
+def recorded_space(methods: list[str]) -> Space:
+    config = SpaceConfig(
+        method=tuple(methods), token_reduction=("merge", "lfe"), exit_block=(2, RECORDED_DEPTH),
+        recovery=("none", "distill"),
+    )  # fmt: skip
+    return Space(config, RECORDED_DEPTH)
+
+
+def some_proposals(space: Space) -> list[Candidate]:
+    """Three of the cascade and three of global, in turn, as far as the space has these methods."""
+    proposals = []
+    for step in range(3):
+        common: dict[str, Any] = {
+            "target_ratio": 0.3 + 0.2 * step, "exit_block": 3 + step, "token_reduction": "merge",
+            "cutoff_channel": 0.1, "cutoff_token": 0.85,
+        }  # fmt: skip
+        budgets, zeros = (1.5,) * RECORDED_DEPTH, (0.0,) * RECORDED_DEPTH
+        proposals += [
+            Candidate(method="cascade", drop_budget=budgets, token_share=0.25 * step, **common),
+            Candidate(method="global", drop_budget=zeros, token_share=0.5, **common),
+        ]
+    return [space.clip(candidate) for candidate in proposals if candidate.method in space.method]
+
+
+def test_first_candidates_of_every_combination_of_methods_are_those_recorded() -> None:
+    for name, places in RECORDED["first"].items():
+        methods = name.removesuffix(" proposed").split()
+        space = recorded_space(methods)
+        proposed = some_proposals(space) if name.endswith(" proposed") else []
+        expected = [Candidate.from_json(RECORDED["candidates"][place]) for place in places]
+        assert space.first_candidates(proposed) == expected, name

@@ -32,6 +32,7 @@ from search.outcome import Measurement, Outcome, State
 from search.suggest.ask import CandidateSearch, History
 from search.suggest.rungs import Rungs
 from search.suggest.samplers import MAX_GP_TRIALS, Sampler, SamplerSettings
+from search.trial.warm_start import first_candidates
 
 TABLE = Path(__file__).parents[1] / "tests" / "data" / "digits_rungs"
 SETS = ("space.recovery=distill", "distill.epochs=48")
@@ -85,7 +86,7 @@ def replayed(
     search = CandidateSearch(
         recorded.space,
         SamplerSettings(sampler=sampler, seed=seed, num_trials=num_trials, has_rungs=full is not None),
-        History(first_candidates=recorded.space.first_candidates()),
+        History(first_candidates=first_candidates(recorded.space)),
         Goal(dense=recorded.dense),
         nearest_allowed=recorded.nearest,
     )

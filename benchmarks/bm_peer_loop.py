@@ -263,7 +263,7 @@ class Peer:
         return pruned.requires_grad_(False).eval()
 
     def objective(self, trial: optuna.Trial) -> tuple[float, float]:
-        """Measures accuracy on val and speed-up of a trial's widths, as `search.trial.context.measure` does."""
+        """Measures accuracy on val and speed-up of a trial's widths, as `search.trial.measure.measure` does."""
         pruned = self.prune([
             tuple(trial.suggest_int(f"{kind}.{block}", 1, most) for kind, most in LEVELS.items())
             for block in range(len(blocks_of(self.model)))

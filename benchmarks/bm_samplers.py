@@ -30,6 +30,7 @@ from search.front import hypervolume_of, running_hypervolume
 from search.goal import Goal
 from search.suggest.ask import CandidateSearch, History
 from search.suggest.samplers import Sampler, SamplerSettings
+from search.trial.warm_start import first_candidates
 
 TABLE = Path(__file__).parents[1] / "tests" / "data" / "digits_table"
 RUNS: dict[Sampler, tuple[int, ...]] = {
@@ -53,7 +54,7 @@ def measure(
             search = CandidateSearch(
                 recorded.space,
                 SamplerSettings(sampler=sampler, seed=seed, num_trials=milestones[-1]),
-                History(first_candidates=recorded.space.first_candidates()),
+                History(first_candidates=first_candidates(recorded.space)),
                 goal,
                 nearest_allowed=recorded.nearest,
             )

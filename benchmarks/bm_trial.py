@@ -25,11 +25,13 @@ from pruning.measure.stopwatch import device_name
 from pruning.model.exits import truncate
 from pruning.repair.sensitivity import BlockSensitivity, measure_sensitivity
 from search.config import load_config
-from search.outcome import Candidate, Method, Outcome
+from search.method import Method
+from search.outcome import Candidate, Outcome
 from search.space import Space
 from search.trial.context import TrialContext, keys_of, known_from, prepare
 from search.trial.inputs import load_inputs
 from search.trial.trial import WorkerCache, run_to_end
+from search.trial.warm_start import first_candidates
 
 RECIPES = {"digits": "digits", "imagenet-mini": str(Path(__file__).with_name("imagenet_mini.yaml"))}
 METHODS: tuple[Method, ...] = ("cascade", "global")
@@ -43,7 +45,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 def candidates(space: Space, method: Method) -> list[Candidate]:
     """The first of a sweep; then, for the cascade, the first pruned one with other budgets or another target."""
-    first = space.first_candidates()
+    first = first_candidates(space)
     pruned = next(each for each in first if each.target_ratio < 1)
     if method == "global":
         return [*first, pruned, replace(pruned, target_ratio=pruned.target_ratio * 0.99)]

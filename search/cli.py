@@ -187,7 +187,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Prune one model by one plan, without a search."""
-    from search.commands.prune import prune_once
+    from search.commands.prune import PruneSettings, prune_once
     from search.config import load_config
     from search.views.console import ERR
     from search.views.tables import pruning_report
@@ -196,9 +196,11 @@ def prune(
     with ERR.status("loading, pruning and measuring ..."):
         outcome, dense, blocks = prune_once(
             config, runs, to,
-            target_ratio=target_ratio, budget=budget, exit_block=exit_block,
-            cutoff_channel=cutoff_channel, cutoff_token=cutoff_token, token_share=token_share,
-            method=method, criterion=criterion, token_reduction=token_reduction, round_to=round_to,
+            PruneSettings(
+                target_ratio=target_ratio, budget=budget, exit_block=exit_block,
+                cutoff_channel=cutoff_channel, cutoff_token=cutoff_token, token_share=token_share,
+                method=method, criterion=criterion, token_reduction=token_reduction, round_to=round_to,
+            ),
         )  # fmt: skip
     _print(outcome.to_json(), pruning_report(blocks, outcome, dense), as_json)
 

@@ -23,7 +23,7 @@ from pruning.scores.criteria import CRITERIA
 from pruning.training import Jitter, TrainSettings
 from search.errors import ConfigError
 from search.limits import RETRIEVAL, parse_limit
-from search.outcome import Method, Recovery
+from search.method import Method, Recovery
 
 Accuracy = Literal["top1", "recall_at_1", "mean_average_precision"]
 

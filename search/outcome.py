@@ -8,22 +8,7 @@ from enum import Enum
 from typing import Any, Literal
 
 from pruning.plan import Plan, TokenReduction
-
-Method = Literal["cascade", "global", "constant", "decreasing", "learned", "soft-mask", "unstructured"]
-"""cascade: block by block, as far as each block's budget goes (VTC-LFC). global: all blocks at once, every unit at its
-price in multiply-adds. constant, decreasing: tokens alone, as many from every block, or fewer and fewer (ToMe).
-learned: widths trained together with the weights, for all exits at once (WDPruning). soft-mask: gates trained under an
-L1 penalty (VTP, network slimming). unstructured: the smallest single weights become 0, the shapes stay."""
-
-SCHEDULES: frozenset[Method] = frozenset({"constant", "decreasing"})
-"""The methods that take tokens alone."""
-
-TOKENLESS: frozenset[Method] = frozenset({"learned", "soft-mask", "unstructured"})
-"""The methods that keep all tokens."""
-
-Recovery = Literal["none", "distill"]
-"""What follows the pruning and the repair in closed form that is part of it. distill: a fine-tune that learns from the
-dense model as well."""
+from search.method import METHODS, Method, Recovery
 
 RoundTo = int | Literal["auto"]
 
@@ -82,24 +67,25 @@ class Candidate:
 
     def to_params(self) -> dict[str, float | int | str]:
         """Flat and named as in the search space: `drop_budget.0`, ...; only what has an effect."""
+        method = METHODS[self.method]
         params: dict[str, float | int | str] = {"method": self.method, "exit_block": self.exit_block}
         if self.pattern == "any":
             params["target_ratio"] = self.target_ratio
-        if self.method not in SCHEDULES and self.method != "unstructured":
+        if method.takes_channels:
             params["round_to"] = self.round_to
-        if self.method not in TOKENLESS:
+        if method.takes_tokens:
             params["token_reduction"] = self.token_reduction
-            if self.method not in SCHEDULES and self.token_reduction != "none":
+            if method.takes_channels and self.token_reduction != "none":
                 params["token_share"] = self.token_share
             if self.token_reduction in FILTERED:
                 params["cutoff_token"] = self.cutoff_token
-        if self.method == "cascade":
+        if method.has_budgets:
             params["criterion"] = self.criterion
             if self.criterion == "lfs":
                 params["cutoff_channel"] = self.cutoff_channel
             budgets = self.drop_budget[: self.exit_block]
             params |= {f"drop_budget.{block}": points for block, points in enumerate(budgets)}
-        if self.method == "unstructured":
+        if method.is_sparse:
             params["pattern"] = self.pattern
         if self.recovery != "none":
             params["recovery"] = self.recovery

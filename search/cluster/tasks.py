@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 import torch
-from torch import nn
 
 from pruning.artifact import Weights
 from pruning.measure.stopwatch import Timing
@@ -16,8 +15,10 @@ from pruning.methods.profile import Profile
 from pruning.plan import Plan, TokenReduction
 from search.config import Config
 from search.outcome import Candidate, Measurement
-from search.trial.context import Confirmation, TrialContext, confirm, lease_on, prepare, time_shapes
+from search.trial.context import TrialContext, lease_on
 from search.trial.inputs import Inputs
+from search.trial.measure import Confirmation, confirm, time_shapes
+from search.trial.prepare import prepare
 from search.trial.warm_start import propose
 
 
@@ -29,10 +30,7 @@ def prepare_remotely(
     Returns:
         The context, on the CPU, from where every worker can take it; the dense model's measurement; the candidates.
     """
-    model: nn.Module = inputs.model.to(worker_device())
-    context, dense = prepare(
-        config, model, inputs.splits, inputs.space.exit_blocks, trained=inputs.trained, profiles=profiles
-    )
+    context, dense = prepare(config, inputs, device=worker_device(), profiles=profiles)
     proposed = propose(context, inputs.space)
     return context.to("cpu"), dense, proposed
 

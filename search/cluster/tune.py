@@ -38,9 +38,9 @@ class TrialWork:
     states: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """States of the trials that an earlier run did not end, by id."""
     measurements: Mapping[str, Measurement] = field(default_factory=dict)
-    """Measurements that need not be repeated; see `search.trial.context.known_from`."""
+    """Measurements that need not be repeated; see `search.trial.reuse.measured_before`."""
     finetunes: Mapping[str, Outcome] = field(default_factory=dict)
-    """Outcomes of fine-tunes that need not be repeated; see `search.trial.context.trained_from`."""
+    """Outcomes of fine-tunes that need not be repeated; see `search.trial.reuse.finetuned_before`."""
     start: StartTrial = start_trial
     """Starts a trial."""
 

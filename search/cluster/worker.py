@@ -21,7 +21,9 @@ from search.cluster.stores import SharedStore, Store
 from search.cluster.tasks import worker_device
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.trial.context import TrialContext
-from search.trial.trial import Ended, Epoch, Event, Rung, WorkerCache, start_trial
+from search.trial.progress import Epoch, Event, Rung
+from search.trial.reuse import WorkerCache
+from search.trial.trial import Ended, start_trial
 
 MAX_START_S = 60.0
 """Time after which workers that are not ready, for want of nodes, are no longer waited for."""
@@ -140,7 +142,7 @@ class TrialRunner:
             return {"rungs": event.values, "outcomes": self._to_text([self._stopped(event)]), "done": False}
         if event.weights:
             self._weights[self._id] = event.weights
-        return {"outcomes": self._to_text(event.outcomes), "finetunes": list(event.trained), "done": True}
+        return {"outcomes": self._to_text(event.outcomes), "finetunes": list(event.finetunes), "done": True}
 
     def _to_text(self, outcomes: Sequence[Outcome]) -> str:
         """Returns outcomes as JSON; the trial's own, the first, with the time that the worker waited for the trial."""
@@ -189,8 +191,8 @@ class TrialActor(tune.Trainable):
         keep_freed_memory()
         exchange = settings.exchange
         cache = WorkerCache(
-            known=SharedStore[Measurement](exchange, "measurements"),
-            trained=SharedStore[Outcome](exchange, "finetunes"),
+            measured_cache=SharedStore[Measurement](exchange, "measurements"),
+            finetune_cache=SharedStore[Outcome](exchange, "finetunes"),
         )
         crew = Crew(settings.num_workers, settings.num_trials, lambda: ray.get(exchange.num_ready_workers.remote()))
         context: TrialContext = ray.get(settings.context_ref).to(worker_device())

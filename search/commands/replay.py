@@ -21,14 +21,16 @@ from search.errors import SweepError
 from search.front import Front
 from search.goal import Goal
 from search.outcome import Candidate, Measurement, Outcome, State, num_trials
+from search.parameter import Choice, Numbers
 from search.records import ledger
 from search.records.files import write_atomically
 from search.records.folder import Folder
 from search.records.ledger import Ledger
-from search.space import Choice, Numbers, Space
+from search.space import Space
 from search.suggest.ask import CandidateSearch, History
 from search.suggest.rungs import Promotion, Rungs
 from search.suggest.samplers import SamplerSettings
+from search.trial.warm_start import first_candidates
 
 
 class Recorded:
@@ -200,7 +202,7 @@ def replay_sweep(config: Config, runs: Path, recorded: Recorded, num_workers: in
     search = CandidateSearch(
         recorded.space,
         SamplerSettings(sampler=settings.sampler, seed=settings.seed, num_trials=settings.trials, has_rungs=has_rungs),
-        History(first_candidates=recorded.space.first_candidates()),
+        History(first_candidates=first_candidates(recorded.space)),
         goal,
         nearest_allowed=recorded.nearest,
     )

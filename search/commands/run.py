@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import nn
 
-from pruning.artifact import Description, Weights, save, save_weights
+from pruning.artifact import Description, Weights, save
 from pruning.measure.stopwatch import Timing
 from pruning.model.anatomy import examine
 from pruning.model.loading import read_weights
@@ -36,16 +36,11 @@ from search.records.ledger import Ledger
 from search.records.profiles import ProfileCache
 from search.records.tracking import Tracker, default_uri
 from search.space import Space
-from search.trial.context import (
-    Confirmation,
-    TrialContext,
-    known_from,
-    profile_images,
-    profiled,
-    speed_of,
-    trained_from,
-)
+from search.trial.context import TrialContext
 from search.trial.inputs import Inputs, load_inputs
+from search.trial.measure import Confirmation, speed_of
+from search.trial.prepare import keep_trained, profile_splits, profiled_reductions
+from search.trial.reuse import finetuned_before, measured_before
 from search.views.front_plot import front_html
 
 TEACHING_KEYS = ("model.", "data.", "exits.", "measure.batch_size", "measure.precision", "search.accuracy")
@@ -113,7 +108,7 @@ def _prepare(sweep: Sweep, inputs: Inputs) -> Prepared:
     # process takes one, digits train in 65 s with one thread and in 220 s with two.
     resources = TrialResources.of(sweep.config, cluster_resources())
     sweep.observer.stage("preparing the dense model" if inputs.trained else "training the dense model")
-    kinds, images = profiled(inputs.space), profile_images(inputs.space, inputs.splits)
+    kinds, images = profiled_reductions(inputs.space), profile_splits(inputs.space, inputs.splits)
     cache = ProfileCache(inputs.cache.parent, sweep.config, inputs.model.state_dict(), images)
     profiles = cache.read(kinds) if inputs.trained else {}
     context_ref, dense_ref, proposed_ref = submit(
@@ -123,7 +118,7 @@ def _prepare(sweep: Sweep, inputs: Inputs) -> Prepared:
     if not inputs.trained or len(profiles) < len(kinds):
         context: TrialContext = fetch(context_ref)
         if not inputs.trained:
-            save_weights(context.model.state_dict(), inputs.cache)
+            keep_trained(inputs, context)
             cache = ProfileCache(inputs.cache.parent, sweep.config, context.model.state_dict(), images)
         cache.write(context.profiles)
     anatomy = examine(inputs.model)
@@ -131,8 +126,8 @@ def _prepare(sweep: Sweep, inputs: Inputs) -> Prepared:
         context_ref=context_ref,
         goal=Goal.of(dense, sweep.config.search.accuracy, sweep.config.search.limits),
         proposed=fetch(proposed_ref),
-        measurements=known_from(anatomy, dense, sweep.ledger.found),
-        finetunes=trained_from(anatomy, sweep.ledger.found),
+        measurements=measured_before(anatomy, dense, sweep.ledger.found),
+        finetunes=finetuned_before(anatomy, sweep.ledger.found),
     )
 
 

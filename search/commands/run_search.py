@@ -33,6 +33,7 @@ from search.suggest.ask import CandidateSearch, History
 from search.suggest.rungs import Rungs
 from search.suggest.samplers import SamplerSettings
 from search.trial.trial import start_trial
+from search.trial.warm_start import first_candidates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,9 @@ class Prepared:
     proposed: Sequence[Candidate] = ()
     """Candidates to begin with, from the profile of the dense model."""
     measurements: Mapping[str, Measurement] = field(default_factory=dict)
-    """Measurements that need not be repeated, by the keys of `search.trial.context.known_from`."""
+    """Measurements that need not be repeated, by the keys of `search.trial.reuse.measured_before`."""
     finetunes: Mapping[str, Outcome] = field(default_factory=dict)
-    """Outcomes of fine-tunes that need not be repeated, by the keys of `search.trial.context.trained_from`."""
+    """Outcomes of fine-tunes that need not be repeated, by the keys of `search.trial.reuse.finetuned_before`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def _candidate_search(
             outcomes=list(outcomes),
             unfinished=[(checkpoint.id, checkpoint.candidate) for checkpoint in unfinished],
             prior_outcomes=prior_outcomes,
-            first_candidates=prior_front + sweep.space.first_candidates(prepared.proposed),
+            first_candidates=prior_front + first_candidates(sweep.space, prepared.proposed),
         ),
         prepared.goal,
     )  # fmt: skip

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from pruning.artifact import save_weights
 from pruning.model.anatomy import examine
 from pruning.model.surgery import keep_all_plan
 from search.commands.study_report import best_series, best_x, caveats, csv_table, lines_of, markdown, row_of
@@ -26,9 +25,11 @@ from search.records.files import write_atomically
 from search.records.ledger import Ledger
 from search.suggest.ask import CandidateSearch, History
 from search.suggest.samplers import SamplerSettings
-from search.trial.context import TrialContext, prepare
+from search.trial.context import TrialContext
 from search.trial.inputs import load_inputs
+from search.trial.prepare import allocates_by_profile, prepare_locally
 from search.trial.trial import run_to_end
+from search.trial.warm_start import first_candidates
 from search.views.study_plot import study_html
 
 
@@ -102,7 +103,7 @@ def _prepare_for(variants: Sequence[Variant], runs: Path) -> tuple[TrialContext,
     anatomy = examine(inputs.model)
     spaces = [space_of(variant.config, anatomy) for variant in variants]
     exits = sorted({block for space in spaces for block in space.exit_blocks})
-    with_profile = [space for space in spaces if "global" in space.method]
+    with_profile = [space for space in spaces if allocates_by_profile(space)]
     with_widths = [space for space in spaces if "auto" in space.round_to]
     reductions = [kind for space in with_profile + with_widths for kind in space.token_reduction]
     union = {
@@ -110,13 +111,7 @@ def _prepare_for(variants: Sequence[Variant], runs: Path) -> tuple[TrialContext,
         "space.round_to": "auto" if with_widths else 1,
         "space.token_reduction": list(dict.fromkeys(reductions)) or "none",
     }
-    context, dense = prepare(
-        with_changes(config, union, anatomy), inputs.model.to("cuda" if torch.cuda.is_available() else "cpu"),
-        inputs.splits, exits, trained=inputs.trained,
-    )  # fmt: skip
-    if not inputs.trained:
-        save_weights(context.model.state_dict(), inputs.cache)
-    return context, dense
+    return prepare_locally(with_changes(config, union, anatomy), inputs, exit_blocks=exits)
 
 
 def _dense_outcome(context: TrialContext, dense: Measurement, name: str) -> Outcome:
@@ -140,7 +135,7 @@ def _run_variant(context: TrialContext, variant: Variant, outcomes: Mapping[str,
     search = CandidateSearch(
         space,
         SamplerSettings(sampler=settings.sampler, seed=settings.seed, num_trials=variant.trials),
-        History(outcomes=done, first_candidates=space.first_candidates()),
+        History(outcomes=done, first_candidates=first_candidates(space)),
     )
     for _ in range(variant.trials - len(done)):
         suggestion = search.ask()

@@ -16,7 +16,8 @@ from optuna.samplers._tpe.sampler import _split_trials, default_gamma_multiobjec
 from optuna.trial import FrozenTrial, TrialState
 
 from search.outcome import Candidate
-from search.space import Choice, Parameter, Space
+from search.parameter import Choice, Parameter
+from search.space import Space
 from search.suggest.surrogate import Observation, Surrogate
 
 Sampler = Literal["auto", "gp", "tpe", "nsga2", "random", "grid"]

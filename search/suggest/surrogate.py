@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from search.outcome import Candidate
+from search.parameter import Choice, Parameter
 from search.pareto import non_dominated
-from search.space import Choice, Parameter, Space
+from search.space import Space
 from search.suggest.gaussian_process import GaussianProcess
 
 Values = NDArray[np.float64]

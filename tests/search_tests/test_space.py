@@ -14,7 +14,9 @@ from pruning.plan import TOKEN_REDUCTIONS
 from search.config import SpaceConfig
 from search.errors import ConfigError
 from search.outcome import Candidate
-from search.space import Choice, Numbers, Space
+from search.parameter import Choice, Numbers
+from search.space import Space
+from search.trial.warm_start import first_candidates
 
 DEPTH = 12
 SEARCHED = {"cutoff_channel", "cutoff_token", "token_share", "target_ratio"}
@@ -334,7 +336,7 @@ def test_token_reduction_auto_is_the_best_that_the_model_can_have(has_windows: b
     space = Space(SpaceConfig(token_reduction="auto"), DEPTH, has_windows=has_windows)
     assert space.token_reduction == (kind,)
     assert {space.choose(Chooser(seed=seed)).token_reduction for seed in range(5)} == {kind}
-    assert {each.token_reduction for each in space.first_candidates()} == {kind}
+    assert {each.token_reduction for each in first_candidates(space)} == {kind}
 
 
 @pytest.mark.parametrize("given", [*TOKEN_REDUCTIONS, ("none", "merge"), ("lfe",)])
@@ -407,7 +409,7 @@ def test_clip_of_an_exit_takes_the_nearest_that_there_is(given: int, nearest: in
 @pytest.mark.parametrize("method", ["cascade", "global", ("cascade", "global")])
 def test_first_candidates_of_a_swin_answer_after_its_stages(method: Any) -> None:
     space = swin_space((1, 12), method=method, round_to="auto")
-    candidates = space.first_candidates()
+    candidates = first_candidates(space)
     assert len(set(candidates)) == len(candidates)
     assert {each.exit_block for each in candidates} == ({12} if method == "global" else {2, 10, 12})
     assert {(each.token_reduction, each.round_to) for each in candidates} == {("none", "auto")}
@@ -424,7 +426,7 @@ def test_clip_of_a_cascade_into_a_space_of_global_candidates_takes_its_budgets()
 
 
 def test_dense_model_is_tried_first_then_the_papers_settings() -> None:
-    first, paper, *others = Space(WIDE, DEPTH).first_candidates()
+    first, paper, *others = first_candidates(Space(WIDE, DEPTH))
     assert (first.target_ratio, first.drop_budget, first.exit_block) == (1.0, (0.0,) * DEPTH, DEPTH)
     assert (paper.cutoff_channel, paper.cutoff_token, paper.token_share) == (0.1, 0.85, 0.56)
     assert sum(paper.drop_budget) == pytest.approx(9.5)
@@ -434,8 +436,8 @@ def test_dense_model_is_tried_first_then_the_papers_settings() -> None:
 
 
 def test_where_both_methods_are_searched_global_candidates_come_after_those_of_the_cascade() -> None:
-    candidates = Space(BOTH, DEPTH).first_candidates()
-    cascade = Space(WIDE, DEPTH).first_candidates()
+    candidates = first_candidates(Space(BOTH, DEPTH))
+    cascade = first_candidates(Space(WIDE, DEPTH))
     assert candidates[: len(cascade)] == cascade
     others = candidates[len(cascade) :]
     assert [round(each.target_ratio, 9) for each in others] == [0.6, 0.4, 0.8]
@@ -443,7 +445,7 @@ def test_where_both_methods_are_searched_global_candidates_come_after_those_of_t
 
 
 def test_where_all_is_global_the_dense_model_and_three_targets_are_tried_first() -> None:
-    candidates = Space(GLOBAL, DEPTH).first_candidates()
+    candidates = first_candidates(Space(GLOBAL, DEPTH))
     assert [round(each.target_ratio, 9) for each in candidates] == [1.0, 0.6, 0.4, 0.8]
     assert {(each.method, each.token_share, each.exit_block, each.round_to) for each in candidates} == {
         ("global", 0.5, DEPTH, 8)
@@ -452,19 +454,19 @@ def test_where_all_is_global_the_dense_model_and_three_targets_are_tried_first()
 
 @pytest.mark.parametrize("config", [*CONFIGS, SpaceConfig(), SpaceConfig(exit_block=1), SpaceConfig(method="global")])
 def test_first_candidates_lie_within_the_space_none_twice(config: SpaceConfig) -> None:
-    candidates = Space(config, DEPTH).first_candidates()
+    candidates = first_candidates(Space(config, DEPTH))
     assert candidates
     assert all(is_within(candidate, config) for candidate in candidates)
     assert len(set(candidates)) == len(candidates)
 
 
 def test_where_all_is_fixed_there_is_one_candidate() -> None:
-    assert len(Space(FIXED, DEPTH).first_candidates()) == 1
+    assert len(first_candidates(Space(FIXED, DEPTH))) == 1
 
 
 def test_space_of_one_block_has_candidates_too() -> None:
     config = SpaceConfig(exit_block=1)
-    assert all(is_within(candidate, config, depth=1) for candidate in Space(config, 1).first_candidates())
+    assert all(is_within(candidate, config, depth=1) for candidate in first_candidates(Space(config, 1)))
 
 
 @pytest.mark.parametrize("method", ["constant", "decreasing"])
@@ -479,7 +481,7 @@ def test_a_schedule_is_asked_for_nothing_but_target_exit_and_reduction(method: A
 
 def test_a_schedule_has_first_candidates_and_needs_tokens_to_take() -> None:
     config = SpaceConfig(method=("constant", "decreasing"), token_reduction="merge", target_ratio=(0.2, 1.0))
-    first = Space(config, DEPTH).first_candidates()
+    first = first_candidates(Space(config, DEPTH))
     assert [each.method for each in first] == ["constant", "constant", "decreasing"]
     assert [each.target_ratio for each in first] == pytest.approx([1.0, 0.6, 0.6])
     with pytest.raises(ConfigError, match="a schedule takes tokens alone"):

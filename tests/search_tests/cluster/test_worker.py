@@ -14,7 +14,9 @@ import torch
 from search.cluster.searcher import outcomes_of
 from search.cluster.worker import MAX_START_S, POLL_S, TUNE_S, Crew, TrialRunner
 from search.outcome import Candidate, State
-from search.trial.trial import Ended, Epoch, Event, Rung, WorkerCache
+from search.trial.progress import Epoch, Event, Rung
+from search.trial.reuse import WorkerCache
+from search.trial.trial import Ended
 from tests.search_tests import builders
 from tests.search_tests.cluster.stores import DictStore
 

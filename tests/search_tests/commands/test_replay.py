@@ -22,6 +22,7 @@ from search.space import Space
 from search.suggest.ask import CandidateSearch, History
 from search.suggest.rungs import Promotion
 from search.suggest.samplers import Sampler, SamplerSettings
+from search.trial import warm_start
 from tests.search_tests import builders, tiny
 from tests.search_tests.test_space import Chooser
 
@@ -46,7 +47,7 @@ def new_search(
 ) -> CandidateSearch:
     """A random search, seed 0, that begins with the space's first candidates."""
     if first_candidates is None:
-        first_candidates = recorded.space.first_candidates()
+        first_candidates = warm_start.first_candidates(recorded.space)
     return CandidateSearch(
         recorded.space,
         SamplerSettings(**{"sampler": "random", "seed": 0} | settings),

@@ -12,12 +12,8 @@ from search.outcome import Candidate, Outcome, State
 from search.space import Space
 from search.suggest.ask import CandidateSearch, History, Suggestion
 from search.suggest.samplers import SamplerSettings
+from search.trial.warm_start import first_candidates
 from tests.search_tests import builders
-
-
-def first_candidates(space: Space) -> list[Candidate]:
-    return space.first_candidates()
-
 
 SPACE = Space(SpaceConfig(exit_block=(2, 3)), depth=3)
 FIRST = first_candidates(SPACE)

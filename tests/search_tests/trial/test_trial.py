@@ -22,7 +22,8 @@ from pruning.model.surgery import keep_all_block, keep_all_plan
 from pruning.repair.compensation import repaired_model
 from pruning.repair.sensitivity import measure_sensitivity
 from search.config import Accuracy
-from search.outcome import Candidate, Measurement, Method, Outcome, State
+from search.method import Method
+from search.outcome import Candidate, Measurement, Outcome, State
 from search.trial.context import TrialContext, build, confirm, keys_of, known_from, measure, prepare, time_shapes
 from search.trial.trial import WorkerCache, run_to_end
 from tests.pruning_tests.measure.test_retrieval import slow

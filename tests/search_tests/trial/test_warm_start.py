@@ -19,7 +19,7 @@ from search.outcome import Candidate
 from search.records.profiles import ProfileCache
 from search.space import Space
 from search.trial.context import TrialContext, prepare, profiled
-from search.trial.warm_start import NUM_TARGETS, propose
+from search.trial.warm_start import NUM_TARGETS, first_candidates, propose
 from tests.search_tests import tiny
 
 EXITS = [2, 3]
@@ -92,7 +92,7 @@ def test_no_profile_and_targets_that_nothing_reaches_propose_nothing(context: Tr
 def test_first_candidates_are_the_dense_model_then_what_is_proposed(context: TrialContext) -> None:
     space = space_of(config())
     proposed = propose(context, space)
-    dense, *others = space.first_candidates(proposed)
+    dense, *others = first_candidates(space, proposed)
     assert (dense.target_ratio, dense.exit_block) == (1.0, 3)
     assert others[: len(proposed)] == proposed
     assert len(others) == len(proposed) + 1  # and the paper's
@@ -193,4 +193,4 @@ def test_first_candidates_of_every_combination_of_methods_are_those_recorded() -
         space = recorded_space(methods)
         proposed = some_proposals(space) if name.endswith(" proposed") else []
         expected = [Candidate.from_json(RECORDED["candidates"][place]) for place in places]
-        assert space.first_candidates(proposed) == expected, name
+        assert first_candidates(space, proposed) == expected, name

@@ -23,7 +23,7 @@ from pruning.repair.sensitivity import BlockSensitivity
 from search.config import Config
 from search.trial.lease import Lease, lease_of
 
-Timer = Callable[..., tuple[Timing, list[Timing]]]
+ModelTimer = Callable[..., tuple[Timing, list[Timing]]]
 """`pruning.measure.stopwatch.time_against_dense`, or a test's fake."""
 
 SUBSAMPLE = 4
@@ -48,7 +48,7 @@ class TrialContext:
     sensitivities: dict[int, list[BlockSensitivity]]
     """The sensitivities of the dense model cut at every exit, for the methods that repair in closed form. Two float64
     matrices a block: at 12 blocks 7 MB for a ViT-Tiny, 113 MB for a ViT-Base."""
-    timer: Timer = time_against_dense
+    timer: ModelTimer = time_against_dense
     """The function that times models against the dense one."""
 
     @property

@@ -24,18 +24,18 @@ from search.config import Config
 from search.method import METHODS
 from search.outcome import Measurement
 from search.space import Space
-from search.trial.context import SUBSAMPLE, Timer, TrialContext, lease_on
+from search.trial.context import SUBSAMPLE, ModelTimer, TrialContext, lease_on
 from search.trial.inputs import Inputs
 from search.trial.measure import measurement_of, time_models
 
-TimeWidths = Callable[..., tuple[AllowedWidths, ...]]
+WidthTimer = Callable[..., tuple[AllowedWidths, ...]]
 """`pruning.measure.widths.measure_allowed_widths`, or a test's fake."""
 
 
 def prepare(
     config: Config, inputs: Inputs, *, device: torch.device | None = None, exit_blocks: Sequence[int] | None = None,
-    profiles: Mapping[TokenReduction, Profile] | None = None, timer: Timer = time_against_dense,
-    time_widths: TimeWidths = measure_allowed_widths,
+    profiles: Mapping[TokenReduction, Profile] | None = None, timer: ModelTimer = time_against_dense,
+    time_widths: WidthTimer = measure_allowed_widths,
 ) -> tuple[TrialContext, Measurement]:  # fmt: skip
     """Trains the dense model if the recipe says so, fits the exits and measures the dense model: once a sweep.
 
@@ -77,8 +77,8 @@ def prepare(
 
 
 def prepare_locally(
-    config: Config, inputs: Inputs, *, exit_blocks: Sequence[int] | None = None, timer: Timer = time_against_dense,
-    time_widths: TimeWidths = measure_allowed_widths,
+    config: Config, inputs: Inputs, *, exit_blocks: Sequence[int] | None = None, timer: ModelTimer = time_against_dense,
+    time_widths: WidthTimer = measure_allowed_widths,
 ) -> tuple[TrialContext, Measurement]:  # fmt: skip
     """Prepares a context in this process, on this machine's device, and keeps weights that it trained in the cache.
 
@@ -168,7 +168,7 @@ def _profiles(
 
 
 def _allowed_widths(
-    context: TrialContext, space: Space, time_widths: TimeWidths
+    context: TrialContext, space: Space, time_widths: WidthTimer
 ) -> dict[TokenReduction, tuple[AllowedWidths, ...]]:
     """Measures the allowed widths of every block, for each token reduction that a candidate may have."""
     if "auto" not in space.round_to:

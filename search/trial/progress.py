@@ -51,13 +51,14 @@ class Training(Protocol):
 class TrialProgress:
     """What a trial has done so far, in this process or in an earlier one."""
 
-    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, state: Mapping[str, Any] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         """
         Args:
             state: of an `Epoch` of the same trial, to go on from.
+            clock: gives seconds.
         """
         self._state: Mapping[str, Any] = state or {}
-        self._start = time.monotonic() - self._state.get("seconds", 0.0)
+        self._clock, self._start = clock, clock() - self._state.get("seconds", 0.0)
         self._history: list[dict[str, float]] = list(self._state.get("history", ()))
         self._spans: list[tuple[float, float]] = list(map(tuple, self._state.get("rung_spans", ())))
         self.rungs: list[tuple[float, float]] = list(map(tuple, self._state.get("rungs", ())))
@@ -66,7 +67,7 @@ class TrialProgress:
     @property
     def seconds(self) -> float:
         """The wall-clock time of the trial in all processes, without the time between them."""
-        return time.monotonic() - self._start
+        return self._clock() - self._start
 
     def record(self) -> dict[str, Any]:
         """Gives the fields of an outcome that tell of the progress."""

@@ -16,7 +16,6 @@ from torch import nn
 
 from pruning.artifact import Weights
 from pruning.errors import TargetError, VitfrontError
-from pruning.model.anatomy import blocks_of
 from search.method import METHODS
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.trial.context import TrialContext
@@ -111,7 +110,6 @@ def _run(
 
 def _outcome_of(job: PruningJob, pruned: Pruned, outcome_id: str, measurement: Measurement) -> Outcome:
     """Gives the outcome of a model, without the trial's progress."""
-    share = job.candidate.exit_block / len(blocks_of(job.context.model))
     return Outcome(
         id=outcome_id,
         state=State.MEASURED,
@@ -120,7 +118,7 @@ def _outcome_of(job: PruningJob, pruned: Pruned, outcome_id: str, measurement: M
         measurement=measurement,
         block_drops=pruned.block_drops,
         notes=pruned.notes,
-        forward_passes=pruned.forward_passes * share,
+        forward_passes=pruned.forward_passes * job.candidate.exit_block / job.context.anatomy.depth,
         has_weights=pruned.has_weights,
         same_as=None if pruned.finetuned is None else pruned.finetuned.id,
     )

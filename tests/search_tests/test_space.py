@@ -406,67 +406,12 @@ def test_clip_of_an_exit_takes_the_nearest_that_there_is(given: int, nearest: in
     assert space.clip(replace(inside, exit_block=given)) == replace(inside, exit_block=nearest)
 
 
-@pytest.mark.parametrize("method", ["cascade", "global", ("cascade", "global")])
-def test_first_candidates_of_a_swin_answer_after_its_stages(method: Any) -> None:
-    space = swin_space((1, 12), method=method, round_to="auto")
-    candidates = first_candidates(space)
-    assert len(set(candidates)) == len(candidates)
-    assert {each.exit_block for each in candidates} == ({12} if method == "global" else {2, 10, 12})
-    assert {(each.token_reduction, each.round_to) for each in candidates} == {("none", "auto")}
-    assert all(space.clip(each) == each for each in candidates)
-    assert candidates[0].target_ratio == 1.0
-
-
 def test_clip_of_a_cascade_into_a_space_of_global_candidates_takes_its_budgets() -> None:
     cascade = Space(WIDE, DEPTH).choose(Chooser(0.5))
     clipped = Space(GLOBAL, DEPTH).clip(cascade)
     assert clipped == replace(
         cascade, method="global", criterion="obs", round_to=8, cutoff_channel=0.1, drop_budget=(0.0,) * DEPTH
     )
-
-
-def test_dense_model_is_tried_first_then_the_papers_settings() -> None:
-    first, paper, *others = first_candidates(Space(WIDE, DEPTH))
-    assert (first.target_ratio, first.drop_budget, first.exit_block) == (1.0, (0.0,) * DEPTH, DEPTH)
-    assert (paper.cutoff_channel, paper.cutoff_token, paper.token_share) == (0.1, 0.85, 0.56)
-    assert sum(paper.drop_budget) == pytest.approx(9.5)
-    assert paper.target_ratio == pytest.approx(0.6)
-    assert any((each.exit_block, each.target_ratio, set(each.drop_budget)) == (10, 1.0, {0.0}) for each in others)
-    assert {round(each.target_ratio, 9) for each in (paper, *others) if any(each.drop_budget)} == {0.4, 0.6, 0.8}
-
-
-def test_where_both_methods_are_searched_global_candidates_come_after_those_of_the_cascade() -> None:
-    candidates = first_candidates(Space(BOTH, DEPTH))
-    cascade = first_candidates(Space(WIDE, DEPTH))
-    assert candidates[: len(cascade)] == cascade
-    others = candidates[len(cascade) :]
-    assert [round(each.target_ratio, 9) for each in others] == [0.6, 0.4, 0.8]
-    assert {(each.method, each.token_share, each.exit_block) for each in others} == {("global", 0.5, DEPTH)}
-
-
-def test_where_all_is_global_the_dense_model_and_three_targets_are_tried_first() -> None:
-    candidates = first_candidates(Space(GLOBAL, DEPTH))
-    assert [round(each.target_ratio, 9) for each in candidates] == [1.0, 0.6, 0.4, 0.8]
-    assert {(each.method, each.token_share, each.exit_block, each.round_to) for each in candidates} == {
-        ("global", 0.5, DEPTH, 8)
-    }
-
-
-@pytest.mark.parametrize("config", [*CONFIGS, SpaceConfig(), SpaceConfig(exit_block=1), SpaceConfig(method="global")])
-def test_first_candidates_lie_within_the_space_none_twice(config: SpaceConfig) -> None:
-    candidates = first_candidates(Space(config, DEPTH))
-    assert candidates
-    assert all(is_within(candidate, config) for candidate in candidates)
-    assert len(set(candidates)) == len(candidates)
-
-
-def test_where_all_is_fixed_there_is_one_candidate() -> None:
-    assert len(first_candidates(Space(FIXED, DEPTH))) == 1
-
-
-def test_space_of_one_block_has_candidates_too() -> None:
-    config = SpaceConfig(exit_block=1)
-    assert all(is_within(candidate, config, depth=1) for candidate in first_candidates(Space(config, 1)))
 
 
 @pytest.mark.parametrize("method", ["constant", "decreasing"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,15 @@ import torch
 import yaml
 from PIL import Image
 
-from pruning.data import Images, Splits
+from pruning.data import Images, InputSpec, Splits
+from pruning.measure.cost import count_params
+from pruning.measure.stopwatch import Timing
+from pruning.measure.widths import measure_allowed_widths
+from pruning.model.anatomy import examine
 from pruning.model.loading import create_model
 from search.config import Config
+from search.space import Space
+from search.trial.inputs import Inputs
 
 DEPTH = 3
 NUM_CLASSES = 4
@@ -71,6 +78,15 @@ def steady_times(calls: Sequence[Any], *_: Any) -> list[float]:
     return [1.0 + index for index in range(len(calls))]
 
 
+def steady_timer(calls: Sequence[Any], device: torch.device, num_rounds: int) -> list[list[float]]:
+    """For `pruning.measure.stopwatch.time_in_turn`: each call takes longer than the one before, and nothing is run."""
+    return [steady_times(calls)] * num_rounds
+
+
+time_widths = partial(measure_allowed_widths, timer=steady_timer)
+"""For `search.trial.prepare.prepare`: each width is faster than all larger ones."""
+
+
 def images(count: int, seed: int = 0) -> Images:
     """Noise, its labels too."""
     generator = torch.Generator().manual_seed(seed)
@@ -95,6 +111,36 @@ def splits(test: bool = True) -> Splits:
         val=images(24, seed=3),
         test=images(20, seed=4) if test else None,
     )
+
+
+def inputs(config: Config, **changes: Any) -> Inputs:
+    """What is loaded for a recipe, without a disk; `changes` are fields, as `model` and `splits`."""
+    dense = changes.get("model") or model()
+    anatomy = examine(dense)
+    loaded = Inputs(
+        model=dense,
+        trained=True,
+        spec=InputSpec(size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0),
+        splits=changes.get("splits") or splits(),
+        space=Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows),
+        cache=Path("nowhere"),
+    )
+    return replace(loaded, **changes)
+
+
+def timer(
+    dense: torch.nn.Module, models: Sequence[torch.nn.Module], batch: torch.Tensor, *, num_rounds: int, **_: Any
+) -> tuple[Timing, list[Timing]]:
+    """For `pruning.measure.stopwatch.time_against_dense`: half the parameters are twice as fast."""
+
+    def timing(model: torch.nn.Module) -> Timing:
+        speedup = count_params(dense) / count_params(model)
+        return Timing(
+            speedup=speedup, speedup_low=0.95 * speedup, speedup_high=1.05 * speedup, latency_ms_p50=10 / speedup,
+            throughput_img_s=100 * len(batch) * speedup, batch_size=len(batch), num_rounds=num_rounds,
+        )  # fmt: skip
+
+    return timing(dense), [timing(model) for model in models]
 
 
 def write_images(folder: Path, classes: str = "abcd", count: int = 4) -> Path:

@@ -129,7 +129,7 @@ def test_a_rung_tells_its_values_and_the_outcome_if_the_trial_is_stopped_there()
 
 def test_the_end_leaves_the_weights_and_tells_the_outcomes() -> None:
     at_exit = replace(builders.outcome("t000.2", 0.8, 2.0), waited_s=0.0)
-    end = replace(ended(trained={"key": OUTCOME}), outcomes=[OUTCOME, at_exit])
+    end = replace(ended(finetunes={"key": OUTCOME}), outcomes=[OUTCOME, at_exit])
     worker = Worker(end)
     [result] = worker.run()
     assert outcomes_of(result) == [OUTCOME, at_exit]

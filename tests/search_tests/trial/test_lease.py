@@ -286,23 +286,30 @@ def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
     from pruning.model.anatomy import examine
     from pruning.model.surgery import keep_all_plan
     from search.cluster.tasks import run_task
-    from search.trial.context import confirm, measure, prepare
+    from search.trial.measure import confirm, measure
+    from search.trial.prepare import prepare
     from tests.search_tests import tiny
 
-    model, cpus = tiny.model(), torch.get_num_threads()
-    in_training = watch(model.blocks[1], leases)
-    context, _ = run_task(partial(prepare, trained=True), cpus, tiny.config(), model, tiny.splits(), [3])
-    assert in_training == {"shared", "exclusive"}
-    in_races = watch(context.model, leases)
+    def timer(dense: Any, models: list[Any], batch: Any, **options: Any) -> Any:
+        for model in (dense, *models):
+            model(batch)
+        return tiny.timer(dense, models, batch, **options)
+
+    config, cpus = tiny.config(), torch.get_num_threads()
+    inputs = tiny.inputs(config)
+    in_preparation = watch(inputs.model.blocks[1], leases)
+    context, _ = run_task(partial(prepare, timer=timer), cpus, config, inputs)
+    assert in_preparation == {"shared", "exclusive"}
+    while_timed = watch(context.model, leases)
     other = tiny.model(1).eval()
     seen = watch(other, leases)
     plan = keep_all_plan(examine(other))
     with context.lease.shared():
         measure(context, other, plan)
-    assert in_races == {"exclusive"}
+    assert while_timed == {"exclusive"}
     assert seen == {"shared", "exclusive"}
     run_task(confirm, cpus, context, [plan])
-    assert in_races == {"shared", "exclusive"}
+    assert while_timed == {"shared", "exclusive"}
     assert state(leases, "cpu") == "free"
 
 

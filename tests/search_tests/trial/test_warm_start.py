@@ -1,28 +1,84 @@
-"""Where a search begins, and the profiles that it is told by: in memory and on the disk."""
+"""Where a search begins: the dense model, what a profile proposes, and the papers' settings."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pruning.methods.allocation import allocate
-from pruning.methods.profile import Profile, block_costs
+from pruning.methods.profile import block_costs
 from pruning.model.anatomy import examine
 from search.config import Config, SpaceConfig
-from search.errors import SweepError
 from search.outcome import Candidate
-from search.records.profiles import ProfileCache
 from search.space import Space
-from search.trial.context import TrialContext, prepare, profiled
+from search.trial.context import TrialContext
 from search.trial.warm_start import NUM_TARGETS, first_candidates, propose
 from tests.search_tests import tiny
+from tests.search_tests.test_space import BOTH, CONFIGS, DEPTH, FIXED, GLOBAL, WIDE, is_within, swin_space
 
-EXITS = [2, 3]
+# By the papers
+
+
+@pytest.mark.parametrize("method", ["cascade", "global", ("cascade", "global")])
+def test_first_candidates_of_a_swin_answer_after_its_stages(method: Any) -> None:
+    space = swin_space((1, 12), method=method, round_to="auto")
+    candidates = first_candidates(space)
+    assert len(set(candidates)) == len(candidates)
+    assert {each.exit_block for each in candidates} == ({12} if method == "global" else {2, 10, 12})
+    assert {(each.token_reduction, each.round_to) for each in candidates} == {("none", "auto")}
+    assert all(space.clip(each) == each for each in candidates)
+    assert candidates[0].target_ratio == 1.0
+
+
+def test_dense_model_is_tried_first_then_the_papers_settings() -> None:
+    first, paper, *others = first_candidates(Space(WIDE, DEPTH))
+    assert (first.target_ratio, first.drop_budget, first.exit_block) == (1.0, (0.0,) * DEPTH, DEPTH)
+    assert (paper.cutoff_channel, paper.cutoff_token, paper.token_share) == (0.1, 0.85, 0.56)
+    assert sum(paper.drop_budget) == pytest.approx(9.5)
+    assert paper.target_ratio == pytest.approx(0.6)
+    assert any((each.exit_block, each.target_ratio, set(each.drop_budget)) == (10, 1.0, {0.0}) for each in others)
+    assert {round(each.target_ratio, 9) for each in (paper, *others) if any(each.drop_budget)} == {0.4, 0.6, 0.8}
+
+
+def test_where_both_methods_are_searched_global_candidates_come_after_those_of_the_cascade() -> None:
+    candidates = first_candidates(Space(BOTH, DEPTH))
+    cascade = first_candidates(Space(WIDE, DEPTH))
+    assert candidates[: len(cascade)] == cascade
+    others = candidates[len(cascade) :]
+    assert [round(each.target_ratio, 9) for each in others] == [0.6, 0.4, 0.8]
+    assert {(each.method, each.token_share, each.exit_block) for each in others} == {("global", 0.5, DEPTH)}
+
+
+def test_where_all_is_global_the_dense_model_and_three_targets_are_tried_first() -> None:
+    candidates = first_candidates(Space(GLOBAL, DEPTH))
+    assert [round(each.target_ratio, 9) for each in candidates] == [1.0, 0.6, 0.4, 0.8]
+    assert {(each.method, each.token_share, each.exit_block, each.round_to) for each in candidates} == {
+        ("global", 0.5, DEPTH, 8)
+    }
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, SpaceConfig(), SpaceConfig(exit_block=1), SpaceConfig(method="global")])
+def test_first_candidates_lie_within_the_space_none_twice(config: SpaceConfig) -> None:
+    candidates = first_candidates(Space(config, DEPTH))
+    assert candidates
+    assert all(is_within(candidate, config) for candidate in candidates)
+    assert len(set(candidates)) == len(candidates)
+
+
+def test_where_all_is_fixed_there_is_one_candidate() -> None:
+    assert len(first_candidates(Space(FIXED, DEPTH))) == 1
+
+
+def test_space_of_one_block_has_candidates_too() -> None:
+    config = SpaceConfig(exit_block=1)
+    assert all(is_within(candidate, config, depth=1) for candidate in first_candidates(Space(config, 1)))
+
+
+# By a profile
 
 
 def config(**space: Any) -> Config:
@@ -31,29 +87,6 @@ def config(**space: Any) -> Config:
 
 def space_of(config: Config, **other: Any) -> Space:
     return Space(config.space, tiny.DEPTH, **other)
-
-
-@pytest.fixture(scope="module")
-def context() -> TrialContext:
-    return prepare(config(), tiny.model(), tiny.splits(), EXITS, trained=True, profiles={})[0]
-
-
-def test_a_search_has_the_profiles_that_it_begins_with(context: TrialContext) -> None:
-    assert set(context.profiles) == {"lfe"}
-    alone, _ = prepare(config(), tiny.model(), tiny.splits(), EXITS, trained=True)
-    assert alone.profiles == {}  # no trial of the cascade needs one
-    assert profiled(space_of(config(token_reduction=["lfe", "merge"]))) == ("lfe",)
-    assert profiled(space_of(config(method=["cascade", "global"], token_reduction=["lfe", "merge"]))) == (
-        "lfe",
-        "merge",
-    )
-    assert profiled(space_of(config(method="learned"))) == ()
-
-
-def test_known_profiles_are_not_measured_again(context: TrialContext) -> None:
-    known = replace(context.profiles["lfe"], forward_passes=-1.0)
-    again, _ = prepare(config(), tiny.model(), tiny.splits(), EXITS, trained=True, profiles={"lfe": known})
-    assert again.profiles == {"lfe": known}
 
 
 def test_proposals_lie_along_the_front_and_within_the_space(context: TrialContext) -> None:
@@ -96,62 +129,6 @@ def test_first_candidates_are_the_dense_model_then_what_is_proposed(context: Tri
     assert (dense.target_ratio, dense.exit_block) == (1.0, 3)
     assert others[: len(proposed)] == proposed
     assert len(others) == len(proposed) + 1  # and the paper's
-
-
-# On the disk
-
-
-def cache(folder: Path, context: TrialContext, **changes: Any) -> ProfileCache:
-    given: dict[str, Any] = {"config": context.config, "weights": context.model.state_dict(), "splits": context.splits}
-    return ProfileCache(folder, **given | changes)
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    if hasattr(one, "__dataclass_fields__"):
-        return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
-    return bool(one == other)
-
-
-def test_a_profile_comes_back_as_it_was(context: TrialContext, tmp_path: Path) -> None:
-    assert cache(tmp_path / "new", context).read(["lfe"]) == {}
-    cache(tmp_path / "new", context).write(context.profiles)
-    found = cache(tmp_path / "new", context).read(["lfe", "merge"])
-    assert list(found) == ["lfe"]
-    assert isinstance(found["lfe"], Profile)
-    assert same(found["lfe"], context.profiles["lfe"])
-
-
-def test_another_model_other_images_or_settings_have_other_profiles(context: TrialContext, tmp_path: Path) -> None:
-    cache(tmp_path, context).write(context.profiles)
-    images = replace(context.splits.training, pixels=context.splits.training.pixels.flip(0))
-    for changes in (
-        {"weights": tiny.model(seed=1).state_dict()},
-        {"splits": replace(context.splits, training=images)},
-        {"config": tiny.config(cascade__batch_size=3)},
-    ):
-        assert cache(tmp_path, context, **changes).read(["lfe"]) == {}
-    assert cache(tmp_path, context, config=config(target_ratio=0.3)).read(["lfe"])  # the space does not matter
-
-
-@pytest.mark.parametrize("content", [b"", b"nonsense"])
-def test_a_broken_file_is_named(context: TrialContext, tmp_path: Path, content: bytes) -> None:
-    cache(tmp_path, context).write(context.profiles)
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(content)
-    with pytest.raises(SweepError, match=rf"^{path} holds no profile; remove it, and it is made again$"):
-        cache(tmp_path, context).read(["lfe"])
-
-
-def test_a_file_that_holds_another_class_is_not_unpickled(context: TrialContext, tmp_path: Path) -> None:
-    cache(tmp_path, context).write(context.profiles)
-    (path,) = tmp_path.iterdir()
-    torch.save({"made": context.config}, path)
-    with pytest.raises(SweepError, match="holds no profile"):
-        cache(tmp_path, context).read(["lfe"])
 
 
 # Recorded

@@ -1,0 +1,167 @@
+"""The context of a sweep: dense model, exits, sensitivities, profiles and widths, as far as its methods need them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pruning.errors import VitfrontError
+from pruning.measure.accuracy import wilson_interval
+from pruning.measure.cost import count_macs, count_params
+from pruning.model.anatomy import examine
+from pruning.model.exits import truncate
+from pruning.model.loading import read_weights
+from pruning.model.surgery import keep_all_plan
+from pruning.repair.sensitivity import measure_sensitivity
+from search.config import Config
+from search.outcome import Measurement
+from search.space import Space
+from search.trial.context import TrialContext
+from search.trial.prepare import prepare, prepare_locally, profile_splits, profiled_reductions
+from tests.search_tests import tiny
+from tests.search_tests.trial.trials import EXITS, accuracy
+
+
+def prepared(config: Config, **changes: Any) -> TrialContext:
+    """The context of a recipe; `changes` are fields of its inputs or arguments of `prepare`."""
+    arguments = {name: changes.pop(name) for name in ("exit_blocks", "profiles") if name in changes}
+    return prepare(config, tiny.inputs(config, **changes), timer=tiny.timer, **arguments)[0]
+
+
+def space_of(**space: Any) -> Space:
+    return Space(tiny.config(space={"token_reduction": "lfe"} | space).space, tiny.DEPTH)
+
+
+# The dense model
+
+
+def test_dense_model_is_measured_against_itself() -> None:
+    config = tiny.config()
+    context, dense = prepare(config, tiny.inputs(config))  # by the clock
+    assert (dense.speedup, dense.speedup_low, dense.speedup_high) == (1.0, 1.0, 1.0)
+    assert dense.throughput_img_s == pytest.approx(8 / dense.latency_ms_p50 * 1e3)
+    assert dense.macs == context.dense_macs == count_macs(examine(context.model), keep_all_plan(examine(context.model)))
+    assert dense.params == count_params(context.model)
+
+
+def test_dense_model_is_measured_on_val_alone(context: TrialContext, dense: Measurement) -> None:
+    assert dense.top1 == pytest.approx(accuracy(context.model, context.splits.val))
+    assert (dense.top1_low, dense.top1_high) == wilson_interval(dense.top1, len(context.splits.val))
+    assert (dense.top1_test, dense.recall_at_1, dense.mean_average_precision) == (None, None, None)
+
+
+def test_context_has_a_classifier_for_every_exit_and_its_model_is_done_learning(context: TrialContext) -> None:
+    assert sorted(context.exit_heads) == EXITS
+    assert not context.model.training
+    assert not any(parameter.requires_grad for parameter in context.model.parameters())
+
+
+def test_exits_are_those_that_are_asked_for_whatever_the_space() -> None:
+    assert sorted(prepared(tiny.config(), exit_blocks=[1, 2]).exit_heads) == [1, 2]
+    assert sorted(prepared(tiny.config()).exit_heads) == [tiny.DEPTH]
+
+
+def test_recipe_with_training_trains_on_calibration_and_probe(context: TrialContext) -> None:
+    for images in (context.splits.calibration, context.splits.probe):  # noise can only be learned by heart
+        assert accuracy(context.model, images) > 0.9
+    assert accuracy(context.model, context.splits.val) < 0.7
+
+
+def test_model_that_is_trained_already_is_not_trained_again() -> None:
+    context = prepared(tiny.config(model__training={"epochs": 2}))
+    fresh = tiny.model().state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in context.model.state_dict().items())
+
+
+def test_model_whose_logits_are_no_numbers_fails() -> None:
+    model = tiny.model()
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    with pytest.raises(VitfrontError, match="the model's logits are not finite"):
+        prepared(tiny.config(), model=model)
+
+
+def test_weights_that_were_trained_here_are_kept(tmp_path: Path) -> None:
+    config = tiny.config(model__training={"epochs": 1})
+    inputs = tiny.inputs(config, trained=False, cache=tmp_path / "weights.safetensors")
+    context, _ = prepare_locally(config, inputs, timer=tiny.timer)
+    kept = read_weights(inputs.cache)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in context.model.state_dict().items())
+    assert not torch.equal(kept["head.weight"], tiny.model().head.weight)
+
+
+def test_weights_that_were_final_are_not_written(tmp_path: Path) -> None:
+    config = tiny.config()
+    prepare_locally(config, tiny.inputs(config, cache=tmp_path / "weights.safetensors"), timer=tiny.timer)
+    assert list(tmp_path.iterdir()) == []
+
+
+# What some methods need
+
+
+def test_context_has_the_sensitivity_of_every_exit(context: TrialContext) -> None:
+    assert sorted(context.sensitivities) == EXITS
+    for exit_block, sensitivities in context.sensitivities.items():
+        truncated = truncate(context.model, exit_block, context.exit_heads[exit_block])
+        expected = measure_sensitivity(truncated, context.splits.calibration)
+        for one, other in zip(sensitivities, expected, strict=True):
+            assert torch.equal(one.mid.metric, other.mid.metric) and torch.equal(one.out.metric, other.out.metric)
+            assert (one.mid.prefix_share, one.out.prefix_share) == (other.mid.prefix_share, other.out.prefix_share)
+
+
+def test_methods_that_train_alone_need_no_sensitivity() -> None:
+    assert prepared(tiny.config(space={"method": ["learned", "unstructured"]})).sensitivities == {}
+
+
+def test_context_has_the_widths_of_every_block_for_each_token_reduction_where_widths_are_to_be_measured(
+    context: TrialContext,
+) -> None:
+    assert context.allowed_widths.keys() == {"lfe", "attention-merge", "none"}
+    for reduction, allowed_widths in context.allowed_widths.items():
+        assert allowed_widths == (allowed_widths[0],) * tiny.DEPTH
+        assert set(allowed_widths[0].attention) == {(8, 8), (8, 16), (16, 8), (16, 16)}
+        assert allowed_widths[0].hidden == tuple(range(8, 129, 8))
+        assert (allowed_widths[0].reduction > 0) == (reduction != "none")
+
+
+@pytest.mark.parametrize(
+    ("method", "reductions"), [("learned", ["none"]), ("cascade", ["lfe"]), (["cascade", "soft-mask"], ["lfe", "none"])]
+)
+def test_widths_are_measured_for_the_token_reductions_that_a_candidate_may_have(
+    method: Any, reductions: list[str]
+) -> None:
+    config = tiny.config(space={"method": method, "token_reduction": "lfe", "round_to": "auto"})
+    context, _ = prepare(config, tiny.inputs(config), timer=tiny.timer, time_widths=lambda *_, **__: ())
+    assert context.allowed_widths == dict.fromkeys(reductions, ())
+
+
+def test_no_widths_are_measured_where_none_are_to_be() -> None:
+    assert prepared(tiny.config()).allowed_widths == {}
+
+
+def test_a_search_has_the_profiles_that_it_begins_with(context: TrialContext) -> None:
+    assert context.profiles.keys() == {"lfe", "attention-merge", "none"}  # global is one of its methods
+    cascade = tiny.config(space={"token_reduction": "lfe"})
+    assert prepared(cascade).profiles == {}  # no trial of the cascade needs one
+    assert prepared(cascade, profiles={}).profiles.keys() == {"lfe"}
+    assert profiled_reductions(space_of(token_reduction=["lfe", "merge"])) == ("lfe",)
+    both = space_of(method=["cascade", "global"], token_reduction=["lfe", "merge"])
+    assert profiled_reductions(both) == ("lfe", "merge")
+    assert profiled_reductions(space_of(method="learned")) == ()
+
+
+def test_profiles_are_taken_on_all_images_only_where_trials_depend_on_them(context: TrialContext) -> None:
+    splits = context.splits
+    assert profile_splits(space_of(method=["cascade", "global"]), splits) is splits
+    part = profile_splits(space_of(), splits)
+    assert (len(part.calibration), len(part.probe)) == (4, 10)
+
+
+def test_known_profiles_are_not_measured_again(context: TrialContext) -> None:
+    known = replace(context.profiles["lfe"], forward_passes=-1.0)
+    again = prepared(tiny.config(space={"token_reduction": "lfe"}), profiles={"lfe": known})
+    assert again.profiles == {"lfe": known}

@@ -9,9 +9,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: more only wait for each other
 
 import pytest
+import torch
 
 SWEEPS = "tests/integration/"
 
@@ -33,6 +34,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
     config.option.loadscopereorder = False  # files stay in their order, whole sweeps last
     return FilesScheduling(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Gives every test and its fixtures one thread, also after a test of a command that took more."""
+    torch.set_num_threads(1)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -25,7 +25,8 @@ from pruning.data import Images, InputSpec, load_split
 from pruning.measure.accuracy import predict, top1
 from pruning.measure.cost import count_macs
 from pruning.measure.stopwatch import device_name, time_against_dense
-from pruning.methods.width import RatioGradient, WidthSettings, WidthTraining
+from pruning.methods.learned_gates import RatioGradient
+from pruning.methods.width import WidthSettings, WidthTraining
 from pruning.model.anatomy import examine
 from pruning.model.exits import fit_exits
 from pruning.model.loading import create_model
@@ -93,7 +94,7 @@ def train_rows(task: str, wanted: Sequence[tuple[float, RatioGradient]], quick: 
     for target, gradient in wanted:
         start = time.monotonic()
         run = WidthTraining(
-            model, training, WidthSettings(target_ratio=target, ratio_gradient=gradient, **settings), heads=heads
+            model, training, WidthSettings(target_ratio=target, ratio_gradient=gradient, **settings), exit_heads=heads
         )
         while not run.is_done:
             progress = run.run_epoch()

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pruning.data import InputSpec
 from pruning.methods.cascade import Order
-from pruning.methods.width import RatioGradient
+from pruning.methods.learned_gates import RatioGradient
 from pruning.plan import TokenReduction
 from pruning.scores.criteria import CRITERIA
 from pruning.training import Jitter, TrainSettings
@@ -302,6 +302,11 @@ class LearnedConfig(_Training):
     ratio_gradient: RatioGradient = "edge"
     """`open` is the paper's."""
     distillation: Share = 0.5
+
+    def common(self) -> dict[str, Any]:
+        common = super().common()
+        common["budget_unit"] = common.pop("count")
+        return common
 
 
 class SoftMaskConfig(_Training):

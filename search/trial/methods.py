@@ -198,7 +198,7 @@ def learn_widths(job: PruningJob, progress: TrialProgress) -> Generator[Event, N
             target_ratio=job.target_ratio_within(_macs if settings.count == "macs" else count_params),
             seed=context.config.data.seed, **settings.common(),
         ),
-        heads=context.exit_heads, allowed_widths=job.allowed_widths, precision=context.precision,
+        exit_heads=context.exit_heads, allowed_widths=job.allowed_widths, precision=context.precision,
     )  # fmt: skip
     yield from progress.train("learned", training, {})
     return [Pruned(plan=point.plan, model=point.model, has_weights=True) for point in reversed(training.finish())]

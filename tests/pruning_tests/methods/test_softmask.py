@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from pruning.errors import SettingError, VitfrontError
 from pruning.measure.cost import count_macs
 from pruning.measure.widths import AllowedWidths, multiples
-from pruning.methods.softmask import SoftMaskSettings, SoftMaskTraining, _above, folded, weighted_mean
-from pruning.model.anatomy import blocks_of, classify, embed, examine
-from pruning.model.gates import BlockGates, FixedGates, GatedBlock, gates_of_plan
-from pruning.model.surgery import apply_plan, as_slim, keep_all_plan
+from pruning.methods.softmask import SoftMaskSettings, SoftMaskTraining, _units_above, folded, weighted_mean
+from pruning.model.anatomy import examine
+from pruning.model.gates import BlockGates, gates_of_plan
+from pruning.model.surgery import apply_plan, keep_all_plan
 from pruning.plan import BlockPlan
 from pruning.training import Jitter
 from tests.pruning_tests import builders
 from tests.pruning_tests.model.test_families import batch_of, model_of
+from tests.pruning_tests.model.test_gates import logits_with_gates
 
 SETTINGS = SoftMaskSettings(target_ratio=0.6, epochs=2, batch_size=16, jitter=Jitter(max_shift=0))
 IMAGES = builders.toy_images(48, seed=3)
@@ -50,13 +51,6 @@ def random_gates(model: nn.Module, seed: int = 0) -> list[BlockGates]:
     return gates
 
 
-def gated_logits(model: nn.Module, gates: list[BlockGates], x: Tensor) -> Tensor:
-    stream, anatomies = embed(model, x), examine(model).blocks
-    for block, each, own in zip(blocks_of(model), anatomies, gates, strict=True):
-        stream = GatedBlock(as_slim(block, each, is_last=False), FixedGates(own))(stream)
-    return classify(model, stream)
-
-
 # Gates become weights
 
 
@@ -67,7 +61,7 @@ def test_folded_gates_give_the_logits_of_the_gated_model_which_is_left_alone(fam
     gates = [
         BlockGates(qk=each.qk.double(), v=each.v.double(), hidden=each.hidden.double()) for each in random_gates(model)
     ]
-    logits = gated_logits(model, gates, x)
+    logits = logits_with_gates(model, gates, x)
     torch.testing.assert_close(folded(model, gates)(x), logits, atol=1e-10, rtol=1e-10)
     assert (logits - model(x)).abs().max() > 1e-2
     assert builders.same_state(model, before)
@@ -76,7 +70,7 @@ def test_folded_gates_give_the_logits_of_the_gated_model_which_is_left_alone(fam
 def test_gates_are_folded_where_there_is_no_bias() -> None:
     model, x = builders.model("no_qkv_bias"), builders.batch()
     gates = random_gates(model)
-    torch.testing.assert_close(folded(model, gates)(x), gated_logits(model, gates, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(folded(model, gates)(x), logits_with_gates(model, gates, x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["vit", "distilled", "qk_norm", "swin"])
@@ -89,7 +83,7 @@ def test_the_smaller_model_does_what_the_trained_one_does_with_the_gates_that_st
         stays = gates_of_plan(plan, each)
         gates.append(BlockGates(qk=own.qk * stays.qk, v=own.v * stays.v, hidden=own.hidden * stays.hidden))
         assert (own.v - 1).abs().mean() > 0.01 and (each.has_qk_norm or (own.qk - 1).abs().mean() > 0.01)
-    logits = gated_logits(training.trained, gates, x)
+    logits = logits_with_gates(training.trained, gates, x)
     torch.testing.assert_close(learned.model(x), logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(apply_plan(model, learned.plan)(x), logits, rtol=1e-2, atol=1e-2)
     assert not any(parameter.requires_grad for parameter in learned.model.parameters())
@@ -148,7 +142,7 @@ def test_the_choice_is_that_of_brute_force(threshold: float, round_to: int, seed
     )
     allowed = multiples(anatomy, round_to)
     _, plan = brute_force(gates, allowed, threshold, 0.5 * threshold)
-    assert _above(gates, anatomy, allowed, threshold, 0.5 * threshold) == plan
+    assert _units_above(gates, anatomy, allowed, threshold, 0.5 * threshold) == plan
 
 
 def test_where_all_heads_keep_equally_many_it_is_what_lies_above_one_threshold() -> None:
@@ -176,7 +170,7 @@ def test_what_a_large_step_of_the_heads_leaves_of_the_target_is_filled_with_hidd
             gates.hidden.copy_(torch.rand(gates.hidden.shape, generator=generator))
     plan = training._plan_at_target()
     assert {block.shape.v_width * block.shape.num_heads for block in plan.blocks} == {1}
-    assert 0.49 <= count_macs(training.anatomy, plan) / training.whole <= 0.5
+    assert 0.49 <= count_macs(training.anatomy, plan) / training.dense_macs <= 0.5
     kept = [gates.hidden[list(block.keep_hidden)] for gates, block in zip(training.gates, plan.blocks, strict=True)]
     assert 0.05 < torch.cat(kept).min() < 0.45  # below the threshold of the channels
 

@@ -17,6 +17,7 @@ from pruning.measure.widths import multiples
 from pruning.methods.width import (
     BudgetUnit,
     Lagrangian,
+    LearnedModel,
     ModelSize,
     WidthSettings,
     WidthTraining,

@@ -1,4 +1,4 @@
-"""Images: timm's data sets and transforms, or scikit-learn's digits, as tensors in memory.
+"""Loads images as tensors in memory: timm's data sets and transforms, or scikit-learn's digits.
 
 Images are kept as uint8, as they leave the transforms, and normalised batch by batch: a split of 50,000 at
 224 x 224 takes 7.5 GB that way instead of 30. Only images that will be used are decoded.
@@ -22,15 +22,16 @@ from pruning.errors import DataError, first_line_of
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """One split."""
+    """Images with their labels: one split of a data set, or a part of it."""
 
     pixels: Tensor
     """(B, channels, height, width), uint8."""
     labels: Tensor
     """(B,), int64, class indices."""
     mean: tuple[float, ...]
-    """Of each channel, in [0, 1]."""
+    """Mean of each channel, in [0, 1]; subtracted when the images are normalised."""
     std: tuple[float, ...]
+    """Standard deviation of each channel, which the images are divided by."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,12 +41,12 @@ class Images:
         return replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images (b, channels, height, width) float32 and labels (b,), in order, on the device."""
+        """Yields normalised images (b, channels, height, width) float32 and labels (b,), in order, on the device."""
         for start in yielding_between(range(0, len(self), size)):
             yield self.normalized(slice(start, start + size), device), self.labels[start : start + size].to(device)
 
     def normalized(self, indices: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
-        """Some images as the model takes them: (x / 255 - mean) / std."""
+        """Some of the images as the model takes them: (x / 255 - mean) / std."""
         mean = torch.tensor(self.mean, device=device)[:, None, None] * 255
         std = torch.tensor(self.std, device=device)[:, None, None] * 255
         return (self.pixels[indices].to(device).float() - mean) / std
@@ -92,7 +93,7 @@ def _thinned(images: Images, every: int) -> Images:
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
-    """How an image becomes the model's input."""
+    """The model's input format: size, normalisation and resizing."""
 
     size: tuple[int, int]
     """Height and width."""
@@ -119,7 +120,7 @@ def load_split(
     seed: int = 0,
     download: bool = False,
 ) -> Images:
-    """One split of a data set.
+    """Loads one split of a data set.
 
     Args:
         dataset: `folder` (one folder a class below `root`/`split`), `digits`, or any name of timm's
@@ -141,7 +142,7 @@ def load_split(
     highest = int(labels.max())
     if highest >= num_classes:
         raise DataError(
-            f"{_place(dataset, root, split)} has class index {highest}, but the model has {num_classes} classes; "
+            f"{_location(dataset, root, split)} has class index {highest}, but the model has {num_classes} classes; "
             "give the class map the model was trained with (data.class_map) or the right number of classes"
         )
     chosen = torch.arange(len(labels)) if limit is None else balanced_subset(labels, limit, seed)
@@ -149,15 +150,15 @@ def load_split(
 
 
 def balanced_subset(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Indices of `count` images (or all, if fewer), shuffled, every class as often as possible. (B,) -> (count,)."""
+    """Draws `count` images (or all, if fewer), shuffled, every class as often as possible. Labels (B,) -> (count,)."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
-    turn = torch.zeros(len(labels), dtype=torch.long)
+    place_in_class = torch.zeros(len(labels), dtype=torch.long)
     for label in labels.unique():
         members = (labels[shuffled] == label).nonzero().flatten()
-        turn[members] = torch.arange(len(members))
+        place_in_class[members] = torch.arange(len(members))
     # Every class's first image, then every class's second, ...: a stable sort keeps each round shuffled.
-    return shuffled[turn.sort(stable=True).indices][:count]
+    return shuffled[place_in_class.sort(stable=True).indices][:count]
 
 
 def _digits(split: str, spec: InputSpec) -> Images:
@@ -179,14 +180,14 @@ def _digits(split: str, spec: InputSpec) -> Images:
 
 
 def folder_classes(root: str | Path, split: str) -> dict[str, int]:
-    """Class name -> index of an image folder without a class map: the class folders of a split in timm's order."""
+    """Numbers the class folders of a split in timm's order, where there is no class map: class name -> index."""
     from timm.data.readers.reader_image_folder import find_images_and_targets
 
     folder = _split_folder(root, split)
     classes: dict[str, int] = find_images_and_targets(str(folder))[1]
     if not classes or "" in classes:  # timm takes images that lie outside any class folder as a class
-        what = "images lie outside a class folder" if classes else "no image"
-        raise DataError(f"{what} in {folder}; it must hold one folder of images a class")
+        problem = "images lie outside a class folder" if classes else "no image"
+        raise DataError(f"{problem} in {folder}; it must hold one folder of images a class")
     return classes
 
 
@@ -207,10 +208,10 @@ def _open(
     mode: str,
     download: bool,
 ) -> Any:
-    """timm's data set, its folders checked: timm skips class folders it does not know in silence."""
+    """Opens timm's data set after a check of its folders: timm skips class folders it does not know in silence."""
     from timm.data import create_dataset
 
-    place = _place(dataset, root, split)
+    place = _location(dataset, root, split)
     name, folder = dataset, root
     if dataset == "folder":
         folder = _split_folder(root, split)
@@ -239,19 +240,19 @@ def _checked_class_map(class_map: str | Path | dict[str, int], folder: Path) -> 
     if not isinstance(class_map, dict) and not Path(class_map).is_file():
         raise DataError(f"no class map {class_map}; give a text file with one class a line")
     try:
-        known: dict[str, int] = class_map if isinstance(class_map, dict) else load_class_map(str(class_map))
+        classes: dict[str, int] = class_map if isinstance(class_map, dict) else load_class_map(str(class_map))
     except Exception as error:  # not UTF-8, another extension than .txt, ...
         raise DataError(f"cannot read class map {class_map}: {first_line_of(error)}") from error
     names = [entry.name for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
-    strange = [name for name in names if name not in known]
-    if strange:
-        shown = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
-        raise DataError(f"{len(strange)} of {len(names)} folders in {folder} are no class of the class map: {shown}")
-    return known
+    unknown = [name for name in names if name not in classes]
+    if unknown:
+        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        raise DataError(f"{len(unknown)} of {len(names)} folders in {folder} are no class of the class map: {shown}")
+    return classes
 
 
 def _labels(source: Any) -> Tensor:
-    """All labels of a data set, read without decoding an image where its kind allows that."""
+    """Reads all labels of a data set, without decoding an image where its kind allows that."""
     samples = getattr(getattr(source, "reader", None), "samples", None) or getattr(source, "samples", None)
     if samples is not None:
         return torch.tensor([label for _, label in samples], dtype=torch.long)
@@ -271,7 +272,7 @@ def _decode(source: Any, indices: Sequence[int], spec: InputSpec) -> Tensor:
     )
     reader = getattr(source, "reader", None)
 
-    def one(index: int) -> Tensor:
+    def decode(index: int) -> Tensor:
         # Past timm's own __getitem__, which replaces an image that it cannot read by its neighbour.
         try:
             image = source[index][0] if reader is None else reader[index][0]
@@ -284,8 +285,8 @@ def _decode(source: Any, indices: Sequence[int], spec: InputSpec) -> Tensor:
             raise DataError(f"cannot read {name}: {first_line_of(error)}") from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return torch.stack(list(pool.map(one, indices)))
+        return torch.stack(list(pool.map(decode, indices)))
 
 
-def _place(dataset: str, root: str | Path | None, split: str) -> str:
+def _location(dataset: str, root: str | Path | None, split: str) -> str:
     return f"{dataset} {Path(root) / split if root is not None else split}"

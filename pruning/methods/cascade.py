@@ -41,7 +41,7 @@ FIRST_GUESS = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeSettings(ProbingSettings):
-    """What the cascade may spend, and how it prunes."""
+    """Settings of a cascade: its budgets, and how it scores and probes blocks."""
 
     drop_budget: tuple[float, ...]
     """Accuracy points (1 = one percent of the probe images) that each block may cost, one entry a block."""
@@ -59,7 +59,7 @@ class CascadeSettings(ProbingSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeResult:
-    """The model that a cascade made, and what it cost."""
+    """The outcome of a cascade: the pruned model, its plan and the cost of finding it."""
 
     plan: Plan
     model: nn.Module
@@ -84,17 +84,18 @@ def cascade(
     """Prunes a dense model block by block; the model is left as it was.
 
     Top-down, the blocks before the current one are dense, and those after it are pruned already: they were repaired on
-    a stream that the blocks before them no longer give. So the whole plan is repaired once more at the end, from the
-    first block to the last, which the bottom-up walk does on its way: by either order the model is the one that
-    `repaired_model` makes of the plan, and only the plans differ. The drops, and their budgets, are those of the walk.
+    a stream that changes once the blocks before them are pruned. So all blocks are repaired once more at the end, from
+    the first to the last, as bottom-up does on its way: by either order the model is the one that `repaired_model`
+    makes of the plan, and only the plans differ. The drops, and their budgets, are those measured on the way.
 
     Args:
         model: dense, in eval mode, on the device to work on.
         probe: images whose accuracy the budgets are about.
         calibration: images for the scores and the repair.
         sensitivity: of the dense model on the calibration images; measured if it is not given.
-        prefix_cache: of earlier calls with this model, cut at any exit, and these images; a call that begins as
-            one of them goes on from there. The result is the same, and its cost counts as if nothing had been known.
+        prefix_cache: states of earlier calls with this model, cut at any exit, and these images; a call that begins
+            as one of them did goes on from its state. The result is the same, and its cost counts as if it had begun
+            anew.
 
     Raises:
         SettingError: not one budget a block, or a negative one; or a token reduction top-down.
@@ -147,7 +148,7 @@ def _check(settings: CascadeSettings, anatomy: Anatomy) -> None:
 
 
 class _Spending:
-    """What a cascade may spend, as thresholds that remember what they were compared with."""
+    """The budgets of a cascade, as thresholds that remember what they were compared with."""
 
     def __init__(self, settings: CascadeSettings, num_probe: int) -> None:
         allowed = [budget / 100 * num_probe for budget in settings.drop_budget]
@@ -195,7 +196,7 @@ class CascadeState:
         return target.reaches(count_macs(self.prober.anatomy, _plan(self.settings, self.plans_with(plan))))
 
     def copy(self) -> CascadeState:
-        """The same state, to go on from without changing this one."""
+        """A copy to go on from without changing this state."""
         return replace(self, prober=self.prober.copy())
 
 
@@ -229,7 +230,7 @@ class _Pruned:
 
 
 class _Removal:
-    """What may be removed of one kind from the current block, by how many units go."""
+    """Removals of one kind (tokens or channels) from the current block, by the number of units that go."""
 
     def __init__(
         self, prober: Prober, most: int, plan_without: Callable[[int], BlockPlan], budget: Threshold,

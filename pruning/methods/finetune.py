@@ -1,4 +1,4 @@
-"""Recovery after pruning: the smaller model is trained on, on the labels and on the dense model's answers.
+"""Fine-tuning after pruning: trains the smaller model on the labels and on the dense model's answers.
 
 The dense model is the teacher (`pruning.losses`: soft or hard); it sees the very images that the student sees, mixed
 ones too.
@@ -32,15 +32,15 @@ Distillation = Literal["none", "soft", "hard"]
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(LoopSettings):
-    """How a pruned model is trained on."""
+    """Settings of the fine-tuning of a pruned model."""
 
     optimizer: str = "adamw"
     """Any name that timm's `create_optimizer_v2` knows."""
     distillation: Distillation = "soft"
     weight: float = 0.5
-    """Of the teacher's answers against the labels, in [0, 1]."""
+    """Weight of the teacher's answers against the labels, in [0, 1]."""
     temperature: float = 1.0
-    """Of soft distillation: all logits are divided by it; above 0."""
+    """Number that all logits are divided by in soft distillation; above 0."""
     label_smoothing: float = 0.0
     """Share of a label that is spread over all classes, in [0, 1)."""
     mixup: float = 0.0
@@ -64,7 +64,7 @@ class FinetuneSettings(LoopSettings):
 
 
 class Finetuning:
-    """One run, epoch by epoch; its state can be saved and loaded in between."""
+    """A fine-tuning, epoch by epoch; its state can be saved and loaded in between."""
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module | None, images: Images, settings: FinetuneSettings, *,
@@ -74,8 +74,8 @@ class Finetuning:
         Args:
             student: pruned or not, in eval mode, on the device to work on; it is left as it was.
             teacher: the dense model, in eval mode, on the same device; needed unless the distillation is none.
-            masks: the weights that stay are trained, the others are 0 from the start and after every step; or what
-                chooses them as the training goes on.
+            masks: the weights that stay are trained, the others are 0 from the start and after every step; or a
+                schedule that chooses the masks as the training goes on.
 
         Raises:
             SettingError: there is no teacher to learn from, its classes are not the student's, or timm cannot make
@@ -90,12 +90,12 @@ class Finetuning:
                     "give one with the same, or set the distillation to none"
                 )
         self.settings, self.precision, self.teacher = settings, precision, teacher
-        # The mode stays eval: a distilled DeiT in train mode may give a tuple, one answer a token, where what counts
-        # is their mean, as deployed. A ViT for pruning has no batch norm, and dropout is no help after pruning.
+        # The mode stays eval: a distilled DeiT in train mode may give a tuple, one answer a token, where their mean
+        # counts, as deployed. A ViT for pruning has no batch norm, and dropout is no help after pruning.
         self.trained = copy.deepcopy(student).eval().requires_grad_(True)
         self.schedule = masks if callable(masks) else None
         self.masks: Masks | None = None
-        """Those in force."""
+        """The masks in force; None for no mask."""
         if masks is not None and not callable(masks):
             self._mask(masks)
         self.device = next(student.parameters()).device
@@ -104,11 +104,11 @@ class Finetuning:
 
     @property
     def is_done(self) -> bool:
-        """All epochs are trained."""
+        """True once all epochs are trained."""
         return self.loop.is_done
 
     def run_epoch(self) -> dict[str, float]:
-        """Trains one epoch; gives its mean loss.
+        """Trains one epoch; returns its mean loss.
 
         Raises:
             VitfrontError: the loss is not finite (names step and learning rate).
@@ -162,32 +162,32 @@ class Finetuning:
 
 
 class _Mix:
-    """timm's mixup and cutmix, drawn from a generator of ours."""
+    """timm's mixup and cutmix, drawn from a torch generator."""
 
     def __init__(self, settings: FinetuneSettings, num_classes: int) -> None:
-        self.timms: Mixup | None = None
+        self.mixup: Mixup | None = None
         if settings.mixup > 0 or settings.cutmix > 0:
-            self.timms = Mixup(
+            self.mixup = Mixup(
                 mixup_alpha=settings.mixup, cutmix_alpha=settings.cutmix, label_smoothing=settings.label_smoothing,
                 num_classes=num_classes,
             )  # fmt: skip
 
     def __call__(self, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Mixed images, and their shares of every class (B, K); both as they are where nothing is mixed."""
-        if self.timms is None:
+        """Mixes images; returns them and their shares of every class (B, K). Without mixing both are as they were."""
+        if self.mixup is None:
             return pixels, labels
         even = len(labels) // 2 * 2  # timm mixes pairs: of an odd batch the last image is mixed with itself
         with numpy_seeded(int(torch.randint(2**32, (), generator=generator))):
-            mixed, shares = self.timms(pixels[:even].clone(), labels[:even])
+            mixed, shares = self.mixup(pixels[:even].clone(), labels[:even])
             if even == len(labels):
                 return mixed, shares
-            last, of_last = self.timms(pixels[even:].repeat(2, 1, 1, 1), labels[even:].repeat(2))
-        return torch.cat([mixed, last[:1]]), torch.cat([shares, of_last[:1]])
+            last, last_shares = self.mixup(pixels[even:].repeat(2, 1, 1, 1), labels[even:].repeat(2))
+        return torch.cat([mixed, last[:1]]), torch.cat([shares, last_shares[:1]])
 
 
 @contextmanager
 def numpy_seeded(seed: int) -> Iterator[None]:
-    """numpy's global random state, from which timm draws, seeded within and afterwards as it was."""
+    """Seeds numpy's global random state, from which timm draws; afterwards it is as it was."""
     before = np.random.get_state()
     np.random.seed(seed)
     try:

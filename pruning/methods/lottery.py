@@ -1,9 +1,9 @@
 """Lottery tickets: is it the mask that lets a sparse model learn, or the weights it started from?
 
-Train, prune by magnitude, put what survives back to where it started, and train that again under the mask, round after
-round (Frankle and Carbin 2019). At the last mask the ticket is compared with weights drawn anew: as they come, and
-scaled to the inputs that each output has left (Evci et al. 2022), without which signal and gradient start too small.
-Which weights are masked, see `pruning.methods.sparsity`.
+In every round the model is trained and pruned by magnitude; the weights that survive go back to their start and are
+trained again under the mask (Frankle and Carbin 2019). At the last mask the ticket is compared with weights drawn anew:
+as they come, and scaled to the inputs that each output has left (Evci et al. 2022), without which signal and gradient
+start too small. `pruning.methods.sparsity` says which weights are masked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pruning.precision import Precision
 from pruning.training import TrainSettings, train
 
 Arm = Literal["dense", "ticket", "random", "sparse-aware"]
-"""Without a mask; rewound; drawn anew; drawn anew and scaled to the fan-in."""
+"""The weights that a training starts from: those given, without a mask; rewound; drawn anew; drawn anew and scaled to
+the fan-in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +33,14 @@ class LotterySettings:
     """One lottery: a training for the dense model, one for each round, and two for the weights drawn anew."""
 
     training: TrainSettings
-    """Of every arm alike: as many steps, the images in the same order."""
+    """Settings of the training of every arm: as many steps, the images in the same order."""
     sparsity: float = 0.8
     """Share of the blocks' weights that are gone in the last round, in (0, 1)."""
     rounds: int = 3
-    """In how many steps they go; each takes the same share of what is left."""
+    """Number of rounds in which the weights go; each takes the same share of those that are left."""
     rewind_step: int = 0
-    """The survivors, and all that is not masked, go back to where the dense training was after so many steps: 0 is
-    the start. The ticket is then trained as long as the other arms, so these steps come on top."""
+    """Step of the dense training whose weights the survivors, and all that is not masked, go back to: 0 is the start.
+    The ticket is then trained as long as the other arms, so these steps come on top."""
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
@@ -52,7 +53,7 @@ class LotterySettings:
         return 1 - (1 - self.sparsity) ** (rounds / self.rounds)
 
     def num_steps(self, num_images: int) -> int:
-        """Of each training.
+        """The number of steps of each training.
 
         Raises:
             SettingError: the rewind step is none of them.
@@ -65,28 +66,29 @@ class LotterySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LotteryRow:
-    """What one training gave."""
+    """The outcome of one training."""
 
     arm: Arm
     round: int
-    """How often was pruned before; 0 for the dense model."""
+    """Number of prunings before; 0 for the dense model."""
     sparsity: float
     """Share of the blocks' weights that are 0, counted after training."""
     seed: int
-    """Of the training."""
+    """Seed of the training."""
     top1: float
-    """In [0, 1]."""
+    """Accuracy on the val images, in [0, 1]."""
     gradient_norms: tuple[float, ...]
     """`surviving_gradient_norm` at each step, before it is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LotteryResult:
-    """Dense, then the ticket of each round, then the two arms that were drawn anew."""
+    """The outcomes of all trainings of one lottery."""
 
     rows: tuple[LotteryRow, ...]
+    """The dense model, then the ticket of each round, then the two arms that were drawn anew."""
     masks: Masks
-    """Of the last round."""
+    """The masks of the last round."""
 
 
 def run_lottery(
@@ -99,13 +101,13 @@ def run_lottery(
     precision: Precision = "float32",
     on_stage: Callable[[Arm, int, nn.Module], None] | None = None,
 ) -> LotteryResult:
-    """The lottery of one seed, that of `settings.training`.
+    """Runs the lottery of one seed, that of `settings.training`.
 
     Args:
-        model: the weights that all starts from; left as it was.
+        model: the weights that every ticket starts from; left as it was.
         images: to train on.
-        val: nothing is chosen by it.
-        fresh: makes the untrained model anew, from a seed.
+        val: images to measure accuracy on; nothing is chosen by it.
+        fresh: returns the untrained model, drawn from a seed.
         on_stage: called before each training with its arm, its round and the model that will be trained.
 
     Raises:
@@ -114,39 +116,37 @@ def run_lottery(
     """
     settings.num_steps(len(images))
     device, seed = next(model.parameters()).device, settings.training.seed
-    rows: list[LotteryRow] = []
 
     def train_arm(
-        arm: Arm, number: int, made: nn.Module, masks: Masks, after_step: Callable[[int], None] | None = None
-    ) -> None:
-        apply_masks(made, masks)
+        arm: Arm, number: int, start: nn.Module, masks: Masks, after_step: Callable[[int], None] | None = None
+    ) -> LotteryRow:
+        """Trains a model in place under masks."""
+        apply_masks(start, masks)
         if on_stage is not None:
-            on_stage(arm, number, made)
-        norms = train_masked(made, masks, images, settings.training, precision=precision, after_step=after_step)
-        accuracy = top1(predict(made, val, precision=precision), val.labels)
-        rows.append(
-            LotteryRow(
-                arm=arm, round=number, sparsity=sparsity_of(made), seed=seed, top1=accuracy, gradient_norms=norms
-            )
+            on_stage(arm, number, start)
+        norms = train_masked(start, masks, images, settings.training, precision=precision, after_step=after_step)
+        accuracy = top1(predict(start, val, precision=precision), val.labels)
+        return LotteryRow(
+            arm=arm, round=number, sparsity=sparsity_of(start), seed=seed, top1=accuracy, gradient_norms=norms
         )
 
-    made, early = copy.deepcopy(model), _copied(model)
+    ticket, early = copy.deepcopy(model), _copied(model)
 
     def keep_early(step: int) -> None:
         if step + 1 == settings.rewind_step:
-            early.update(_copied(made))
+            early.update(_copied(ticket))
 
-    masks = magnitude_masks(made, 0.0)
-    train_arm("dense", 0, made, masks, keep_early)
+    masks = magnitude_masks(ticket, 0.0)
+    rows = [train_arm("dense", 0, ticket, masks, keep_early)]
     for number in range(1, settings.rounds + 1):
-        masks = magnitude_masks(made, settings.sparsity_after(number))  # what is gone is 0: it goes first again
-        made.load_state_dict(early)
-        train_arm("ticket", number, made, masks)
+        masks = magnitude_masks(ticket, settings.sparsity_after(number))  # masked weights are 0: they go first again
+        ticket.load_state_dict(early)
+        rows.append(train_arm("ticket", number, ticket, masks))
     # One draw for both, so that they differ by the scale alone; ~seed is never the seed that `model` was made from.
-    train_arm("random", settings.rounds, fresh(~seed).to(device), masks)
+    rows.append(train_arm("random", settings.rounds, fresh(~seed).to(device), masks))
     scaled = fresh(~seed).to(device)
     scale_to_fan_in(scaled, masks)
-    train_arm("sparse-aware", settings.rounds, scaled, masks)
+    rows.append(train_arm("sparse-aware", settings.rounds, scaled, masks))
     return LotteryResult(rows=tuple(rows), masks=masks)
 
 
@@ -159,7 +159,7 @@ def train_masked(
     precision: Precision = "float32",
     after_step: Callable[[int], None] | None = None,
 ) -> tuple[float, ...]:
-    """Trains in place, as `train` does; the masked weights are 0 before and after every step.
+    """Trains a model in place, as `train` does; the masked weights are 0 before and after every step.
 
     Args:
         after_step: called when the masked weights are 0 again.
@@ -183,7 +183,7 @@ def train_masked(
 
 
 def surviving_gradient_norm(model: nn.Module, masks: Masks) -> float:
-    """L2 norm of the gradients of all blocks' weights that stay, as the last backward pass left them."""
+    """The L2 norm of the gradients of all blocks' weights that stay, as the last backward pass left them."""
     squares = []
     for name, layer in sparse_layers(model):
         assert layer.weight.grad is not None

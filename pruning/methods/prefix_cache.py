@@ -1,7 +1,7 @@
-"""What a walk through the blocks found out, for later walks that begin as it did.
+"""A cache of states that cascades passed through, for later cascades that begin in the same way.
 
-A walk is told numbers (the target, what each block may cost) that it only compares with what it finds. It would have
-gone the same way for all numbers by which these comparisons come out alike, and each number remembers which those are.
+A cascade is given numbers (its target, the budget of each block) that it only compares with measured ones. It would
+have gone the same way for all numbers by which these comparisons come out alike: each number remembers their interval.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ T = TypeVar("T")
 
 
 class Threshold:
-    """A number that is only asked whether it reaches others."""
+    """A number that is only compared with others, and remembers the interval in which no comparison would change."""
 
     def __init__(self, value: float) -> None:
         self.value = value
         self.low, self.high = -inf, inf
-        """Any number from `low` on and below `high` would have given the same answers so far."""
+        """Ends of the interval [low, high) of numbers that would have given the same answers so far."""
 
     def reaches(self, other: float) -> bool:
-        """Whether it is at least the other one."""
+        """Tells whether this number is at least the other one."""
         if self.value >= other:
             self.low = max(self.low, other)
             return True
@@ -41,7 +41,7 @@ class _Kept(Generic[T]):
 
 
 class PrefixCache(Generic[T]):
-    """States of walks: those that were used last, of no more bytes together than a given number."""
+    """States of cascades: those used last, as many as fit into a number of bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -49,18 +49,18 @@ class PrefixCache(Generic[T]):
 
     @property
     def num_bytes(self) -> int:
-        return sum(each.num_bytes for each in self._kept)
+        return sum(kept.num_bytes for kept in self._kept)
 
     def keep(
         self, settings: Hashable, thresholds: Sequence[Threshold], num_steps: int, state: T, num_bytes: int
     ) -> None:
-        """Keeps the state of a walk after so many steps; nobody may change it from now on.
+        """Keeps the state of a cascade after so many steps; nobody may change it from now on.
 
         Args:
-            settings: all that the walk depends on beside the thresholds.
+            settings: all that the cascade depends on beside the thresholds.
             num_bytes: size of the state.
         """
-        intervals = tuple((each.low, each.high) for each in thresholds)
+        intervals = tuple((threshold.low, threshold.high) for threshold in thresholds)
         self._kept.append(
             _Kept(settings=settings, intervals=intervals, num_steps=num_steps, state=state, num_bytes=num_bytes)
         )
@@ -68,19 +68,22 @@ class PrefixCache(Generic[T]):
             self._kept.pop(0)
 
     def farthest(self, settings: Hashable, thresholds: Sequence[Threshold]) -> T | None:
-        """The state after the most steps that a walk with these settings and thresholds would come to as well.
+        """The state after the most steps that a cascade with these settings and thresholds would come to as well.
 
-        The thresholds then know what they were asked on the way. None where no state is kept.
+        The thresholds then remember the comparisons on the way there.
+
+        Returns:
+            None where no kept state is on the way.
         """
 
-        def comes_there(kept: _Kept[T]) -> bool:
+        def is_on_the_way(kept: _Kept[T]) -> bool:
             pairs = zip(thresholds, kept.intervals, strict=True)
-            return kept.settings == settings and all(low <= each.value < high for each, (low, high) in pairs)
+            return kept.settings == settings and all(low <= t.value < high for t, (low, high) in pairs)
 
-        best = max(filter(comes_there, self._kept), key=lambda kept: kept.num_steps, default=None)
+        best = max(filter(is_on_the_way, self._kept), key=lambda kept: kept.num_steps, default=None)
         if best is None:
             return None
-        self._kept = [*(each for each in self._kept if each is not best), best]
+        self._kept = [*(kept for kept in self._kept if kept is not best), best]
         for threshold, interval in zip(thresholds, best.intervals, strict=True):
             threshold.low, threshold.high = interval
         return best.state

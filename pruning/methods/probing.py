@@ -38,7 +38,7 @@ SENSITIVITY_PASSES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class ProbingSettings:
-    """How blocks are scored, pruned and run."""
+    """Settings by which blocks are scored, pruned and run."""
 
     cutoff_channel: float = 0.1
     """Cutoff of the image filter of the channel score, in (0, 1]."""
@@ -110,7 +110,7 @@ class Prober:
         self._probe_dense()
 
     def copy(self) -> Prober:
-        """The same state, between two blocks, to go on from; both share the tensors, which nobody changes."""
+        """A copy between two blocks, to go on from; both share the tensors, which nobody changes."""
         other = copy.copy(self)
         other.stream = self.stream.copy()
         other.block_repair = BlockRepair(other.stream)
@@ -137,7 +137,7 @@ class Prober:
 
     @torch.no_grad()
     def _embed_calibration(self) -> None:
-        """Prepares what the channel score looks at beside the stream; by all criteria but lfs that is not looked at."""
+        """Prepares the inputs of the channel score beside the stream; the filtered images are for lfs alone."""
         settings, device = self.settings, self.stream.x.device
         self.calibration_labels = self.calibration.labels.to(device)
         self.x_low, self.summaries = self.stream.x, [torch.empty(0)] * self.anatomy.depth
@@ -267,13 +267,13 @@ class Prober:
 class TopDownProber(Prober):
     """The images on their way through the blocks, from the last to the first.
 
-    What enters a block is dense, and run anew for each: to keep it for all blocks would take the memory of all their
-    activations.
+    The input of a block comes from dense blocks, and is computed anew for each block: to keep it for all blocks would
+    take the memory of all their activations.
     """
 
     def _enter_first(self) -> None:
         self.embedded = self.x_probe, self.x_low, self.stream.x
-        """What the embedding gives, images in their own order."""
+        """(x_probe, x_low, calibration stream) after the embedding, images in their own order."""
         self.built: list[nn.Module] = []
         self._enter(self.anatomy.depth - 1)
 

@@ -1,4 +1,4 @@
-"""A profile: what it costs to remove channels and tokens, block by block, and what a plan costs by it.
+"""The profile of a dense model: costs of removing channels and tokens, block by block, and of a plan by their sum.
 
 All costs are nats an image: the divergence of the pruned model's answers from the dense model's.
 
@@ -22,7 +22,7 @@ REMOVED_SHARES = (1 / 24, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 11 / 12)
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What it costs to remove channels (predicted) and tokens (measured) from each block of one dense model."""
+    """The costs of removing channels (predicted) and tokens (measured) from each block of one dense model."""
 
     channels: tuple[RemovalCurves, ...]
     """The removal curves of every block."""
@@ -40,7 +40,7 @@ class Profile:
 
 
 def block_costs(profile: Profile, anatomy: Anatomy, plan: Plan) -> list[tuple[float, float]]:
-    """Predicts what each block's missing channels, and its missing tokens, cost under a plan, in nats an image.
+    """Predicts the cost of each block's missing channels, and of its missing tokens, under a plan, in nats an image.
 
     Args:
         anatomy: of the profiled model, or of its first blocks behind an exit.

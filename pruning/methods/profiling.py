@@ -142,7 +142,7 @@ def _reducing_block(subject: _Subject, index: int, num_tokens: int) -> nn.Module
 def _scale(
     subject: _Subject, profile: Profile, dense_logits: Tensor, share_of_macs: float, *, token_share: float
 ) -> float:
-    """How many times as much as predicted a pruned and repaired model costs; 1 at least.
+    """The measured cost of a pruned and repaired model over its predicted cost; 1 at least.
 
     Args:
         profile: unscaled.

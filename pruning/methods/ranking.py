@@ -1,4 +1,4 @@
-"""From channel scores to the widths of a block: drop the n least units, then give every head equal widths.
+"""Ranks the units of a block by their scores: drops the n least, then gives every head equal widths.
 
 H heads, D head width, h hidden units, C model width.
 """
@@ -30,10 +30,14 @@ class Ranking:
         num_tokens_out: int,
         allowed: AllowedWidths,
     ) -> None:
-        """Token counts are with the prefix tokens; widths are rounded up to those of the allowed."""
+        """
+        Args:
+            num_tokens_in, num_tokens_out: with the prefix tokens.
+            allowed: widths are rounded up to these.
+        """
         self.scores = ChannelScores(qk=scores.qk.cpu(), v=scores.v.cpu(), hidden=scores.hidden.cpu())
         self.allowed = allowed
-        # With qk-norm the pairs stay whole: they are ranked above everything.
+        # With qk-norm all pairs stay: they are ranked above everything.
         qk = torch.full_like(self.scores.qk, float("inf")) if anatomy.has_qk_norm else self.scores.qk
         self._num_qk, self._num_v = qk.numel(), self.scores.v.numel()
         self._channel_macs = channel_macs(anatomy, num_tokens_in)
@@ -45,7 +49,7 @@ class Ranking:
 
     @property
     def max_removed(self) -> int:
-        """Units that can go: one pair, one value channel and one hidden unit are not asked for."""
+        """The number of units that can go: all but one pair, one value channel and one hidden unit."""
         return len(self._order) - self._min_qk - 2
 
     def plan(self, num_removed: int, num_tokens: int) -> BlockPlan:
@@ -58,7 +62,7 @@ class Ranking:
         num_qk = self._num_qk - int((removed < self._num_qk).sum())
         num_hidden = len(self.scores.hidden) - int((removed >= self._num_qk + self._num_v).sum())
         num_v = self._num_v - (num_removed - (self._num_qk - num_qk) - (len(self.scores.hidden) - num_hidden))
-        # What a channel has to be worth to stay: as much as the last unit that goes.
+        # A channel has to be worth as much as the last unit that goes.
         price = self._worth[removed[-1:]].sum().item() * self._channel_macs
         heads, qk_width, v_width = fit_heads(
             self.scores.qk, self.scores.v, max(num_qk, self._min_qk), max(num_v, 1), self.allowed, price
@@ -75,14 +79,14 @@ class Ranking:
 def fit_heads(
     qk: Tensor, v: Tensor, num_qk: int, num_v: int, allowed: AllowedWidths, price: float = 0.0
 ) -> tuple[Indices, int, int]:
-    """Heads and equal widths for so many channels: of all head counts that fit, the one that loses the least score.
+    """Chooses heads and equal widths for so many channels: of all head counts that fit, that of the least lost score.
 
     Args:
         qk, v: (H, D) scores.
-        num_qk, num_v: channels to keep in the whole block, at least 1 each.
+        num_qk, num_v: channels to keep in all heads together, at least 1 each.
         allowed: both widths are rounded up to a pair of it.
-        price: taken off for each channel that this rounding adds. With none, the most heads always win where one
-            step of rounding is a whole head, and nothing is ever pruned.
+        price: taken off for each channel that this rounding adds. At a price of 0, the most heads always win where
+            one step of rounding is as wide as a head, and nothing is ever pruned.
 
     Returns:
         The kept heads, ascending, and their query/key and value width.
@@ -90,11 +94,11 @@ def fit_heads(
     num_heads, head_dim = qk.shape
     best: tuple[float, Indices, int, int] | None = None
     for count in range(-(-max(num_qk, num_v) // head_dim), num_heads + 1):
-        asked = -(-num_qk // count), -(-num_v // count)
-        qk_width, v_width = allowed.least_attention(*asked)
+        exact_widths = -(-num_qk // count), -(-num_v // count)
+        qk_width, v_width = allowed.least_attention(*exact_widths)
         kept = qk.topk(qk_width, dim=1).values.sum(dim=1) + v.topk(v_width, dim=1).values.sum(dim=1)
         heads = top_indices(kept, count)
-        score = kept[list(heads)].sum().item() - price * count * (qk_width + v_width - sum(asked))
+        score = kept[list(heads)].sum().item() - price * count * (qk_width + v_width - sum(exact_widths))
         if best is None or score > best[0]:
             best = score, heads, qk_width, v_width
     assert best is not None

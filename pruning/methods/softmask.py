@@ -45,7 +45,7 @@ HIGHEST = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class SoftMaskSettings(LoopSettings):
-    """How the gates are trained."""
+    """Settings of a training of gates and weights."""
 
     target_ratio: float
     """Share of the dense model's multiply-adds to keep, in (0, 1]."""

@@ -1,8 +1,7 @@
 """Unstructured sparsity: single weights are zero, and the shapes stay.
 
 Dense kernels multiply by the zeros as by anything else, so a model gets no faster; only the 2:4 pattern does, on GPUs
-that have kernels for it. What it costs in accuracy, and that it does not pay in throughput, is measured like anything
-else.
+that have kernels for it. Its accuracy and throughput are measured like those of any other method.
 
 The weights are those of the blocks' linear layers: embedding, norms, biases and classifier stay dense.
 """
@@ -22,14 +21,14 @@ Masks = dict[str, Tensor]
 """Layer name -> bool, of the weight's shape; True where the weight stays."""
 
 MaskSchedule = Callable[[nn.Module, int, int], Masks | None]
-"""Chooses masks as a training goes on. Called before every step with the model, the number of the step, from 0, and
-that of all steps; gives the masks from here on, or None where those in force stay. It has no memory of its own, so that
-a training can go on from its state."""
+"""A function that chooses masks as a training goes on. It is called before every step with the model, the number of the
+step, from 0, and that of all steps; it returns the masks from here on, or None where those in force stay. It has no
+memory, so that a training can go on from its state."""
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """N:M sparsity: of every `group` weights in a row of inputs `keep` stay."""
+    """An N:M pattern: `keep` of every `group` weights in a row of inputs stay."""
 
     keep: int
     group: int
@@ -87,7 +86,7 @@ def pattern_masks(model: nn.Module, pattern: Pattern) -> Masks:
 
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Sets the weights that go to 0, in place."""
+    """Sets the weights that are masked to 0, in place."""
     for name, layer in sparse_layers(model):
         layer.weight.mul_(masks[name])
 
@@ -106,15 +105,15 @@ def gradual(step: int, num_steps: int, final: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class GradualMagnitude:
-    """A `MaskSchedule`: the largest weights of all layers together, ever fewer (Zhu and Gupta 2017).
+    """A `MaskSchedule` that keeps the largest weights of all layers together, ever fewer (Zhu and Gupta 2017).
 
-    A weight that went is 0, the smallest, and so does not come back.
+    A masked weight is 0, the smallest, and so does not come back.
     """
 
     sparsity: float
-    """At the end: share of the blocks' weights, in [0, 1)."""
+    """Share of the blocks' weights that are gone at the end, in [0, 1)."""
     share: float = 0.6
-    """Of the steps, after which the masks stay as they are; in (0, 1]."""
+    """Share of the steps after which the masks stay as they are; in (0, 1]."""
     every: int = 10
     """Steps from one choice to the next."""
 
@@ -127,7 +126,7 @@ class GradualMagnitude:
             raise SettingError(f"every {self.every} is out of range; give 1 at least")
 
     def __call__(self, model: nn.Module, step: int, total_steps: int) -> Masks | None:
-        """The masks from a step on, counted from 0; None where those before stay."""
+        """Chooses the masks from a step on, counted from 0; None where those before stay."""
         num_steps = max(1, round(self.share * total_steps))
         is_last = step == num_steps - 1
         if not is_last and (step >= num_steps or step % self.every):
@@ -144,9 +143,3 @@ def scale_to_fan_in(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     for name, layer in sparse_layers(model):
         left = masks[name].sum(dim=1, keepdim=True).clamp_min(1)
         layer.weight.mul_((layer.in_features / left).sqrt())
-
-
-def gradient_norm(model: nn.Module) -> float:
-    """L2 norm of all gradients together, as a last backward pass left them; 0 where there are none."""
-    squares = [parameter.grad.square().sum() for parameter in model.parameters() if parameter.grad is not None]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

@@ -48,7 +48,7 @@ Shifts = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class WidthSettings(LoopSettings):
-    """How the width is learned."""
+    """Settings of a training of widths and weights."""
 
     target_ratio: float
     """Share of the dense model's size to keep, in (0, 1]."""

@@ -1,4 +1,4 @@
-"""Unstructured and N:M masks against sorting by hand; initialisation and gradients of sparse layers; schedules."""
+"""Unstructured and N:M masks against sorting by hand; initialisation of sparse layers; schedules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pruning.methods.sparsity import (
     GradualMagnitude,
     Pattern,
     apply_masks,
-    gradient_norm,
     gradual,
     magnitude_masks,
     pattern_masks,
@@ -117,14 +116,6 @@ def test_scaling_to_the_fan_in_gives_a_sparse_layer_the_signal_of_a_dense_one() 
         ]
     assert max(power["sparse"]) < 0.3
     assert all(0.7 < each < 1.4 for each in power["scaled"])
-
-
-def test_the_gradient_norm_is_that_of_all_gradients_together() -> None:
-    model = builders.model().requires_grad_(True)
-    assert gradient_norm(model) == 0
-    model(builders.batch()).square().sum().backward()
-    gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
-    assert gradient_norm(model) == pytest.approx(float(torch.cat(gradients).norm()), rel=1e-5)
 
 
 @pytest.mark.parametrize(

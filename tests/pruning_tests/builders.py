@@ -147,6 +147,7 @@ def toy_model(family: str = "vit", *, seed: int = 0, **args: Any) -> nn.Module:
 
 
 @functools.cache
+@torch.enable_grad()  # the first test that wants it may run without
 def _toy_model(family: str, seed: int, args: tuple[tuple[str, Any], ...]) -> nn.Module:
     trained = model(family, seed=seed, num_classes=4, **dict(args))
     settings = TrainSettings(

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from pictures import band, drawn
 
 from search.commands.replay import Recorded, replay
-from search.config import load_config
 from search.front import GrowingFront, hypervolume_of, running_hypervolume
 from search.goal import Goal
 from search.outcome import Measurement, Outcome, State
+from search.recipe import load_config
 from search.suggest.ask import CandidateSearch, History
 from search.suggest.rungs import Rungs
 from search.suggest.samplers import MAX_GP_TRIALS, Sampler, SamplerSettings

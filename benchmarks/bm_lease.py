@@ -34,7 +34,7 @@ from pruning.methods.cascade import CascadeSettings, cascade
 from pruning.methods.schedule import scheduled_plan
 from pruning.model.anatomy import examine
 from pruning.model.surgery import apply_plan, keep_all_plan
-from search.config import load_config
+from search.recipe import load_config
 from search.trial.context import lease_on
 from search.trial.inputs import Inputs, load_inputs
 

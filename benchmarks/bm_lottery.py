@@ -19,7 +19,7 @@ from typing import Any
 import timm
 
 from search.commands.lottery import run_lottery_seeds
-from search.config import load_config
+from search.recipe import load_config
 
 SPARSITY, ROUNDS, SEEDS, EPOCHS, DEPTH = 0.8, 2, 3, 20, 3
 COLOURS = {"dense": "#222222", "ticket": "#1f5fa8", "random": "#d1495b", "sparse-aware": "#2a9d6f"}

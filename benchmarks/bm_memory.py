@@ -29,7 +29,7 @@ from pruning.measure.stopwatch import device_name, time_against_dense
 from pruning.methods.schedule import scheduled_plan
 from pruning.model.anatomy import examine
 from pruning.model.surgery import apply_plan, keep_all_plan
-from search.config import load_config
+from search.recipe import load_config
 from search.trial.inputs import load_inputs
 
 KINDS = ("freed memory kept", "as glibc does")

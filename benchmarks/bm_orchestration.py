@@ -31,9 +31,10 @@ from pruning.measure.stopwatch import device_name
 from pruning.plan import BlockPlan, Plan
 from search.cluster.session import ray_running
 from search.commands.run_search import Prepared, Sweep, run_search
-from search.config import flat, load_config
+from search.config import flat
 from search.goal import Goal
 from search.outcome import Candidate, Measurement, Outcome, State
+from search.recipe import load_config
 from search.records.folder import Folder
 from search.records.ledger import Ledger
 from search.records.tracking import Tracker, default_uri

@@ -53,9 +53,10 @@ from pruning.measure.accuracy import predict, top1
 from pruning.measure.stopwatch import device_name, fastest_precision, time_against_dense
 from pruning.model.anatomy import blocks_of
 from pruning.precision import Precision
-from search.config import Config, load_config
+from search.config import Config
 from search.outcome import Candidate, Outcome
 from search.pareto import hypervolume, non_dominated
+from search.recipe import load_config
 from search.records import ledger
 from search.records.folder import Folder
 from search.trial.inputs import load_inputs

@@ -24,8 +24,8 @@ from pictures import band, drawn
 
 from pruning.measure.stopwatch import device_name
 from search.commands.run import run_sweep
-from search.config import load_config
 from search.outcome import Candidate, Outcome
+from search.recipe import load_config
 from search.records import ledger
 from search.records.folder import Folder
 

@@ -25,9 +25,9 @@ from pictures import band, drawn
 from scipy.stats import t
 
 from search.commands.replay import Recorded, replay
-from search.config import load_config
 from search.front import hypervolume_of, running_hypervolume
 from search.goal import Goal
+from search.recipe import load_config
 from search.suggest.ask import CandidateSearch, History
 from search.suggest.samplers import Sampler, SamplerSettings
 from search.trial.warm_start import first_candidates

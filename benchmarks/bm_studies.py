@@ -21,7 +21,8 @@ import torch
 
 from pruning.measure.stopwatch import device_name
 from search.commands.study import Study, load_study, run_study
-from search.config import Config, load_config
+from search.config import Config
+from search.recipe import load_config
 from search.views.study_plot import StudyInfo, study_info
 
 RECIPE = Path(__file__).with_name("cifar10_mini.yaml")

@@ -24,9 +24,9 @@ import torch
 from pruning.measure.stopwatch import device_name
 from pruning.model.exits import truncate
 from pruning.repair.sensitivity import BlockSensitivity, measure_sensitivity
-from search.config import load_config
 from search.method import Method
 from search.outcome import Candidate, Outcome
+from search.recipe import load_config
 from search.space import Space
 from search.trial.context import TrialContext, keys_of, known_from, prepare
 from search.trial.inputs import load_inputs

@@ -64,7 +64,7 @@ def run(
 ) -> None:
     """Search for a front, or continue a search that was stopped."""
     from search.commands.run import run_sweep
-    from search.config import load_config
+    from search.recipe import load_config
     from search.views.console import ERR
     from search.views.progress_line import ProgressLine
 
@@ -188,7 +188,7 @@ def prune(
 ) -> None:
     """Prune one model by one plan, without a search."""
     from search.commands.prune import PruneSettings, prune_once
-    from search.config import load_config
+    from search.recipe import load_config
     from search.views.console import ERR
     from search.views.tables import pruning_report
 
@@ -223,7 +223,7 @@ def lottery(
 ) -> None:
     """Train sparse models from their first weights and from new ones, to see whether the mask alone counts."""
     from search.commands.lottery import lottery_folder, run_lottery_seeds
-    from search.config import load_config
+    from search.recipe import load_config
     from search.views.console import ERR
     from search.views.tables import lottery_report
 
@@ -250,7 +250,7 @@ def study(
     """Answer one of the source papers' questions for a recipe: a table, a figure and a sentence."""
     from search.commands.study import run_study
     from search.commands.study_report import TABLE_COLUMNS, table_cells
-    from search.config import load_config
+    from search.recipe import load_config
     from search.views.console import say
     from search.views.tables import study_report
 

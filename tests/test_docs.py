@@ -23,7 +23,8 @@ from pruning.model.anatomy import examine
 from pruning.model.surgery import keep_all_plan
 from search.cli import app
 from search.commands.study import load_study
-from search.config import Config, flat, load_config
+from search.config import Config, flat
+from search.recipe import load_config
 from tests.search_tests import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from pruning.data import Images, InputSpec, Splits, folder_classes, load_split
 from pruning.errors import DataError
 from pruning.model.anatomy import examine
 from pruning.model.loading import create_model, default_input, load_weights, read_weights
-from search.config import Config, input_spec
+from search.config import Config
 from search.errors import ConfigError
 from search.space import Space
 
@@ -67,6 +68,18 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
     if config.data.noise and not trained:  # it would learn from the noisy images
         raise ConfigError("data.noise needs a dense model that is trained; run the recipe once without noise")
     return Inputs(model=model, trained=trained, spec=spec, splits=splits, space=space, cache=cache)
+
+
+def input_spec(config: Config, model_default: dict[str, Any], image_size: tuple[int, int]) -> InputSpec:
+    """The model's input: the recipe's values where it gives any, else timm's."""
+    data = config.data
+    return InputSpec(
+        size=image_size,
+        mean=data.mean or tuple(model_default["mean"]),
+        std=data.std or tuple(model_default["std"]),
+        interpolation=data.interpolation or model_default["interpolation"],
+        crop_pct=data.crop_pct or model_default["crop_pct"],
+    )
 
 
 def load_splits(config: Config, spec: InputSpec, num_classes: int) -> Splits:

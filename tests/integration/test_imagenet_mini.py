@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from search.commands.run import run_sweep
-from search.config import load_config
 from search.outcome import State
+from search.recipe import load_config
 from search.records import ledger
 from search.records.folder import Folder
 from tests.integration.sweeps import Watcher

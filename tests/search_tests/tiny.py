@@ -73,14 +73,9 @@ def swin(seed: int = 0) -> torch.nn.Module:
     return create_model(SWIN, args=SWIN_ARGS | {"img_size": 16, "patch_size": 2, "num_classes": NUM_CLASSES})
 
 
-def steady_times(calls: Sequence[Any], *_: Any) -> list[float]:
-    """For `pruning.measure.widths._least_times`: each width is faster than all larger ones."""
-    return [1.0 + index for index in range(len(calls))]
-
-
 def steady_timer(calls: Sequence[Any], device: torch.device, num_rounds: int) -> list[list[float]]:
     """For `pruning.measure.stopwatch.time_in_turn`: each call takes longer than the one before, and nothing is run."""
-    return [steady_times(calls)] * num_rounds
+    return [[1.0 + index for index in range(len(calls))]] * num_rounds
 
 
 time_widths = partial(measure_allowed_widths, timer=steady_timer)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from search.commands.replay import Recorded, replay, replay_sweep
-from search.config import Config, SpaceConfig, load_config
+from search.config import Config, SpaceConfig
 from search.errors import SweepError
 from search.front import Front, hypervolume_of, running_hypervolume
 from search.goal import Goal
 from search.outcome import Candidate, Outcome, State
+from search.recipe import load_config
 from search.records import ledger
 from search.records.folder import Folder
 from search.space import Space

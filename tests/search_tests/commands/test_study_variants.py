@@ -10,9 +10,9 @@ import pytest
 from pruning.model.anatomy import Anatomy, examine
 from pruning.model.loading import create_model
 from search.commands.study_variants import expand, load_study, only_candidate, shipped_studies
-from search.config import load_config
 from search.errors import ConfigError
 from search.outcome import Candidate
+from search.recipe import load_config
 from tests.search_tests import tiny
 from tests.search_tests.commands.studies import write_study
 

@@ -14,7 +14,7 @@ from pruning.data import Images
 from pruning.errors import DataError
 from search.config import Config
 from search.errors import ConfigError
-from search.trial.inputs import Inputs, load_inputs
+from search.trial.inputs import Inputs, input_spec, load_inputs
 from tests.search_tests import tiny
 
 DIGITS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 16, "depth": 1, "num_heads": 1}
@@ -224,3 +224,15 @@ def test_noise_waits_for_a_dense_model_that_was_trained_without(tmp_path: Path) 
     clean = load_inputs(digits(), tmp_path)
     save_weights(clean.model.state_dict(), clean.cache)
     assert load_inputs(noisy, tmp_path).trained
+
+
+TIMM = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic", "crop_pct": 0.9}
+
+
+def test_input_is_what_timm_knows_unless_the_recipe_says_otherwise() -> None:
+    default = input_spec(tiny.config(), TIMM, (16, 16))
+    assert (default.mean, default.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (default.interpolation, default.crop_pct, default.size) == ("bicubic", 0.9, (16, 16))
+    own = {"data__mean": [0.5], "data__std": [0.25], "data__interpolation": "nearest", "data__crop_pct": 1.0}
+    spec = input_spec(tiny.config(**own), TIMM, (8, 8))
+    assert (spec.mean, spec.std, spec.interpolation, spec.crop_pct) == ((0.5,), (0.25,), "nearest", 1.0)

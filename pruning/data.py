@@ -61,7 +61,7 @@ class Splits:
     num_calibration: int
     """Training images for calibration, at least 1; the others, at least 1, are to probe."""
     every: int = 1
-    """Calibration and probe have one in so many of their images; all of them where there are fewer."""
+    """Calibration and probe hold one image in so many; all of them where there are fewer."""
     val: Images
     """Images whose accuracy the search sees."""
     test: Images | None
@@ -96,7 +96,7 @@ class InputSpec:
     """The model's input format: size, normalisation and resizing."""
 
     size: tuple[int, int]
-    """Height and width."""
+    """Height and width, in pixels."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"

@@ -46,15 +46,15 @@ class CascadeSettings(ProbingSettings):
     drop_budget: tuple[float, ...]
     """Accuracy points (1 = one percent of the probe images) that each block may cost, one entry a block."""
     target_macs: int
-    """The cascade stops as soon as the model needs no more multiply-adds than this."""
+    """Multiply-adds of the model at which the cascade stops."""
     allowed_widths: tuple[AllowedWidths, ...] | None = None
     """The widths that each block may be given; None for any."""
     token_share: float = 0.56
     """Share of a block's budget that tokens may spend, in [0, 1]; channels get what they leave."""
     num_levels: int = 15
-    """Counts that are tried for tokens, and for channels, between none and all that may go."""
+    """Number of counts that are tried for tokens, and for channels, between none and all that may go."""
     order: Order = "bottom-up"
-    """From the first block to the last, or, for channels alone, from the last to the first."""
+    """Order of the blocks: from the first to the last, or, for channels alone, from the last to the first."""
 
 
 @dataclass(frozen=True, kw_only=True)

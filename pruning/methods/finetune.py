@@ -35,7 +35,7 @@ class FinetuneSettings(LoopSettings):
     """Settings of the fine-tuning of a pruned model."""
 
     optimizer: str = "adamw"
-    """Any name that timm's `create_optimizer_v2` knows."""
+    """Name of the optimizer: any that timm's `create_optimizer_v2` knows."""
     distillation: Distillation = "soft"
     weight: float = 0.5
     """Weight of the teacher's answers against the labels, in [0, 1]."""
@@ -44,9 +44,10 @@ class FinetuneSettings(LoopSettings):
     label_smoothing: float = 0.0
     """Share of a label that is spread over all classes, in [0, 1)."""
     mixup: float = 0.0
-    """Images and labels are mixed in pairs, a share of each from Beta(mixup, mixup); 0 for not at all."""
+    """Parameter a of mixup: images and labels are mixed in pairs, a share of each from Beta(a, a); 0 for not at all."""
     cutmix: float = 0.0
-    """A box of the other image is put into each instead; with both above 0, each batch gets one or the other."""
+    """Parameter a of cutmix: a box of one image, whose share Beta(a, a) draws, is put into another; 0 for not at all.
+    With mixup above 0 too, each batch gets one or the other."""
 
     def __post_init__(self) -> None:
         if self.distillation not in get_args(Distillation):

@@ -39,7 +39,7 @@ RatioGradient = Literal["edge", "open"]
 
 
 class TopShare(torch.autograd.Function):
-    """1 for the ceil(ratio * n) largest scores of each row, else 0; straight-through gradients for both.
+    """A mask, 1 for the ceil(ratio * n) largest scores of each row, else 0, with straight-through gradients.
 
     With g the gradient of the gates (..., n), the scores get g as it is. The ratio gets, summed over the rows, n times
     the mean of g at the edge (n * ratio gates are open), or the sum of g over the open gates.

@@ -51,7 +51,7 @@ class SoftMaskSettings(LoopSettings):
     """Share of the dense model's multiply-adds to keep, in (0, 1]."""
     epochs: int = 5
     gate_rate: float = 2e-2
-    """Learning rate of the gates; the same schedule, so that they come to rest."""
+    """Learning rate of the gates, on the schedule of the weights' rate, so that they come to rest."""
     l1: float = 1.0
     """Weight of the penalty, which adds so much to the loss while all gates are 1."""
     distillation: float = 0.5

@@ -331,7 +331,7 @@ class ModelSize:
     """Sizes of pruned models in one unit of the budget, as sums over the units of their blocks."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, unit: BudgetUnit) -> None:
-        """model: dense."""
+        """Measures the dense model."""
         self.anatomies = anatomy.blocks
         self.units = [
             UnitSizes.measure(block, block_anatomy, unit)

@@ -140,8 +140,7 @@ def test_a_limit_draws_the_same_images_for_the_same_seed(tmp_path: Path) -> None
     assert Counter(first.labels.tolist()) == {0: 3, 1: 3, 2: 3}
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("count", [1, 2, 5, 9, 12, 100])
+@pytest.mark.parametrize(("count", "seed"), [(1, 0), (2, 1), (5, 2), (9, 0), (12, 1), (100, 2)])
 def test_a_subset_takes_every_class_as_often_as_possible(count: int, seed: int) -> None:
     labels = torch.tensor([0] * 9 + [2] * 3 + [5] * 2)
     chosen = balanced_subset(labels, count, seed)
@@ -189,9 +188,9 @@ def test_a_model_of_three_channels_gets_grey_images_threefold(tmp_path: Path) ->
 def test_torchvisions_own_folders_give_the_same_images(tmp_path: Path) -> None:
     write(tmp_path, cat=2, dog=3)
     for spec in (SPEC, GREY):
-        own = folder(tmp_path, spec)
-        theirs = load_split("torch/image_folder", "val", spec, root=tmp_path, num_classes=3)
-        assert torch.equal(theirs.pixels, own.pixels) and torch.equal(theirs.labels, own.labels)
+        images = folder(tmp_path, spec)
+        torchvisions = load_split("torch/image_folder", "val", spec, root=tmp_path, num_classes=3)
+        assert torch.equal(torchvisions.pixels, images.pixels) and torch.equal(torchvisions.labels, images.labels)
     (tmp_path / "val" / "dog" / "1.png").write_bytes(b"broken")
     with pytest.raises(DataError, match="cannot read image 3"):
         load_split("torch/image_folder", "val", SPEC, root=tmp_path, num_classes=3)
@@ -310,8 +309,8 @@ def test_digit_splits_are_disjoint_and_hold_everything_in_equal_shares() -> None
     splits = {split: digits(split) for split in ("train", "val", "test")}
     assert [len(images) for images in splits.values()] == [1077, 360, 360]
     pictures = [bytes(image.flatten().tolist()) for images in splits.values() for image in images.pixels]
-    whole = (torch.from_numpy(load_digits().images) * 255 / 16).round().to(torch.uint8)
-    assert sorted(pictures) == sorted(bytes(image.flatten().tolist()) for image in whole)
+    expected = (torch.from_numpy(load_digits().images) * 255 / 16).round().to(torch.uint8)
+    assert sorted(pictures) == sorted(bytes(image.flatten().tolist()) for image in expected)
     for images in splits.values():
         shares = torch.bincount(images.labels, minlength=10) / len(images)
         assert shares.min() > 0.09 and shares.max() < 0.11
@@ -326,13 +325,13 @@ def test_digits_are_grey_eights_of_full_contrast() -> None:
 
 def test_digits_go_with_their_own_labels() -> None:
     data = load_digits()
-    known = {
+    label_of = {
         bytes((picture * 255 / 16).round().astype(np.uint8).flatten().tolist()): int(label)
         for picture, label in zip(data.images, data.target, strict=True)
     }
     images = digits("train")
     for image, label in zip(images.pixels, images.labels.tolist(), strict=True):
-        assert known[bytes(image.flatten().tolist())] == label
+        assert label_of[bytes(image.flatten().tolist())] == label
 
 
 def test_digits_of_another_size_or_split_are_refused() -> None:

@@ -35,8 +35,8 @@ def trained(**other: Any) -> tuple[Any, list[float]]:
 def test_a_tiny_model_learns_a_toy_task() -> None:
     model, losses = trained(epochs=12)
     assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
-    others = builders.toy_images(200, seed=2)
-    assert top1(predict(model, others), others.labels) > 0.6  # 0.25 by chance
+    unseen = builders.toy_images(200, seed=2)
+    assert top1(predict(model, unseen), unseen.labels) > 0.6  # 0.25 by chance
 
 
 def test_training_ends_in_eval_mode_without_gradients() -> None:
@@ -51,7 +51,7 @@ def test_the_same_seed_gives_the_same_model_and_another_another() -> None:
     assert not builders.same_state(other, builders.state(first))
 
 
-@pytest.mark.parametrize("batch_size", [50, 128, 1000])
+@pytest.mark.parametrize("batch_size", [50, 1000])
 def test_the_loss_of_an_epoch_is_the_mean_over_its_images(batch_size: int) -> None:
     # Nothing is learnt at a learning rate of zero, so every batch sees the model as it was.
     model, losses = trained(
@@ -95,8 +95,10 @@ def slowly_jittered(pixels: Tensor, draws: Tensor, max_shift: float, max_turn: f
     return out
 
 
-@pytest.mark.parametrize("size", [(8, 8), (6, 11)])
-@pytest.mark.parametrize(("max_shift", "max_turn"), [(1.0, 0.0), (0.0, 0.15), (2.5, 0.3)])
+@pytest.mark.parametrize(
+    ("size", "max_shift", "max_turn"),
+    [((8, 8), 1.0, 0.0), ((6, 11), 0.0, 0.15), ((6, 11), 2.5, 0.3), ((8, 8), 2.5, 0.3)],
+)
 def test_jitter_equals_a_loop_over_pixels(size: tuple[int, int], max_shift: float, max_turn: float) -> None:
     pixels = builders.batch(3, size=size)
     draws = torch.rand(4, 3, generator=torch.Generator().manual_seed(6)) * 2 - 1
@@ -104,7 +106,7 @@ def test_jitter_equals_a_loop_over_pixels(size: tuple[int, int], max_shift: floa
     torch.testing.assert_close(fast, slowly_jittered(pixels, draws, max_shift, max_turn), atol=1e-4, rtol=1e-4)
 
 
-def test_no_jitter_gives_the_images_as_they_are_and_a_flat_image_stays_flat() -> None:
+def test_no_jitter_returns_the_images_themselves_and_a_flat_image_stays_flat() -> None:
     pixels, generator = builders.batch(3), torch.Generator().manual_seed(0)
     assert jittered(pixels, 0, 0, generator) is pixels
     flat = torch.full((2, 3, 8, 8), 0.7)

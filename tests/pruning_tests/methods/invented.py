@@ -86,7 +86,7 @@ def slow_token_cost(costs: tuple[float, ...], share: float) -> float:
 
 
 def slow_cost(profile: Profile, anatomy: Anatomy, plan: Plan, token_share: float) -> float:
-    """What `allocate` makes small, unit by unit."""
+    """The cost that `allocate` makes small, summed unit by unit."""
     odds = token_share / (1 - token_share) if 0 < token_share < 1 else 1.0
     total, entering = 0.0, anatomy.blocks[0].num_patches
     for dense, curves, tokens, block in zip(anatomy.blocks, profile.channels, profile.tokens, plan.blocks, strict=True):

@@ -1,4 +1,4 @@
-"""Fine-tuning: losses by hand, masks held at every step, mixed images by their definition, resuming, refusals."""
+"""Fine-tuning: the loss of an epoch, masks held at every step, mixed images by their definition, resuming, refusals."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def test_the_loss_of_an_epoch_weighs_labels_and_teacher(distillation: Any) -> No
 @pytest.mark.parametrize("distillation", ["none", "soft", "hard"])
 def test_a_pruned_model_recovers(distillation: Any) -> None:
     student, teacher = pruned_toy()
-    images, others = builders.toy_images(128, seed=1), builders.toy_images(200, seed=2)
+    images, unseen = builders.toy_images(128, seed=1), builders.toy_images(200, seed=2)
     settings = FinetuneSettings(epochs=6, batch_size=32, learning_rate=2e-3, distillation=distillation, jitter=STILL)
     training = Finetuning(student, teacher, images, settings)
-    losses, before = run(training), top1(predict(student, others), others.labels)
+    losses, before = run(training), top1(predict(student, unseen), unseen.labels)
     assert losses[-1] < 0.5 * losses[0]
-    assert top1(predict(training.finish(), others), others.labels) > before + 0.1
+    assert top1(predict(training.finish(), unseen), unseen.labels) > before + 0.1
 
 
 def test_student_and_teacher_are_left_as_they_were_and_the_model_is_ready_to_use() -> None:
@@ -99,7 +99,7 @@ def test_student_and_teacher_are_left_as_they_were_and_the_model_is_ready_to_use
     run(training)
     model = training.finish()
     assert builders.same_state(student, before[0]) and builders.same_state(teacher, before[1])
-    assert all(parameter.grad is None for each in (student, teacher) for parameter in each.parameters())
+    assert all(parameter.grad is None for model in (student, teacher) for parameter in model.parameters())
     assert not builders.same_state(model, before[0])
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
@@ -142,9 +142,8 @@ def test_other_families_are_trained_too_and_in_eval_mode(family: str) -> None:
 
 def test_bfloat16_trains_too_and_weights_stay_in_float32() -> None:
     student, teacher = pruned_toy()
-    exact, rough = (
-        Finetuning(student, teacher, IMAGES, SETTINGS, precision=each) for each in ("float32", "bfloat16")
-    )  # fmt: skip
+    exact = Finetuning(student, teacher, IMAGES, SETTINGS, precision="float32")
+    rough = Finetuning(student, teacher, IMAGES, SETTINGS, precision="bfloat16")
     losses = run(exact), run(rough)
     assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
     assert all(parameter.dtype == torch.float32 for parameter in rough.finish().parameters())
@@ -248,13 +247,13 @@ def test_nothing_is_mixed_unless_it_is_asked_for() -> None:
 def test_mixing_comes_from_the_seed_alone_and_leaves_numpys_state_as_it_was() -> None:
     student, teacher = pruned_toy()
     images = builders.toy_images(33, seed=3)  # the last batch has one image
-    told = []
-    for numpys, seed in [(1, 0), (2, 0), (2, 1)]:
-        with numpy_seeded(numpys):  # so that no other test is disturbed by this one
+    losses = []
+    for numpy_seed, seed in [(1, 0), (2, 0), (2, 1)]:
+        with numpy_seeded(numpy_seed):  # so that no other test is disturbed by this one
             before = repr(np.random.get_state())
-            told.append(run(Finetuning(student, teacher, images, replace(MIXING, epochs=1, seed=seed))))
+            losses.append(run(Finetuning(student, teacher, images, replace(MIXING, epochs=1, seed=seed))))
             assert repr(np.random.get_state()) == before
-    assert told[0] == told[1] != told[2]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_numpys_state_comes_back_after_an_error_too() -> None:
@@ -268,9 +267,7 @@ def test_numpys_state_comes_back_after_an_error_too() -> None:
 # Going on
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "stop_after"), [("adamw", 1), ("adamw", 2), ("muon", 1), ("lamb", 2), ("sgd", 1)]
-)
+@pytest.mark.parametrize(("optimizer", "stop_after"), [("adamw", 1), ("muon", 2), ("lamb", 2), ("sgd", 1)])
 def test_a_training_goes_on_from_its_saved_state_as_if_it_had_not_stopped(optimizer: str, stop_after: int) -> None:
     student, teacher = pruned_toy()
     settings = replace(MIXING, optimizer=optimizer)
@@ -279,13 +276,13 @@ def test_a_training_goes_on_from_its_saved_state_as_if_it_had_not_stopped(optimi
         images = IMAGES.take(slice(0, 31))
         return Finetuning(student, teacher, images, settings, masks=GradualMagnitude(sparsity=0.6, every=2))
 
-    whole, first, second = begun(), begun(), begun()
-    told = run(whole)
+    unbroken, stopped, resumed = begun(), begun(), begun()
+    losses = run(unbroken)
     for _ in range(stop_after):
-        first.run_epoch()
-    second.load(saved_and_loaded(first.state()))
-    assert run(second) == told[stop_after:]
-    assert builders.same_state(second.finish(), builders.state(whole.finish()))
+        stopped.run_epoch()
+    resumed.load(saved_and_loaded(stopped.state()))
+    assert run(resumed) == losses[stop_after:]
+    assert builders.same_state(resumed.finish(), builders.state(unbroken.finish()))
 
 
 # Refusals

@@ -38,7 +38,7 @@ def fresh(seed: int) -> nn.Module:
     return builders.model(num_classes=4, depth=1, seed=seed)
 
 
-class Held:
+class Lottery:
     """A lottery that was run, and what each of its trainings started from."""
 
     def __init__(self, settings: LotterySettings) -> None:
@@ -55,8 +55,8 @@ class Held:
 
 
 @pytest.fixture(scope="module")
-def held() -> Held:
-    return Held(SETTINGS)
+def lottery() -> Lottery:
+    return Lottery(SETTINGS)
 
 
 def weight_names(model: nn.Module) -> dict[str, str]:
@@ -74,9 +74,9 @@ def under(masks: Masks, state: State) -> State:
     }
 
 
-def check_equal(found: State, expected: State) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
+def check_equal(state: State, expected: State) -> None:
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
         assert torch.equal(tensor, expected[name]), name
 
 
@@ -84,39 +84,39 @@ def zeros(state: State) -> dict[str, Tensor]:
     return {layer: state[name] == 0 for layer, name in weight_names(fresh(0)).items()}
 
 
-def test_the_arms_are_dense_then_a_ticket_a_round_then_those_drawn_anew(held: Held) -> None:
+def test_the_arms_are_dense_then_a_ticket_a_round_then_those_drawn_anew(lottery: Lottery) -> None:
     expected = [("dense", 0), ("ticket", 1), ("ticket", 2), ("random", 2), ("sparse-aware", 2)]
-    assert [(row.arm, row.round) for row in held.result.rows] == expected
-    assert [(arm, number) for arm, number, _ in held.starts] == expected
-    assert {row.seed for row in held.result.rows} == {5}
+    assert [(row.arm, row.round) for row in lottery.result.rows] == expected
+    assert [(arm, number) for arm, number, _ in lottery.starts] == expected
+    assert {row.seed for row in lottery.result.rows} == {5}
 
 
-def test_each_round_takes_the_same_share_of_what_is_left_and_the_last_reaches_the_sparsity(held: Held) -> None:
-    assert [row.sparsity for row in held.result.rows] == [0, 0.5, 0.75, 0.75, 0.75]  # a half, and a half of that
+def test_each_round_takes_the_same_share_of_what_is_left_and_the_last_reaches_the_sparsity(lottery: Lottery) -> None:
+    assert [row.sparsity for row in lottery.result.rows] == [0, 0.5, 0.75, 0.75, 0.75]  # a half, and a half of that
     cubic = LotterySettings(training=TRAINING, sparsity=0.875, rounds=3)
     assert [cubic.sparsity_after(number) for number in range(4)] == pytest.approx([0, 0.5, 0.75, 0.875])
 
 
-def test_what_went_in_a_round_stays_gone(held: Held) -> None:
-    first, last = zeros(held.start("ticket", 1)), zeros(held.start("ticket", 2))
+def test_weights_that_went_in_a_round_stay_gone(lottery: Lottery) -> None:
+    first, last = zeros(lottery.start("ticket", 1)), zeros(lottery.start("ticket", 2))
     assert all((last[name] | ~first[name]).all() for name in first)
-    assert all(torch.equal(last[name], ~mask) for name, mask in held.result.masks.items())
+    assert all(torch.equal(last[name], ~mask) for name, mask in lottery.result.masks.items())
 
 
-def test_the_first_mask_keeps_the_largest_weights_of_the_trained_dense_model(held: Held) -> None:
+def test_the_first_mask_keeps_the_largest_weights_of_the_trained_dense_model(lottery: Lottery) -> None:
     model = fresh(5)
     train(model, IMAGES, TRAINING)
     expected = magnitude_masks(model, 0.5)
-    assert all(torch.equal(gone, ~expected[name]) for name, gone in zeros(held.start("ticket", 1)).items())
-    assert held.result.rows[0].top1 == top1(predict(model, VAL), VAL.labels)
+    assert all(torch.equal(gone, ~expected[name]) for name, gone in zeros(lottery.start("ticket", 1)).items())
+    assert lottery.result.rows[0].top1 == top1(predict(model, VAL), VAL.labels)
 
 
-def test_a_ticket_starts_from_the_first_weights_and_nothing_else(held: Held) -> None:
-    check_equal(held.start("dense", 0), held.origin)
+def test_a_ticket_starts_from_the_first_weights_and_nothing_else(lottery: Lottery) -> None:
+    check_equal(lottery.start("dense", 0), lottery.origin)
     for number in (1, 2):
-        start = held.start("ticket", number)
+        start = lottery.start("ticket", number)
         masks = {name: ~gone for name, gone in zeros(start).items()}
-        check_equal(start, under(masks, held.origin))
+        check_equal(start, under(masks, lottery.origin))
 
 
 @pytest.mark.parametrize("rewind_step", [1, 3, STEPS])
@@ -128,46 +128,46 @@ def test_a_ticket_may_start_from_where_training_was_after_some_steps(rewind_step
             early.update(builders.state(model))
 
     train(model, IMAGES, TRAINING, after_step=note)
-    held = Held(replace(SETTINGS, rewind_step=rewind_step, rounds=1))
-    check_equal(held.start("ticket", 1), under(held.result.masks, early))
-    assert not torch.equal(early["head.weight"], held.origin["head.weight"])
+    lottery = Lottery(replace(SETTINGS, rewind_step=rewind_step, rounds=1))
+    check_equal(lottery.start("ticket", 1), under(lottery.result.masks, early))
+    assert not torch.equal(early["head.weight"], lottery.origin["head.weight"])
 
 
-def test_the_arms_drawn_anew_have_the_tickets_mask_and_weights_of_their_own(held: Held) -> None:
-    ticket, random, scaled = (held.start(arm) for arm in ("ticket", "random", "sparse-aware"))
-    check_equal(random, under(held.result.masks, builders.state(fresh(~5))))
-    for layer, name in weight_names(held.model).items():
-        kept = held.result.masks[layer]
+def test_the_arms_drawn_anew_have_the_tickets_mask_and_weights_of_their_own(lottery: Lottery) -> None:
+    ticket, random, scaled = (lottery.start(arm) for arm in ("ticket", "random", "sparse-aware"))
+    check_equal(random, under(lottery.result.masks, builders.state(fresh(~5))))
+    for layer, name in weight_names(lottery.model).items():
+        kept = lottery.result.masks[layer]
         assert torch.equal(random[name] != 0, kept) and torch.equal(scaled[name] != 0, kept)
         assert not (random[name] == ticket[name])[kept].any()
 
 
-def test_sparse_aware_weights_are_scaled_by_the_inputs_that_each_output_has_left(held: Held) -> None:
-    random, scaled = held.start("random"), held.start("sparse-aware")
-    layers = weight_names(held.model)
+def test_sparse_aware_weights_are_scaled_by_the_inputs_that_each_output_has_left(lottery: Lottery) -> None:
+    random, scaled = lottery.start("random"), lottery.start("sparse-aware")
+    layers = weight_names(lottery.model)
     for layer, name in layers.items():
         for row, (before, after) in enumerate(zip(random[name], scaled[name], strict=True)):
-            left = sum(held.result.masks[layer][row].tolist())
+            left = sum(lottery.result.masks[layer][row].tolist())
             factor = math.sqrt(len(before) / left) if left else 1.0
             torch.testing.assert_close(after, before * factor)
-    others = random.keys() - set(layers.values())
-    check_equal({name: scaled[name] for name in others}, {name: random[name] for name in others})
+    unmasked = random.keys() - set(layers.values())
+    check_equal({name: scaled[name] for name in unmasked}, {name: random[name] for name in unmasked})
 
 
-def test_all_arms_take_the_same_steps(held: Held) -> None:
+def test_all_arms_take_the_same_steps(lottery: Lottery) -> None:
     assert SETTINGS.num_steps(len(IMAGES)) == STEPS
-    assert [len(row.gradient_norms) for row in held.result.rows] == [STEPS] * 5
-    assert all(math.isfinite(norm) and norm > 0 for row in held.result.rows for norm in row.gradient_norms)
+    assert [len(row.gradient_norms) for row in lottery.result.rows] == [STEPS] * 5
+    assert all(math.isfinite(norm) and norm > 0 for row in lottery.result.rows for norm in row.gradient_norms)
 
 
-def test_the_given_model_is_left_as_it_was(held: Held) -> None:
-    assert builders.same_state(held.model, held.origin)
+def test_the_given_model_is_left_as_it_was(lottery: Lottery) -> None:
+    assert builders.same_state(lottery.model, lottery.origin)
 
 
-def test_the_same_seed_gives_the_same_lottery_and_another_another(held: Held) -> None:
-    assert Held(SETTINGS).result.rows == held.result.rows
-    other = Held(replace(SETTINGS, training=replace(TRAINING, seed=6), rounds=1)).start("random", 1)
-    assert not torch.equal(other["head.weight"], held.start("random")["head.weight"])
+def test_the_same_seed_gives_the_same_lottery_and_another_another(lottery: Lottery) -> None:
+    assert Lottery(SETTINGS).result.rows == lottery.result.rows
+    other = Lottery(replace(SETTINGS, training=replace(TRAINING, seed=6), rounds=1)).start("random", 1)
+    assert not torch.equal(other["head.weight"], lottery.start("random")["head.weight"])
 
 
 def half(model: nn.Module) -> Masks:
@@ -230,10 +230,10 @@ def test_the_gradient_norm_is_that_of_the_surviving_weights_alone() -> None:
 
 
 def test_the_first_norm_is_that_of_the_weights_a_training_starts_from() -> None:
-    still: dict[str, Any] = {"batch_size": 1000, "jitter": Jitter(max_shift=0)}
+    whole_batch: dict[str, Any] = {"batch_size": 1000, "jitter": Jitter(max_shift=0)}
     model = fresh(0)
     masks, other = half(model), copy.deepcopy(model).requires_grad_(True)
-    first, *_ = train_masked(model, masks, IMAGES, replace(TRAINING, **still))
+    first, *_ = train_masked(model, masks, IMAGES, replace(TRAINING, **whole_batch))
     apply_masks(other, masks)
     loss = F.cross_entropy(other(IMAGES.normalized(slice(None))), IMAGES.labels)
     weights = [layer.weight for _, layer in sparse_layers(other)]
@@ -256,4 +256,4 @@ def test_no_rounds_are_refused() -> None:
 @pytest.mark.parametrize("rewind_step", [-1, STEPS + 1])
 def test_a_rewind_step_outside_the_training_is_refused_before_it_starts(rewind_step: int) -> None:
     with pytest.raises(SettingError, match=rf"rewind step {rewind_step} is not in the training; give 0 to {STEPS}"):
-        Held(replace(SETTINGS, rewind_step=rewind_step))
+        Lottery(replace(SETTINGS, rewind_step=rewind_step))

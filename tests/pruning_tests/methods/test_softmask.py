@@ -44,10 +44,10 @@ def random_gates(model: nn.Module, seed: int = 0) -> list[BlockGates]:
         return torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.8)
 
     gates = []
-    for each in examine(model).blocks:
-        channels = each.num_heads, each.head_dim
-        qk = torch.ones(channels) if each.has_qk_norm else drawn(*channels)
-        gates.append(BlockGates(qk=qk, v=drawn(*channels), hidden=drawn(each.num_hidden)))
+    for block in examine(model).blocks:
+        channels = block.num_heads, block.head_dim
+        qk = torch.ones(channels) if block.has_qk_norm else drawn(*channels)
+        gates.append(BlockGates(qk=qk, v=drawn(*channels), hidden=drawn(block.num_hidden)))
     return gates
 
 
@@ -59,7 +59,8 @@ def test_folded_gates_give_the_logits_of_the_gated_model_which_is_left_alone(fam
     model, x = model_of(family).double(), batch_of(family).double()
     before = builders.state(model)
     gates = [
-        BlockGates(qk=each.qk.double(), v=each.v.double(), hidden=each.hidden.double()) for each in random_gates(model)
+        BlockGates(qk=block.qk.double(), v=block.v.double(), hidden=block.hidden.double())
+        for block in random_gates(model)
     ]
     logits = logits_with_gates(model, gates, x)
     torch.testing.assert_close(folded(model, gates)(x), logits, atol=1e-10, rtol=1e-10)
@@ -79,10 +80,10 @@ def test_the_smaller_model_does_what_the_trained_one_does_with_the_gates_that_st
     training = trained(model, replace(SETTINGS, target_ratio=0.7))
     learned = training.finish()
     gates = []
-    for own, plan, each in zip(training.gates, learned.plan.blocks, training.anatomy.blocks, strict=True):
-        stays = gates_of_plan(plan, each)
-        gates.append(BlockGates(qk=own.qk * stays.qk, v=own.v * stays.v, hidden=own.hidden * stays.hidden))
-        assert (own.v - 1).abs().mean() > 0.01 and (each.has_qk_norm or (own.qk - 1).abs().mean() > 0.01)
+    for soft, plan, block in zip(training.gates, learned.plan.blocks, training.anatomy.blocks, strict=True):
+        kept = gates_of_plan(plan, block)
+        gates.append(BlockGates(qk=soft.qk * kept.qk, v=soft.v * kept.v, hidden=soft.hidden * kept.hidden))
+        assert (soft.v - 1).abs().mean() > 0.01 and (block.has_qk_norm or (soft.qk - 1).abs().mean() > 0.01)
     logits = logits_with_gates(training.trained, gates, x)
     torch.testing.assert_close(learned.model(x), logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(apply_plan(model, learned.plan)(x), logits, rtol=1e-2, atol=1e-2)
@@ -94,9 +95,9 @@ def test_the_smaller_model_does_what_the_trained_one_does_with_the_gates_that_st
 
 
 def brute_force(
-    gates: BlockGates, allowed: AllowedWidths, of_channels: float, of_hidden: float
+    gates: BlockGates, allowed: AllowedWidths, channel_threshold: float, hidden_threshold: float
 ) -> tuple[float, BlockPlan]:
-    """Of all choices of heads, widths and channels the one with the largest sum of |gate| - threshold."""
+    """The choice of heads, widths and channels with the largest sum of |gate| - threshold, and that sum."""
     num_heads, head_dim = gates.qk.shape
     best: tuple[float, BlockPlan] | None = None
     for count, (qk_width, v_width), num_hidden in itertools.product(
@@ -115,11 +116,11 @@ def brute_force(
                 key=lambda kept: gates.hidden.abs()[list(kept)].sum(),
             )
             worth = sum(
-                (kind[head, channel].abs().item() - of_channels)
-                for kind, of_kind in zip((gates.qk, gates.v), chosen, strict=True)
-                for head, kept in zip(heads, of_kind, strict=True)
+                (kind[head, channel].abs().item() - channel_threshold)
+                for kind, kept_by_head in zip((gates.qk, gates.v), chosen, strict=True)
+                for head, kept in zip(heads, kept_by_head, strict=True)
                 for channel in kept
-            ) + sum(gates.hidden[unit].abs().item() - of_hidden for unit in hidden)
+            ) + sum(gates.hidden[unit].abs().item() - hidden_threshold for unit in hidden)
             plan = BlockPlan(
                 keep_heads=heads, keep_qk=tuple(chosen[0]), keep_v=tuple(chosen[1]), keep_hidden=hidden, num_tokens=16
             )
@@ -129,9 +130,9 @@ def brute_force(
     return best
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.1, 9.0])
-@pytest.mark.parametrize("round_to", [1, 2])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("threshold", "round_to", "seed"), [(0.0, 1, 0), (0.3, 2, 1), (0.7, 1, 1), (0.7, 2, 0), (1.1, 1, 0), (9.0, 2, 1)]
+)
 def test_the_choice_is_that_of_brute_force(threshold: float, round_to: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     anatomy = replace(builders.anatomy().blocks[0], num_heads=3, head_dim=3, num_hidden=5)
@@ -145,22 +146,22 @@ def test_the_choice_is_that_of_brute_force(threshold: float, round_to: int, seed
     assert _units_above(gates, anatomy, allowed, threshold, 0.5 * threshold) == plan
 
 
-def test_where_all_heads_keep_equally_many_it_is_what_lies_above_one_threshold() -> None:
+def test_where_all_heads_keep_equally_many_the_choice_is_the_units_above_one_threshold() -> None:
     model = builders.model()
     training = SoftMaskTraining(model, IMAGES, SETTINGS)
     generator = torch.Generator().manual_seed(0)
     for gates in training.gates:
         with torch.no_grad():
             gates.hidden.copy_(torch.randn(gates.hidden.shape, generator=generator))
-            for each in (gates.qk, gates.v):  # three of every head are below 0.5, five above it
-                each.copy_(torch.tensor([0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.5])[torch.randperm(8)].expand(3, 8))
+            for kind in (gates.qk, gates.v):  # three of every head are below 0.5, five above it
+                kind.copy_(torch.tensor([0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.5])[torch.randperm(8)].expand(3, 8))
     for gates, plan in zip(training.gates, training._plan(0.5, 0.5).blocks, strict=True):
-        for kept, each in ((plan.keep_qk, gates.qk), (plan.keep_v, gates.v)):
-            assert [list(row) for row in kept] == [row.nonzero()[:, 0].tolist() for row in each.abs() > 0.5]
+        for kept, kind in ((plan.keep_qk, gates.qk), (plan.keep_v, gates.v)):
+            assert [list(row) for row in kept] == [row.nonzero()[:, 0].tolist() for row in kind.abs() > 0.5]
         assert list(plan.keep_hidden) == (gates.hidden.abs() > 0.5).nonzero()[:, 0].tolist()
 
 
-def test_what_a_large_step_of_the_heads_leaves_of_the_target_is_filled_with_hidden_units() -> None:
+def test_room_that_a_large_step_of_the_heads_leaves_is_filled_with_hidden_units() -> None:
     training = SoftMaskTraining(builders.model(), IMAGES, replace(SETTINGS, target_ratio=0.5))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -184,8 +185,7 @@ def test_with_qk_norm_the_pairs_of_a_head_go_with_its_values() -> None:
     assert heads == [(0, 1, 2), (0, 1), (0,)]  # one at least
 
 
-@pytest.mark.parametrize("family", ["vit", "distilled", "qk_norm", "swin"])
-@pytest.mark.parametrize("target", [0.5, 0.8])
+@pytest.mark.parametrize(("family", "target"), [("vit", 0.5), ("distilled", 0.8), ("qk_norm", 0.5), ("swin", 0.8)])
 def test_target_is_hit_from_below_within_a_hundredth(family: str, target: float) -> None:
     model = model_of(family)
     anatomy, learned = examine(model), trained(model, replace(SETTINGS, target_ratio=target, epochs=1)).finish()
@@ -213,12 +213,12 @@ def test_the_penalty_is_the_mean_gate_by_multiply_adds() -> None:
     training = SoftMaskTraining(model_of("swin"), IMAGES, SETTINGS)
     assert weighted_mean(training.gates).item() == pytest.approx(1)
     generator, top, bottom = torch.Generator().manual_seed(0), 0.0, 0.0
-    for gates, each in zip(training.gates, training.anatomy.blocks, strict=True):
-        channel = each.num_patches * (2 * each.width + 16)  # windows of 4 x 4
+    for gates, block in zip(training.gates, training.anatomy.blocks, strict=True):
+        channel = block.num_patches * (2 * block.width + 16)  # windows of 4 x 4
         for parameter, macs in (
             (gates.qk, channel),
             (gates.v, channel),
-            (gates.hidden, each.num_patches * 2 * each.width),
+            (gates.hidden, block.num_patches * 2 * block.width),
         ):
             with torch.no_grad():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -234,9 +234,9 @@ def test_the_penalty_is_the_mean_gate_by_multiply_adds() -> None:
 
 def test_gates_start_at_the_dense_model_and_shrink_by_the_penalty() -> None:
     model = builders.toy_model()
-    still = replace(SETTINGS, learning_rate=0.0, gate_rate=0.0, weight_decay=0.0, distillation=1.0)
-    told = SoftMaskTraining(model, IMAGES, still).run_epoch()
-    assert told["loss"] == pytest.approx(0, abs=1e-5) and told["gates"] == 1
+    frozen = replace(SETTINGS, learning_rate=0.0, gate_rate=0.0, weight_decay=0.0, distillation=1.0)
+    epoch = SoftMaskTraining(model, IMAGES, frozen).run_epoch()
+    assert epoch["loss"] == pytest.approx(0, abs=1e-5) and epoch["gates"] == 1
     gates = {l1: SoftMaskTraining(model, IMAGES, replace(SETTINGS, l1=l1)).run_epoch()["gates"] for l1 in (0.0, 3.0)}
     assert gates[3.0] < gates[0.0] - 0.01
 
@@ -249,14 +249,14 @@ def test_units_that_do_nothing_go_first() -> None:
             block.mlp.fc2.weight[:, idle] = 0
             block.attn.proj.weight[:, 5::8] = 0  # the sixth value channel of every head
     anatomy = examine(model)
-    whole = keep_all_plan(anatomy)
+    dense = keep_all_plan(anatomy)
     rest = [
         replace(
             block, keep_hidden=tuple((~idle).nonzero()[:, 0].tolist()), keep_v=((0, 1, 2, 3, 4, 6, 7),) * 3
         )
-        for block in whole.blocks
+        for block in dense.blocks
     ]  # fmt: skip
-    share = count_macs(anatomy, replace(whole, blocks=tuple(rest))) / count_macs(anatomy, whole)
+    share = count_macs(anatomy, replace(dense, blocks=tuple(rest))) / count_macs(anatomy, dense)
     # Neither the weights nor what is idle may change; only the gates do.
     settings = replace(
         SETTINGS, target_ratio=share + 1e-6, epochs=6, learning_rate=0.0, weight_decay=0.0, l1=0.003, gate_rate=0.02
@@ -287,16 +287,16 @@ def test_a_training_that_is_not_at_its_end_gives_no_model() -> None:
 def test_a_training_goes_on_from_its_saved_state_as_if_it_had_not_stopped() -> None:
     settings = replace(SETTINGS, epochs=3, jitter=Jitter(flip=True))
     model = model_of("swin")  # whose blocks are made anew around the weights
-    whole, first, second = (SoftMaskTraining(model, IMAGES.take(slice(0, 32)), settings) for _ in range(3))
-    told = [whole.run_epoch() for _ in range(3)]
-    first.run_epoch()
+    unbroken, stopped, resumed = (SoftMaskTraining(model, IMAGES.take(slice(0, 32)), settings) for _ in range(3))
+    epochs = [unbroken.run_epoch() for _ in range(3)]
+    stopped.run_epoch()
     file = io.BytesIO()
-    torch.save(first.state(), file)
+    torch.save(stopped.state(), file)
     file.seek(0)
-    second.load(torch.load(file, weights_only=True))
-    assert not second.is_done
-    assert [second.run_epoch() for _ in range(2)] == told[1:]
-    one, other = whole.finish(), second.finish()
+    resumed.load(torch.load(file, weights_only=True))
+    assert not resumed.is_done
+    assert [resumed.run_epoch() for _ in range(2)] == epochs[1:]
+    one, other = unbroken.finish(), resumed.finish()
     assert one.plan == other.plan
     assert builders.same_state(one.model, builders.state(other.model))
 
@@ -309,18 +309,18 @@ def test_a_target_out_of_reach_says_what_is_within(family: str) -> None:
     model = model_of(family)
     with pytest.raises(
         SettingError, match=r"target 0.0001 of the macs cannot be reached; give 0\.\d+ at least"
-    ) as told:
+    ) as refused:
         SoftMaskTraining(model, IMAGES, replace(SETTINGS, target_ratio=1e-4))
-    least = float(str(told.value).split("give ")[1].split(" ")[0])
+    least = float(str(refused.value).split("give ")[1].split(" ")[0])
     plan = trained(model, replace(SETTINGS, target_ratio=least, epochs=1)).finish().plan
-    for block, each in zip(plan.blocks, examine(model).blocks, strict=True):
+    for block, dense in zip(plan.blocks, examine(model).blocks, strict=True):
         assert block.shape.num_heads == block.shape.v_width == 1
-        assert block.shape.qk_width == (each.head_dim if each.has_qk_norm else 1)
+        assert block.shape.qk_width == (dense.head_dim if dense.has_qk_norm else 1)
     with pytest.raises(SettingError, match="1 at most"):
         SoftMaskTraining(model, IMAGES, replace(SETTINGS, target_ratio=1.001))
 
 
-def test_a_target_of_the_whole_keeps_all() -> None:
+def test_a_target_of_all_multiply_adds_keeps_all() -> None:
     model = builders.model()
     plan = trained(model, replace(SETTINGS, target_ratio=1.0, epochs=1)).finish().plan
     assert plan == replace(keep_all_plan(examine(model)), token_reduction="none")

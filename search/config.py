@@ -240,8 +240,8 @@ class CascadeConfig(_Section):
     """The cascade's fixed settings. See `pruning.methods.cascade.CascadeSettings`."""
 
     alpha: Share = 0.1
-    """Weight of the cross-entropy in the channel score lfs, in [0, 1]; the rest is that of the drift from the dense model's
-    answers."""
+    """Weight of the cross-entropy in the channel score lfs, in [0, 1]; the rest is that of the drift from the dense
+    model's answers."""
     num_levels: Annotated[int, Field(ge=1)] = 15
     """Number of counts to try for tokens, and for channels, between none and all that may go."""
     batch_size: Annotated[int, Field(ge=1)] = 64

@@ -52,7 +52,8 @@ def test_what_removing_tokens_costs_is_the_divergence_of_a_model_that_does_so_in
 
 @pytest.mark.parametrize("family", ["vit", "qk_norm"])
 def test_a_profile_has_curves_of_every_block_and_leaves_the_model_as_it_was(family: str) -> None:
-    model = builders.toy_model(family).requires_grad_(True)
+    model = builders.toy_model() if family == "vit" else builders.model(family, num_classes=4)
+    model.requires_grad_(True)
     model.zero_grad()
     before, modes = builders.state(model), [module.training for module in model.modules()]
     profile = measure_profile(model, CALIBRATION, PROBE, token_reduction="merge", batch_size=30)
@@ -62,15 +63,10 @@ def test_a_profile_has_curves_of_every_block_and_leaves_the_model_as_it_was(fami
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert len(profile.channels) == len(profile.tokens) == 3
     assert profile.token_reduction == "merge" and profile.cutoff_token == 0.85
-
-
-def test_the_same_images_give_the_same_profile() -> None:
-    first = profile_of("average_pooling", "merge")
-    again = measure_profile(
-        builders.toy_model("average_pooling"), CALIBRATION, PROBE, token_reduction="merge", batch_size=30
-    )
-    assert (again.channel_scale, again.token_scale) == (first.channel_scale, first.token_scale)
-    assert again.tokens == first.tokens and again.forward_passes == first.forward_passes
+    if family == "vit":  # measured once more, it is the same
+        again = profile_of("vit", "merge")
+        assert (again.channel_scale, again.token_scale) == (profile.channel_scale, profile.token_scale)
+        assert again.tokens == profile.tokens and again.forward_passes == profile.forward_passes
 
 
 @pytest.mark.parametrize("family", ["average_pooling", "vit"])

@@ -1,4 +1,4 @@
-"""What a neighbour does to a measured throughput, with and without a lease of the device.
+"""Throughput beside a neighbour on the same device, measured with and without a lease.
 
     python benchmarks/bm_lease.py [--quick] [--json] [--out benchmarks/results] [--threads 1 2]
 
@@ -44,14 +44,14 @@ TARGET = 0.5
 
 
 def load() -> Inputs:
-    """digits, its model as it is before training: speed does not depend on the weights."""
+    """Loads digits, with its model as it is before training: speed does not depend on the weights."""
     inputs = load_inputs(load_config("digits"), Path("runs"))
     inputs.model.to(DEVICE).eval().requires_grad_(False)
     return inputs
 
 
 def prune_for_ever(with_lease: bool, threads: int, started: Event) -> None:
-    """The neighbour: for ever, that is, as long as there is somebody to disturb."""
+    """Prunes as the neighbour does, as long as there is somebody to disturb."""
     torch.set_num_threads(threads)
     inputs = load()
     settings = CascadeSettings(
@@ -87,7 +87,7 @@ class Neighbour:
 
 
 def measure(threads: int, turns: int, num_rounds: int) -> list[dict[str, Any]]:
-    """A row for each condition."""
+    """Measures a row for each condition."""
     torch.set_num_threads(threads)
     inputs, lease = load(), lease_on(DEVICE)
     anatomy = examine(inputs.model)
@@ -98,31 +98,31 @@ def measure(threads: int, turns: int, num_rounds: int) -> list[dict[str, Any]]:
     def timed() -> Timing:
         return time_against_dense(inputs.model, [pruned], batch, num_rounds=num_rounds)[1][0]
 
-    found: dict[str, list[Timing]] = {condition: [] for condition in CONDITIONS}
+    timings_of: dict[str, list[Timing]] = {condition: [] for condition in CONDITIONS}
     waits = []
     neighbours = {condition: Neighbour("with lease" in condition, threads) for condition in CONDITIONS[1:]}
     try:
         for turn in range(turns):
             for condition in CONDITIONS[turn % 3 :] + CONDITIONS[: turn % 3]:
                 if condition == "alone":
-                    found[condition].append(timed())
+                    timings_of[condition].append(timed())
                     continue
                 neighbours[condition].wake()
                 if "with lease" in condition:
                     start = time.perf_counter()
                     with lease.exclusive():
                         waits.append(time.perf_counter() - start)
-                        found[condition].append(timed())
+                        timings_of[condition].append(timed())
                 else:
-                    found[condition].append(timed())
+                    timings_of[condition].append(timed())
                 neighbours[condition].stop()
     finally:
         for neighbour in neighbours.values():
             neighbour.end()
     rows = []
-    for condition, timings in found.items():
+    for condition, timings in timings_of.items():
         alone = [one.throughput_img_s / other.throughput_img_s
-                 for one, other in zip(timings, found["alone"], strict=True)]  # fmt: skip
+                 for one, other in zip(timings, timings_of["alone"], strict=True)]  # fmt: skip
         rows.append({
             "threads": threads, "condition": condition,
             **spread("throughput_img_s", [timing.throughput_img_s for timing in timings]),
@@ -142,8 +142,8 @@ def spread(name: str, values: list[float]) -> dict[str, float]:
     return {name: statistics.median(values), f"{name}_low": low, f"{name}_high": high}
 
 
-def give_way_us(calls: int = 100_000) -> float:
-    """Microseconds of a turn that nobody wants."""
+def yield_us(calls: int = 100_000) -> float:
+    """Measures the microseconds of `yield_device` while nobody waits."""
     with lease_on(DEVICE).shared():
         start = time.perf_counter()
         for _ in range(calls):
@@ -176,7 +176,7 @@ def text_of(rows: list[dict[str, Any]], command: str, turn_us: float) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Throughput in units of that alone, with its interval."""
+    """Draws the throughput in units of that alone, with its interval."""
     with drawn(path) as (axes,):
         for index, threads in enumerate(dict.fromkeys(row["threads"] for row in rows)):
             some = [row for row in rows if row["threads"] == threads]
@@ -199,7 +199,7 @@ def main() -> None:
     turns, num_rounds = (6, 7) if args.quick else (21, 15)
     rows = [row for threads in (args.threads[:1] if args.quick else args.threads)
             for row in measure(threads, turns, num_rounds)]  # fmt: skip
-    turn_us = give_way_us()
+    turn_us = yield_us()
     text = text_of(rows, " ".join(["python", *sys.argv]), turn_us)
     if args.out is not None:
         (args.out / "lease.md").write_text(text)

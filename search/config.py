@@ -191,7 +191,7 @@ class SpaceConfig(_Section):
 
 
 class SearchConfig(_Section):
-    """How the space is searched."""
+    """The search of the space: its length, its sampler and its goal."""
 
     trials: Annotated[int, Field(ge=1)] = 50
     """Number of trials in all, those of an earlier run included."""
@@ -306,7 +306,7 @@ class DistillConfig(_Training):
 
 
 class MeasureConfig(_Section):
-    """How throughput is measured."""
+    """The measurement of throughput."""
 
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Number of images in one timed batch: take what your deployment uses."""

@@ -1,4 +1,4 @@
-"""What was asked and what came of it: candidate, measurement, outcome. Plain records, JSON both ways."""
+"""The records of a search: candidate, measurement, outcome. They are plain, and go to JSON and back."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from search.method import METHODS, Method, Recovery
 RoundTo = int | Literal["auto"]
 
 FILTERED: frozenset[TokenReduction] = frozenset({"lfe", "lfe-merge"})
-"""The token reductions with a filter. `pruning.model.tokens.REDUCERS` knows too, but takes torch; a record does not."""
+"""The token reductions with a filter, as in `pruning.model.tokens.REDUCERS`, which needs torch; a record does not."""
 
 
 class State(str, Enum):
-    """How a trial ended."""
+    """The state in which a trial ended."""
 
     MEASURED = "measured"
-    """A model came out and was measured."""
+    """The trial gave a model, which was measured."""
     INFEASIBLE = "infeasible"
     """No model satisfies the candidate."""
     STOPPED = "stopped"
-    """The search gave it up before its end."""
+    """The search stopped the trial at a rung."""
     FAILED = "failed"
-    """It broke; `reason` says why."""
+    """The trial broke; `reason` says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,32 +41,35 @@ class Candidate:
     """Accuracy points (1 = one percent of the images) that pruning a block may cost; one entry a dense block, the
     entries past `exit_block` have no effect. All 0 but for method `cascade`, which alone has budgets."""
     token_share: float
-    """In [0, 1]. Cascade: share of each block's budget that tokens may spend first. Global: 0.5 weighs channels and
-    tokens as the profile does, 0 takes channels alone, 1 tokens alone. No effect on a schedule."""
+    """Weight of tokens against channels, in [0, 1]. Cascade: share of each block's budget that tokens may spend first.
+    Global: 0.5 weighs channels and tokens as the profile does, 0 takes channels alone, 1 tokens alone. A schedule
+    ignores it."""
     target_ratio: float
     """Share of the dense MACs to keep, in (0, 1]: pruning stops when it is reached. Method `unstructured`: share of the
     blocks' weights to keep."""
     exit_block: int
     """The model answers after this many blocks. Method `learned` gives a model for each exit up to here."""
     method: Method = "cascade"
-    """Who decides what goes."""
+    """The method that prunes, a key of `search.method.METHODS`."""
     criterion: str = "lfs"
-    """Score of the channels, a key of `pruning.scores.criteria.CRITERIA`; for method `cascade`."""
+    """Channel score of method `cascade`, a key of `pruning.scores.criteria.CRITERIA`."""
     token_reduction: TokenReduction = "lfe"
-    """What becomes of the tokens that do not leave a block."""
+    """Way to reduce tokens at the end of each block."""
     round_to: RoundTo = 1
-    """Widths a head and hidden units are multiples of it, at least 1; auto: those that this device is faster with."""
+    """Number, at least 1, that head widths and hidden units are multiples of; auto: only widths that measured faster
+    than every larger one on this device."""
     pattern: str = "any"
-    """For method `unstructured`: `any` weights go, or all but N of every M neighbours (`2:4`), whatever the target."""
+    """Sparsity pattern of method `unstructured`: `any` weights go, or all but N of every M neighbours (`2:4`), whatever
+    the target."""
     recovery: Recovery = "none"
-    """No effect on method `learned`, which trains all along."""
+    """Training after the pruning. Method `learned`, which trains all along, ignores it."""
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Candidate:
         return cls(**record | {"drop_budget": tuple(record["drop_budget"])})
 
     def to_params(self) -> dict[str, float | int | str]:
-        """Flat and named as in the search space: `drop_budget.0`, ...; only what has an effect."""
+        """Gives the parameters that have an effect, named as in the search space: `drop_budget.0`, ..."""
         method = METHODS[self.method]
         params: dict[str, float | int | str] = {"method": self.method, "exit_block": self.exit_block}
         if self.pattern == "any":
@@ -94,41 +97,47 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a model does, measured; intervals cover 95 %."""
+    """The measured accuracy, speed and cost of a model; intervals cover 95 %."""
 
     top1: float
     """Accuracy on `val`, in [0, 1]."""
     top1_low: float
+    """Lower end of the 95 % interval of `top1`."""
     top1_high: float
+    """Upper end of the 95 % interval of `top1`."""
     throughput_img_s: float
     """Images a second at the recipe's batch size: dense throughput of a reference run times `speedup`."""
     speedup: float
-    """Paired ratio to dense: the median over repeats, dense and pruned timed in turn."""
+    """Dense time / time of this model: the median over rounds, in which both are timed in turn."""
     speedup_low: float
+    """Lower end of the 95 % interval of `speedup`."""
     speedup_high: float
+    """Upper end of the 95 % interval of `speedup`."""
     latency_ms_p50: float
     """Median time of one batch of the recipe's batch size, in milliseconds."""
     macs: int
     """Multiply-adds an image, one multiply-add counted as one."""
     params: int
+    """Number of parameters."""
     top1_test: float | None = None
-    """Accuracy on `test`, in [0, 1]; taken for the final front alone."""
+    """Accuracy on `test`, in [0, 1]; measured for the final front alone."""
     sparsity: float = 0.0
     """Share of the blocks' weights that are 0, counted; in [0, 1]."""
     recall_at_1: float | None = None
-    """Share of the val images whose nearest training image is of their class; taken where the recipe searches by it,
-    as is the next."""
+    """Share of the val images whose nearest training image is of their class; measured where the recipe searches by
+    retrieval."""
     mean_average_precision: float | None = None
-    """Mean over the val images of the average precision of their ranking of the training images, in [0, 1]."""
+    """Mean over the val images of the average precision of their ranking of the training images, in [0, 1]; measured
+    where the recipe searches by retrieval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Candidate + plan + measurement, or candidate + the reason why there is none."""
+    """The outcome of a trial: candidate, plan and measurement, or candidate and the reason why there is none."""
 
     id: str
-    """`t000`, `t001`, ... in the order of the suggestions; `t001.9` is what the same trial found for an exit after
-    block 9."""
+    """Name of the outcome: `t000`, `t001`, ... in the order of the suggestions; `t001.9` is from the same trial, for an
+    exit after block 9."""
     state: State
     candidate: Candidate
     reason: str | None = None
@@ -139,23 +148,23 @@ class Outcome:
     forward_passes: float = 0.0
     """Cost of the pruning in forward passes of the dense model over the probe images (a backward pass is two)."""
     notes: tuple[str, ...] = ()
-    """What the user should know of the repair: layers of which only the bias could be, for want of images."""
+    """Notes on the repair: layers of which only the bias could be repaired, for want of images."""
     seconds: float = 0.0
     """Wall-clock time of the trial."""
     ended_s: float = 0.0
-    """When the trial ended, in seconds of searching since the sweep began; stops between runs do not count."""
+    """Time at which the trial ended, in seconds of searching since the sweep began; stops between runs do not count."""
     waited_s: float = 0.0
-    """How long its worker had waited for it, since the trial before."""
+    """Seconds that its worker waited for it, since the trial before."""
     rungs: tuple[tuple[float, float], ...] = ()
-    """Accuracy and speed-up at each rung that it passed, or where it was stopped."""
+    """Accuracy and speed-up at each rung that the trial passed, or where it was stopped."""
     rung_spans: tuple[tuple[float, float], ...] = ()
-    """When it began to be measured at each of them, and when it had been; in seconds since the trial began."""
+    """Seconds since the trial began at which the measurement for each rung started and ended."""
     history: tuple[dict[str, float], ...] = ()
-    """What was reported after each epoch of a trial that trains."""
+    """Reports after each epoch of a trial that trains: loss, ..."""
     has_weights: bool = False
-    """Its weights were trained, and are kept; else they follow from the plan and the dense model."""
+    """The weights were trained, and are kept; else they follow from the plan and the dense model."""
     same_as: str | None = None
-    """Id of the earlier outcome that trained the same plan: its weights and its measurement are this one's too."""
+    """Id of the earlier outcome that fine-tuned the same plan: its weights and its measurement are this one's too."""
 
     def __post_init__(self) -> None:
         measured = self.state is State.MEASURED
@@ -164,12 +173,12 @@ class Outcome:
 
     @property
     def trial(self) -> str:
-        """Id of the trial that it came of."""
+        """The id of the trial that gave the outcome."""
         return self.id.split(".")[0]
 
     @property
     def weights_id(self) -> str:
-        """Under which its weights are kept, if it has any of its own."""
+        """The id under which the weights are kept, if they were trained."""
         return self.same_as or self.id
 
     def to_json(self) -> dict[str, Any]:
@@ -180,9 +189,9 @@ class Outcome:
         }
         cost = {"block_drops": self.block_drops, "forward_passes": self.forward_passes}
         cost |= {"seconds": self.seconds, "ended_s": self.ended_s, "waited_s": self.waited_s}
-        course = {"rungs": self.rungs, "rung_spans": self.rung_spans, "history": self.history}
+        progress = {"rungs": self.rungs, "rung_spans": self.rung_spans, "history": self.history}
         kept = {"notes": self.notes, "has_weights": self.has_weights, "same_as": self.same_as}
-        return plain | measured | cost | course | kept
+        return plain | measured | cost | progress | kept
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Outcome:
@@ -203,12 +212,12 @@ class Outcome:
 
 
 def num_trials(outcomes: Sequence[Outcome]) -> int:
-    """The trials that the outcomes came of."""
+    """Counts the trials that gave the outcomes."""
     return len({outcome.trial for outcome in outcomes})
 
 
 def idle_share(outcomes: Sequence[Outcome]) -> float:
-    """Share of the workers' time, from their first trials to their last, in which they waited for the next one."""
+    """Gives the share of the workers' time, from their first trials to their last, in which they waited for a trial."""
     waited = sum(outcome.waited_s for outcome in outcomes)
     total = waited + sum(outcome.seconds for outcome in outcomes)
     return waited / total if total else 0.0

@@ -1,4 +1,4 @@
-"""Profiles on the disk: what a dense model told once is not asked again, by any sweep of it and its images."""
+"""Profiles on the disk: a dense model is profiled once for all sweeps with the same images and settings."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ from search.errors import SweepError
 from search.records.files import write_by
 
 FORMAT = 2
-"""Part of a file's name: what another format wrote is not found, and measured again."""
+"""The format of the files, a part of their names: a file of another format is not found, and measured anew."""
 
 
 class ProfileCache:
-    """The profiles of one model, its images and its settings."""
+    """The profiles of one dense model with certain images and settings."""
 
     def __init__(self, folder: Path, config: Config, weights: Mapping[str, Tensor], splits: Splits) -> None:
         """
         Args:
             folder: of the files; made when one is written.
-            weights: of the dense model, in the end.
+            weights: of the dense model, once it is trained.
         """
-        told = hashlib.sha256(repr([config.model.name, config.model.args, config.cascade.batch_size]).encode())
-        told.update(config.measure.precision.encode())
-        images = [each for split in (splits.calibration, splits.probe) for each in (split.pixels, split.labels)]
+        digest = hashlib.sha256(repr([config.model.name, config.model.args, config.cascade.batch_size]).encode())
+        digest.update(config.measure.precision.encode())
+        images = [tensor for part in (splits.calibration, splits.probe) for tensor in (part.pixels, part.labels)]
         for tensor in (*weights.values(), *images):
-            told.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        self._folder, self._key = folder, told.hexdigest()[:16]
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        self._folder, self._key = folder, digest.hexdigest()[:16]
 
     def read(self, kinds: Collection[TokenReduction]) -> dict[TokenReduction, Profile]:
-        """Those that were written before.
+        """Reads the profiles of these token reductions, as far as they were written before.
 
         Raises:
             SweepError: a file cannot be read.
         """
-        found: dict[TokenReduction, Profile] = {}
+        profiles: dict[TokenReduction, Profile] = {}
         for kind in kinds:
             path = self._path(kind)
             if not path.is_file():
                 continue
             try:
-                found[kind] = _from_plain(torch.load(path, weights_only=True))
+                profiles[kind] = _from_plain(torch.load(path, weights_only=True))
             except Exception as error:  # unpickling has errors of its own, of many lines
                 raise SweepError(f"{path} holds no profile; remove it, and it is made again") from error
-        return found
+        return profiles
 
     def write(self, profiles: Mapping[TokenReduction, Profile]) -> None:
-        """Those that are not there yet.
+        """Writes the profiles that are not there yet.
 
         Raises:
             SweepError: the disk refuses.
@@ -77,6 +77,6 @@ def _save(profile: Profile, path: Path) -> None:
 
 
 def _from_plain(record: dict[str, Any]) -> Profile:
-    """The profile of nested dicts and tensors, as `asdict` gives them."""
+    """Makes a profile of nested dicts and tensors, as `asdict` gives them."""
     channels = tuple(RemovalCurves(**curves) for curves in record["channels"])
     return Profile(**record | {"channels": channels, "tokens": tuple(map(tuple, record["tokens"]))})

@@ -32,7 +32,7 @@ SUBSAMPLE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class TrialContext:
-    """What all trials of a sweep share, ready to prune and measure."""
+    """The record that all trials of a sweep share, ready to prune and measure."""
 
     config: Config
     model: nn.Module

@@ -1,4 +1,4 @@
-"""Recipe -> dense model and images. What is wrong with what the user gave shows here, before anything starts."""
+"""Loads a recipe's dense model and images, and checks them before anything starts."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from search.errors import ConfigError
 from search.space import Space
 
 NO_TRAINING = ("val", "test", "val_images", "confirm_images", "test_images", "noise")
-"""Keys of the data that no training depends on."""
+"""Keys of the section `data` that no training depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """A sweep's model and images, loaded and checked."""
+    """The model and the images of a sweep, loaded and checked."""
 
     model: nn.Module
     trained: bool
-    """The weights are final: the recipe has no training, or it was done before."""
+    """True if the weights are final: the recipe has no training, or it was done before."""
     spec: InputSpec
+    """The size and scale of the model's input."""
     splits: Splits
     space: Space
     cache: Path
-    """Where the weights go once they are trained."""
+    """The file for the weights once they are trained."""
 
 
 def load_inputs(config: Config, runs: Path) -> Inputs:
-    """The model, its images and its search space.
+    """Loads the model and its images, and makes its search space.
 
     Raises:
-        VitfrontError: whatever is wrong with them, in one line.
+        VitfrontError: something is wrong with them, told in one line.
     """
     if config.model.training is not None:
         torch.manual_seed(config.model.training.seed)  # of the weights that training starts from
@@ -71,7 +72,7 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
 
 
 def input_spec(config: Config, model_default: dict[str, Any], image_size: tuple[int, int]) -> InputSpec:
-    """The model's input: the recipe's values where it gives any, else timm's."""
+    """Gives the model's input: the recipe's values where it has any, else timm's."""
     data = config.data
     return InputSpec(
         size=image_size,
@@ -83,7 +84,7 @@ def input_spec(config: Config, model_default: dict[str, Any], image_size: tuple[
 
 
 def load_splits(config: Config, spec: InputSpec, num_classes: int) -> Splits:
-    """All images of a sweep; the training images are drawn by class and dealt to calibration and probe."""
+    """Loads all images of a sweep; the training images are drawn by class and dealt to calibration and probe."""
     data = config.data
     class_map: Path | dict[str, int] | None = data.class_map
     if data.dataset == "folder" and class_map is None and data.root is not None:
@@ -117,14 +118,14 @@ def _noisy(images: Images, count: int, std: float, seed: int) -> Images:
     """
     if not std:
         return images
-    first, others = images.pixels[:count], images.pixels[count:]
+    first, later = images.pixels[:count], images.pixels[count:]
     noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(seed))
     noisy = (first + 255 * std * noise).round().clamp(0, 255).to(torch.uint8)
-    return replace(images, pixels=torch.cat([noisy, others]))
+    return replace(images, pixels=torch.cat([noisy, later]))
 
 
 def _training_hash(config: Config) -> str:
-    """Of all that the trained weights depend on."""
+    """Hashes all that the trained weights depend on."""
     data = config.data.model_dump(mode="json", exclude={*NO_TRAINING})
-    told = json.dumps([config.model.model_dump(mode="json"), data], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    text = json.dumps([config.model.model_dump(mode="json"), data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

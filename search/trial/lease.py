@@ -1,4 +1,4 @@
-"""Exclusive use of a device while a model is timed: who works on it meanwhile waits between two batches.
+"""Exclusive use of a device while a model is timed: other work on it waits between two batches.
 
 Readers and a writer: work (pruning, training) holds a shared lease, timing an exclusive one. A lease is an flock on two
 files of this machine, so it counts between all processes that use them, whatever sweep they belong to, and the kernel
@@ -29,11 +29,11 @@ class Lease:
     """The right to use one device, with others or alone, for one thread of this process.
 
     with lease.shared():
-        ...  # loops over batches stop for who wants the device alone
+        ...  # loops over batches pause for whoever wants the device alone
         with lease.exclusive():
             ...  # nobody else uses it
 
-    Within an exclusive lease nothing is waited for. Where files cannot be locked, work goes on without a lease, and a
+    Within an exclusive lease nothing waits. Where files cannot be locked, work goes on without a lease, and a
     warning says so, once.
     """
 
@@ -53,18 +53,24 @@ class Lease:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """For work; within it, `pruning.device_sharing.yield_device` is this lease's."""
+        """Holds the device with others, for work; `pruning.device_sharing.yield_device` is then this lease's."""
         with self._held(fcntl.LOCK_SH), calling_on_yield(self.yield_device):
             yield
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """For timing. A shared lease around it is let go first, since two that wait for each other's would for ever."""
+        """Holds the device alone, for timing.
+
+        A shared lease around it is released first: two processes that wait for each other's would wait for ever.
+        """
         with self._held(fcntl.LOCK_EX):
             yield
 
     def yield_device(self) -> None:
-        """If somebody wants the device alone, lets it go until that is over. Some microseconds if nobody does."""
+        """Releases the device if another process waits to have it alone; blocks until it is held again.
+
+        Costs some microseconds if nobody waits.
+        """
         if self._kind != fcntl.LOCK_SH or self._gate is None:  # a writer's own gate is locked by itself
             return
         try:
@@ -86,7 +92,7 @@ class Lease:
             self._change(before)
 
     def _change(self, kind: int) -> None:
-        """Lets go of what is held, then takes what is wanted."""
+        """Releases the locks that are held, then takes those of a kind."""
         try:
             if self._gate is not None:
                 self._synchronize()  # what was queued within the lease must not run after it
@@ -108,7 +114,10 @@ class Lease:
         self._kind = kind
 
     def _take(self, kind: int) -> None:
-        """Waits for the locks. The files are opened anew, for somebody may have cleared the temporary folder."""
+        """Waits for the locks of a kind.
+
+        The files are opened anew, for somebody may have cleared the temporary folder.
+        """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self._folder.lstat().st_uid not in (os.getuid(), 0):
             raise PermissionError(f"{self._folder} belongs to another user")
@@ -128,7 +137,7 @@ _leases: dict[tuple[Path, str], Lease] = {}
 
 
 def lease_of(name: str, synchronize: Callable[[], None]) -> Lease:
-    """The lease of a device: one object in a process, lest the process wait for itself.
+    """Gives the lease of a device: one object in a process, so that the process never waits for itself.
 
     Args:
         name: tells the device from all others of this machine.

@@ -49,7 +49,7 @@ class Training(Protocol):
 
 
 class TrialProgress:
-    """What a trial has done so far, in this process or in an earlier one."""
+    """The progress of a trial, in this process and in earlier ones."""
 
     def __init__(self, state: Mapping[str, Any] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         """

@@ -1,4 +1,4 @@
-"""What earlier trials of the same context leave for later ones: measurements, fine-tunes and pruned prefixes."""
+"""Results of earlier trials that later ones reuse: measurements, fine-tunes and pruned prefixes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Cache(Protocol[Value]):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerCache:
-    """What a worker keeps of earlier trials with the same context, so that nothing is done twice.
+    """The caches of a worker, in which earlier trials with the same context leave what later ones would do again.
 
-    No result depends on it, but for the noise of a timing. Workers may share all but the first.
+    No result depends on them, but for the noise of a timing. Workers may share all but the first.
     """
 
     prefix_cache: PrefixCache[CascadeState] = field(default_factory=lambda: PrefixCache(PREFIX_CACHE_BYTES))

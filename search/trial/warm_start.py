@@ -35,18 +35,19 @@ def first_candidates(space: Space, proposed: Sequence[Candidate] = ()) -> list[C
     cascade first and `global` second, the candidates that were proposed for it and the papers' settings.
 
     Args:
-        proposed: what `propose` gives. They take the place of all of VTC-LFC's settings but the middle target, and of
-            all targets of `global`.
+        proposed: candidates of `propose`. They take the place of all of VTC-LFC's settings but the middle target, and
+            of all targets of `global`.
     """
     first: list[Candidate] = []
     for name in sorted(space.method, key=_rank):
-        method, own = METHODS[name], [candidate for candidate in proposed if candidate.method == name]
+        method = METHODS[name]
+        proposals = [candidate for candidate in proposed if candidate.method == name]
         if method.repairs and not first:
             first.append(_paper_setting(space, name, 1.0))
         if method.has_budgets:
-            first += own + _vtc_lfc(space, name, is_short=bool(proposed))
-        elif method.needs_profile and own:
-            first += own
+            first += proposals + _vtc_lfc(space, name, is_short=bool(proposed))
+        elif method.needs_profile and proposals:
+            first += proposals
         else:
             several = method.needs_profile or method.serves_every_exit
             first += [_paper_setting(space, name, target) for target in _targets(space)[: None if several else 1]]
@@ -54,7 +55,7 @@ def first_candidates(space: Space, proposed: Sequence[Candidate] = ()) -> list[C
 
 
 def _rank(name: Method) -> int:
-    """Methods with budgets come first, then those that need a profile, then all others as they are in the recipe."""
+    """Ranks a method: with budgets 0, with a need of a profile 1, all others 2, which stay in the recipe's order."""
     method = METHODS[name]
     return 0 if method.has_budgets else 1 if method.needs_profile else 2
 

@@ -51,8 +51,8 @@ def test_all_that_is_wrong_is_told_in_one_line() -> None:
     del record["model"]["name"]
     with pytest.raises(ConfigError) as raised:
         Config.from_dict(record)
-    told = str(raised.value).split("; ")
-    assert sorted(told) == [
+    lines = str(raised.value).split("; ")
+    assert sorted(lines) == [
         "data.val_images: input should be greater than or equal to 8 (given: 2)",
         "model.name: field required",
         "search.trails: unknown key",

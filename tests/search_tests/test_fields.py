@@ -71,7 +71,7 @@ def test_choice_is_one_value_or_a_list_in_the_recipes_order(key: str, given: Any
 
 @pytest.mark.parametrize("in_list", [False, True])
 @pytest.mark.parametrize(
-    ("key", "wrong", "known"),
+    ("key", "wrong", "names"),
     [
         ("method", "globl", ["cascade", "global"]),
         ("criterion", "lsf", list(CRITERIA)),
@@ -79,15 +79,15 @@ def test_choice_is_one_value_or_a_list_in_the_recipes_order(key: str, given: Any
     ],
 )
 def test_unknown_choice_is_one_line_with_the_key_the_value_and_those_there_are(
-    key: str, wrong: str, known: list[str], in_list: bool
+    key: str, wrong: str, names: list[str], in_list: bool
 ) -> None:
     with pytest.raises(ConfigError, match=rf"^space\.{key}: ") as raised:
-        Config.from_dict(changed(f"space.{key}", [known[0], wrong] if in_list else wrong))
-    told = str(raised.value)
-    assert repr(wrong) in told
-    assert all(re.search(rf"\b{re.escape(name)}\b", told) for name in known)
-    assert "\n" not in told
-    assert "; space" not in told
+        Config.from_dict(changed(f"space.{key}", [names[0], wrong] if in_list else wrong))
+    message = str(raised.value)
+    assert repr(wrong) in message
+    assert all(re.search(rf"\b{re.escape(name)}\b", message) for name in names)
+    assert "\n" not in message
+    assert "; space" not in message
 
 
 @pytest.mark.parametrize("key", ["method", "criterion", "token_reduction", "round_to"])

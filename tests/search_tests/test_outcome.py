@@ -150,7 +150,7 @@ def test_reductions_with_a_filter_are_those_that_build_one() -> None:
 
 
 def test_records_are_read_without_torch() -> None:
-    """Who only looks at a ledger does not wait seconds for it."""
+    """A look at a ledger is to take no seconds."""
     look = "import sys, search.outcome; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", look], check=False).returncode == 0
 

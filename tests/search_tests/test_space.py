@@ -45,7 +45,7 @@ GLOBAL = SpaceConfig(
 WHOLE = SpaceConfig(exit_block=(9, DEPTH), token_reduction="none", round_to="auto", token_share=(0.2, 0.4))
 CONFIGS = [WIDE, NARROW, FIXED, BOTH, GLOBAL, WHOLE]
 SWIN_EXITS = (2, 4, 10, 12)
-"""Of a Swin's four stages."""
+"""The exits of a Swin, at the ends of its four stages."""
 
 
 class Chooser:
@@ -83,7 +83,7 @@ class Chooser:
 
 
 def is_within(candidate: Candidate, config: SpaceConfig, depth: int = DEPTH) -> bool:
-    """By the definition, field by field."""
+    """Checks the definition, field by field."""
 
     def fits(value: float, bounds: float | tuple[float, float]) -> bool:
         low, high = bounds if isinstance(bounds, tuple) else (bounds, bounds)
@@ -236,10 +236,10 @@ def test_every_choice_is_asked_for_with_its_values() -> None:
 
 def test_every_choice_can_be_chosen() -> None:
     chosen = [Space(BOTH, DEPTH).choose(Chooser(seed=seed)) for seed in range(60)]
-    assert {each.method for each in chosen} == {"cascade", "global"}
-    assert {each.criterion for each in chosen} == {"lfs", "taylor", "obs"}
-    assert {each.token_reduction for each in chosen} == {*TOKEN_REDUCTIONS, "none"}
-    assert {each.round_to for each in chosen} == {1, 8, "auto"}
+    assert {candidate.method for candidate in chosen} == {"cascade", "global"}
+    assert {candidate.criterion for candidate in chosen} == {"lfs", "taylor", "obs"}
+    assert {candidate.token_reduction for candidate in chosen} == {*TOKEN_REDUCTIONS, "none"}
+    assert {candidate.round_to for candidate in chosen} == {1, 8, "auto"}
 
 
 def test_list_of_one_choice_fixes_it() -> None:
@@ -336,7 +336,7 @@ def test_token_reduction_auto_is_the_best_that_the_model_can_have(has_windows: b
     space = Space(SpaceConfig(token_reduction="auto"), DEPTH, has_windows=has_windows)
     assert space.token_reduction == (kind,)
     assert {space.choose(Chooser(seed=seed)).token_reduction for seed in range(5)} == {kind}
-    assert {each.token_reduction for each in first_candidates(space)} == {kind}
+    assert {candidate.token_reduction for candidate in first_candidates(space)} == {kind}
 
 
 @pytest.mark.parametrize("given", [*TOKEN_REDUCTIONS, ("none", "merge"), ("lfe",)])
@@ -371,9 +371,9 @@ def test_exits_of_stages_are_those_within_the_range(given: Any, exits: list[int]
     assert {space.choose(Chooser(seed=seed)).exit_block for seed in range(40)} == set(exits)
 
 
-@pytest.mark.parametrize(("given", "told"), [(3, "3"), ((5, 9), "(5, 9)"), ((11, 11), "(11, 11)")])
-def test_range_without_an_exit_is_answered_with_those_there_are(given: Any, told: str) -> None:
-    expected = f"space.exit_block: {told} has no exit; the model may answer after blocks 2, 4, 10, 12"
+@pytest.mark.parametrize(("given", "shown"), [(3, "3"), ((5, 9), "(5, 9)"), ((11, 11), "(11, 11)")])
+def test_range_without_an_exit_is_answered_with_those_there_are(given: Any, shown: str) -> None:
+    expected = f"space.exit_block: {shown} has no exit; the model may answer after blocks 2, 4, 10, 12"
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
         swin_space(given)
 
@@ -427,8 +427,8 @@ def test_a_schedule_is_asked_for_nothing_but_target_exit_and_reduction(method: A
 def test_a_schedule_has_first_candidates_and_needs_tokens_to_take() -> None:
     config = SpaceConfig(method=("constant", "decreasing"), token_reduction="merge", target_ratio=(0.2, 1.0))
     first = first_candidates(Space(config, DEPTH))
-    assert [each.method for each in first] == ["constant", "constant", "decreasing"]
-    assert [each.target_ratio for each in first] == pytest.approx([1.0, 0.6, 0.6])
+    assert [candidate.method for candidate in first] == ["constant", "constant", "decreasing"]
+    assert [candidate.target_ratio for candidate in first] == pytest.approx([1.0, 0.6, 0.6])
     with pytest.raises(ConfigError, match="a schedule takes tokens alone"):
         Space(config.model_copy(update={"token_reduction": ("none", "merge")}), DEPTH)
     with pytest.raises(ConfigError, match="a schedule takes tokens alone"):
@@ -470,3 +470,39 @@ def test_exits_of_a_swin_are_a_choice_among_its_stages() -> None:
     assert space.parameters()["exit_block"] == Choice(values=(4, 10, 12))
     assert space.parameters()["target_ratio"] == Numbers(low=0.2, high=1.0)
     assert space.parameters()["cutoff_channel"].is_log  # type: ignore[union-attr]
+
+
+def test_snap_rounds_numbers_to_eighths_of_their_range_and_leaves_the_rest() -> None:
+    space = Space(BOTH, DEPTH)
+    values = space.values_of(space.choose(Chooser(0.9, method="cascade", criterion="lfs", token_reduction="lfe")))
+    snapped = space.snap(values)
+    kept = {"method", "criterion", "token_reduction", "round_to", "target_ratio", "exit_block"}
+    assert {name for name in values if snapped[name] == values[name]} == kept
+    for name, parameter in space.parameters().items():
+        if isinstance(parameter, Numbers) and name not in kept:
+            assert parameter.share(snapped[name]) * 8 == pytest.approx(round(parameter.share(values[name]) * 8))
+    assert space.snap(snapped) == pytest.approx(snapped)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40])
+def test_grid_has_as_many_candidates_of_the_space_as_are_wanted_none_twice(count: int) -> None:
+    space = Space(BOTH, DEPTH)
+    candidates = space.full_grid(count, seed=0)
+    assert len(candidates) == len(set(candidates)) == count
+    assert all(space.holds(candidate) for candidate in candidates)
+    assert space.full_grid(count, seed=0) == candidates
+    assert count < 7 or space.full_grid(count, seed=1) != candidates
+
+
+def test_grid_of_a_small_space_is_all_of_it_as_fine_as_the_count_allows() -> None:
+    config = SpaceConfig(method="global", token_reduction=("merge", "none"), target_ratio=(0.2, 1.0), token_share=0.5)
+    candidates = Space(config, DEPTH).full_grid(11, seed=0)
+    grid = {(candidate.token_reduction, round(candidate.target_ratio, 9)) for candidate in candidates}
+    assert grid == {(reduction, target) for reduction in ("merge", "none") for target in (0.2, 0.4, 0.6, 0.8, 1.0)}
+
+
+def test_points_of_a_grid_that_differ_in_what_has_no_effect_are_one_candidate() -> None:
+    config = SpaceConfig(method="global", token_reduction=("merge", "none"), target_ratio=0.5, token_share=(0.0, 1.0))
+    candidates = Space(config, DEPTH).full_grid(4, seed=0)
+    assert [candidate.token_reduction for candidate in candidates].count("none") == 1
+    assert len(candidates) == 3

@@ -34,7 +34,7 @@ SWIN_ARGS = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_siz
 
 def record(**changes: Any) -> dict[str, Any]:
     """A recipe; `changes` as `section__key=value`."""
-    made: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "name": "tiny",
         "model": {"name": NAME, "args": dict(ARGS)},
         "data": {"root": "images", "calibration_images": 8, "probe_images": 8},
@@ -45,11 +45,11 @@ def record(**changes: Any) -> dict[str, Any]:
     }
     for key, value in changes.items():
         *path, last = key.split("__")
-        inner = made
+        inner = fields
         for part in path:
             inner = inner.setdefault(part, {})
         inner[last] = value
-    return made
+    return fields
 
 
 def config(**changes: Any) -> Config:
@@ -62,28 +62,28 @@ def write_recipe(path: Path, **changes: Any) -> Path:
 
 
 def model(seed: int = 0) -> torch.nn.Module:
-    """Untrained."""
+    """The dense model, untrained."""
     torch.manual_seed(seed)
     return create_model(NAME, args=ARGS)
 
 
 def swin(seed: int = 0) -> torch.nn.Module:
-    """Untrained, for the same images."""
+    """A Swin, untrained, for the same images."""
     torch.manual_seed(seed)
     return create_model(SWIN, args=SWIN_ARGS | {"img_size": 16, "patch_size": 2, "num_classes": NUM_CLASSES})
 
 
 def steady_timer(calls: Sequence[Any], device: torch.device, num_rounds: int) -> list[list[float]]:
-    """For `pruning.measure.stopwatch.time_in_turn`: each call takes longer than the one before, and nothing is run."""
+    """Stands for `pruning.measure.stopwatch.time_in_turn`: each call takes longer than the one before; none is run."""
     return [[1.0 + index for index in range(len(calls))]] * num_rounds
 
 
 time_widths = partial(measure_allowed_widths, timer=steady_timer)
-"""For `search.trial.prepare.prepare`: each width is faster than all larger ones."""
+"""The argument of `search.trial.prepare.prepare` with which each width is faster than all larger ones."""
 
 
 def images(count: int, seed: int = 0) -> Images:
-    """Noise, its labels too."""
+    """Images of noise, with labels of noise."""
     generator = torch.Generator().manual_seed(seed)
     return Images(
         pixels=torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8),
@@ -109,7 +109,7 @@ def splits(test: bool = True) -> Splits:
 
 
 def inputs(config: Config, **changes: Any) -> Inputs:
-    """What is loaded for a recipe, without a disk; `changes` are fields, as `model` and `splits`."""
+    """The inputs of a recipe, without a disk; `changes` are fields, as `model` and `splits`."""
     dense = changes.get("model") or model()
     anatomy = examine(dense)
     loaded = Inputs(
@@ -126,7 +126,7 @@ def inputs(config: Config, **changes: Any) -> Inputs:
 def timer(
     dense: torch.nn.Module, models: Sequence[torch.nn.Module], batch: torch.Tensor, *, num_rounds: int, **_: Any
 ) -> tuple[Timing, list[Timing]]:
-    """For `pruning.measure.stopwatch.time_against_dense`: half the parameters are twice as fast."""
+    """Stands for `pruning.measure.stopwatch.time_against_dense`: half the parameters are twice as fast."""
 
     def timing(model: torch.nn.Module) -> Timing:
         speedup = count_params(dense) / count_params(model)

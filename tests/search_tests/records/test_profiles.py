@@ -24,8 +24,12 @@ def context() -> TrialContext:
 
 
 def cache(folder: Path, context: TrialContext, **changes: Any) -> ProfileCache:
-    given: dict[str, Any] = {"config": context.config, "weights": context.model.state_dict(), "splits": context.splits}
-    return ProfileCache(folder, **given | changes)
+    arguments: dict[str, Any] = {
+        "config": context.config,
+        "weights": context.model.state_dict(),
+        "splits": context.splits,
+    }
+    return ProfileCache(folder, **arguments | changes)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -41,10 +45,10 @@ def same(one: Any, other: Any) -> bool:
 def test_a_profile_comes_back_as_it_was(context: TrialContext, tmp_path: Path) -> None:
     assert cache(tmp_path / "new", context).read(["lfe"]) == {}
     cache(tmp_path / "new", context).write(context.profiles)
-    found = cache(tmp_path / "new", context).read(["lfe", "merge"])
-    assert list(found) == ["lfe"]
-    assert isinstance(found["lfe"], Profile)
-    assert same(found["lfe"], context.profiles["lfe"])
+    profiles = cache(tmp_path / "new", context).read(["lfe", "merge"])
+    assert list(profiles) == ["lfe"]
+    assert isinstance(profiles["lfe"], Profile)
+    assert same(profiles["lfe"], context.profiles["lfe"])
 
 
 def test_another_model_other_images_or_settings_have_other_profiles(context: TrialContext, tmp_path: Path) -> None:

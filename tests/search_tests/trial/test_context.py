@@ -1,4 +1,4 @@
-"""What all trials share: parts of it, other settings of it, and the images that models are timed on."""
+"""The context of trials: parts of it, other settings of it, and the images that models are timed on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is loaded for a recipe, and what is wrong with it before anything starts."""
+"""The inputs that are loaded for a recipe, and the errors that they show before anything starts."""
 
 from __future__ import annotations
 
@@ -233,6 +233,6 @@ def test_input_is_what_timm_knows_unless_the_recipe_says_otherwise() -> None:
     default = input_spec(tiny.config(), TIMM, (16, 16))
     assert (default.mean, default.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (default.interpolation, default.crop_pct, default.size) == ("bicubic", 0.9, (16, 16))
-    own = {"data__mean": [0.5], "data__std": [0.25], "data__interpolation": "nearest", "data__crop_pct": 1.0}
-    spec = input_spec(tiny.config(**own), TIMM, (8, 8))
+    changes = {"data__mean": [0.5], "data__std": [0.25], "data__interpolation": "nearest", "data__crop_pct": 1.0}
+    spec = input_spec(tiny.config(**changes), TIMM, (8, 8))
     assert (spec.mean, spec.std, spec.interpolation, spec.crop_pct) == ((0.5,), (0.25,), "nearest", 1.0)

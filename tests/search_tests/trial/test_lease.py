@@ -18,7 +18,7 @@ from search.trial.lease import Lease, lease_of  # no torch: the processes start 
 
 
 def serve(folder: Path, pipe: Any) -> None:
-    """What a process does: takes orders, and answers each when it is done."""
+    """Runs in a process: takes orders, and answers each when it is done."""
     lease = Lease(folder, "device")
     held: list[ExitStack] = []
     for order in iter(pipe.recv, "end"):
@@ -44,7 +44,7 @@ class Process:
         self.pipe.send(order)
 
     def answers(self) -> bool:
-        """It has done the eldest order that it has not answered yet."""
+        """Tells whether it did the eldest order that it has not answered yet."""
         return self.pipe.poll(30) and self.pipe.recv() == "done"
 
     def does(self, order: str) -> bool:
@@ -52,7 +52,7 @@ class Process:
         return self.answers()
 
     def waits(self) -> bool:
-        """For a lock, as the kernel says; False once it has answered."""
+        """Tells whether it waits for a lock, as the kernel says; False once it has answered."""
         while not self.pipe.poll(0.005):
             lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
             if any(words[1:3] == ["->", "FLOCK"] and words[5] == str(self.process.pid) for words in lines):
@@ -75,12 +75,12 @@ def start(tmp_path: Path) -> Iterator[Callable[[], Process]]:
         return started[-1]
 
     yield start
-    for each in started:
-        each.kill()
+    for process in started:
+        process.kill()
 
 
 def state(folder: Path, name: str = "device", part: str = "body") -> str:
-    """How a device is held now, by whomever."""
+    """Tells how a device is held now, by any process."""
     with open(folder / f"{name}.{part}", "ab") as file:
         for kind, meaning in ((fcntl.LOCK_EX, "free"), (fcntl.LOCK_SH, "shared")):
             try:
@@ -274,7 +274,7 @@ def leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def watch(model: Any, leases: Path) -> set[str]:
-    """How the CPU is held whenever the model runs."""
+    """Collects how the CPU is held whenever the model runs."""
     seen: set[str] = set()
     model.register_forward_pre_hook(lambda *_: seen.add(state(leases, "cpu")))
     return seen

@@ -1,4 +1,4 @@
-"""What is measured of a model: accuracy, retrieval, speed and cost; in a trial, and once more for the front."""
+"""The measurement of a model: accuracy, retrieval, speed and cost; in a trial, and once more for the front."""
 
 from __future__ import annotations
 
@@ -22,25 +22,28 @@ from search.trial.measure import build, confirm, measure, time_shapes
 from search.trial.reuse import plan_key, shape_key
 from tests.pruning_tests.measure.test_retrieval import slow
 from tests.search_tests import tiny
-from tests.search_tests.trial.trials import accuracy, candidate, measured, run, with_search
+from tests.search_tests.trial.trials import accuracy, measured, new_candidate, run, with_search
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "candidate",
     [
-        candidate(drop_budget=(10.0, 10.0, 10.0), target_ratio=0.5),
-        candidate(exit_block=2, drop_budget=(9.0, 9.0, 0.0)),
+        new_candidate(drop_budget=(10.0, 10.0, 10.0), target_ratio=0.5),
+        new_candidate(exit_block=2, drop_budget=(9.0, 9.0, 0.0)),
     ],
     ids=["pruned", "cut"],
 )
-def test_model_built_again_from_the_plan_reaches_the_recorded_accuracy(context: TrialContext, asked: Candidate) -> None:
-    outcome = run(context, asked)
+def test_model_built_again_from_the_plan_reaches_the_recorded_accuracy(
+    context: TrialContext, candidate: Candidate
+) -> None:
+    outcome = run(context, candidate)
     assert outcome.plan is not None
     model = build(context, outcome.plan)
     assert accuracy(model, context.splits.val) == pytest.approx(measured(outcome).top1)
     assert measure(context, model, outcome.plan).top1 == measured(outcome).top1
 
 
+@pytest.mark.alone
 def test_model_is_timed_by_the_clock(context: TrialContext) -> None:
     by_clock = replace(context, timer=time_against_dense)
     measurement = measure(by_clock, context.model, context.dense_plan)
@@ -74,7 +77,7 @@ def test_equal_shapes_are_not_timed_again_nor_equal_models_measured_again(
 
 
 def by_retrieval(context: TrialContext, accuracy: Accuracy = "recall_at_1") -> TrialContext:
-    """The same sweep, searched by retrieval."""
+    """Gives the context of the same sweep, searched by retrieval."""
     return with_search(context, accuracy=accuracy)
 
 
@@ -122,8 +125,8 @@ def test_training_images_whose_features_are_no_numbers_fail(context: TrialContex
 
 
 def test_front_is_confirmed_in_its_order_and_on_test(context: TrialContext) -> None:
-    candidates = (candidate(exit_block=2), candidate(drop_budget=(50.0, 50.0, 50.0), target_ratio=0.5))
-    plans = [plan for asked in candidates if (plan := run(context, asked).plan) is not None]
+    candidates = (new_candidate(exit_block=2), new_candidate(drop_budget=(50.0, 50.0, 50.0), target_ratio=0.5))
+    plans = [plan for candidate in candidates if (plan := run(context, candidate).plan) is not None]
     confirmation = confirm(context, plans)
     test = context.splits.test
     assert test is not None
@@ -142,8 +145,8 @@ def test_front_is_confirmed_on_the_images_for_it_and_in_more_rounds(context: Tri
         rounds.append(num_rounds)
         return tiny.timer(*arguments, num_rounds=num_rounds, **options)
 
-    others = replace(context.splits, confirm=tiny.images(32, seed=9))
-    confirmation = confirm(replace(context, splits=others, timer=timer), [])
+    splits = replace(context.splits, confirm=tiny.images(32, seed=9))
+    confirmation = confirm(replace(context, splits=splits, timer=timer), [])
     assert confirmation.dense.top1 == pytest.approx(accuracy(context.model, tiny.images(32, seed=9)))
     assert rounds == [3 * context.config.measure.num_rounds]
 

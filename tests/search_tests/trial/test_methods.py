@@ -23,7 +23,7 @@ from search.trial.progress import Epoch, Rung
 from search.trial.trial import Ended, run_to_end, start_trial
 from tests.search_tests import tiny
 from tests.search_tests.trial import trials
-from tests.search_tests.trial.trials import EPOCHS, EXITS, accuracy, candidate, measured, run
+from tests.search_tests.trial.trials import EPOCHS, EXITS, accuracy, measured, new_candidate, run
 
 NAMES: tuple[Method, ...] = get_args(Method)
 
@@ -44,18 +44,18 @@ def test_every_method_has_one_function() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_traits_of_a_method_are_those_that_its_trial_shows(context: TrialContext, name: Method) -> None:
     method = METHODS[name]
-    asked = candidate(name, target_ratio=0.6, round_to=8)
+    candidate = new_candidate(name, target_ratio=0.6, round_to=8)
     if method.takes_tokens:
-        asked = replace(asked, token_reduction="attention-merge", token_share=0.75)
+        candidate = replace(candidate, token_reduction="attention-merge", token_share=0.75)
         if method.takes_channels:
-            asked = replace(asked, target_ratio=0.2)  # so little that it takes both
+            candidate = replace(candidate, target_ratio=0.2)  # so little that it takes both
     if method.has_budgets:
-        asked = replace(asked, drop_budget=(100.0,) * tiny.DEPTH)
+        candidate = replace(candidate, drop_budget=(100.0,) * tiny.DEPTH)
     if not method.needs_profile:
         context = replace(context, profiles={})
     if not method.repairs:
         context = replace(context, sensitivities={})
-    *events, ended = start_trial(trials.with_search(context, reduction_factor=2.0), asked, "t000")
+    *events, ended = start_trial(trials.with_search(context, reduction_factor=2.0), candidate, "t000")
     assert isinstance(ended, Ended)
     outcome = ended.outcomes[0]
     assert outcome.plan is not None, outcome.reason
@@ -63,7 +63,7 @@ def test_traits_of_a_method_are_those_that_its_trial_shows(context: TrialContext
     assert any(isinstance(event, Rung) for event in events) == method.has_rungs
     assert bool(outcome.block_drops) == method.has_budgets
     assert outcome.has_weights != method.repairs
-    assert [each.plan.exit_block for each in ended.outcomes if each.plan is not None] == (
+    assert [outcome.plan.exit_block for outcome in ended.outcomes if outcome.plan is not None] == (
         EXITS[::-1] if method.serves_every_exit else [tiny.DEPTH]
     )
     dense = keep_all_block(context.anatomy.blocks[0])
@@ -77,7 +77,7 @@ def test_traits_of_a_method_are_those_that_its_trial_shows(context: TrialContext
 
 
 ODD = AllowedWidths(attention=((3, 5), (7, 2), (16, 16)), hidden=(21, 77, 128), reduction=1000.0)
-"""What no measurement would give, so that widths of it come from nowhere else."""
+"""Widths that no measurement would give, so that they come from nowhere else."""
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_widths_are_those_that_the_block_may_have_also_before_an_exit(
     context: TrialContext, method: Any, token_reduction: Any, exit_block: int
 ) -> None:
     allowed_widths = tuple(replace(ODD, hidden=(10 + block, *ODD.hidden)) for block in range(tiny.DEPTH))
-    others: Any = {"attention-merge": (), "none": ()}
-    odd = replace(context, allowed_widths=others | {token_reduction: allowed_widths})
-    asked = candidate(
+    none: Any = {"attention-merge": (), "none": ()}
+    odd = replace(context, allowed_widths=none | {token_reduction: allowed_widths})
+    candidate = new_candidate(
         method, token_reduction=token_reduction, exit_block=exit_block, round_to="auto", criterion="obs",
         drop_budget=(100.0 if method == "cascade" else 0.0,) * tiny.DEPTH,
         target_ratio=0.01 if method == "cascade" else 0.35,
     )  # fmt: skip
-    outcome = run(odd, asked)
+    outcome = run(odd, candidate)
     assert share(context, outcome) <= 0.35  # the cascade goes as far as it can, which is farther
     assert outcome.plan is not None
     assert outcome.plan.token_reduction == token_reduction
@@ -112,17 +112,17 @@ def test_widths_are_those_that_the_block_may_have_also_before_an_exit(
 
 @pytest.mark.parametrize("method", ["cascade", "global"])
 def test_widths_that_were_measured_make_a_model_and_so_do_multiples(context: TrialContext, method: Any) -> None:
-    asked = candidate(
+    candidate = new_candidate(
         method, token_reduction="attention-merge", exit_block=2, criterion="obs", target_ratio=0.45,
         drop_budget=(100.0 if method == "cascade" else 0.0,) * tiny.DEPTH, token_share=0.0,
     )  # fmt: skip
-    outcome = run(context, replace(asked, round_to="auto"))
+    outcome = run(context, replace(candidate, round_to="auto"))
     assert share(context, outcome) <= 0.45
     assert outcome.plan is not None
     for block, allowed in zip(outcome.plan.blocks, context.allowed_widths["attention-merge"], strict=False):
         assert (block.shape.qk_width, block.shape.v_width) in allowed.attention
         assert block.shape.num_hidden in allowed.hidden
-    by_eight = run(context, replace(asked, round_to=8))
+    by_eight = run(context, replace(candidate, round_to=8))
     assert by_eight.plan is not None
     for block in by_eight.plan.blocks:
         assert {block.shape.qk_width % 8, block.shape.v_width % 8, block.shape.num_hidden % 8} == {0}
@@ -130,23 +130,23 @@ def test_widths_that_were_measured_make_a_model_and_so_do_multiples(context: Tri
 
 @pytest.mark.parametrize("method", ["cascade", "global"])
 def test_layers_that_too_few_images_repair_are_noted(context: TrialContext, method: Any) -> None:
-    asked = candidate(
+    candidate = new_candidate(
         method, token_reduction="none", criterion="magnitude", target_ratio=0.5, round_to=1,
         drop_budget=(100.0 if method == "cascade" else 0.0,) * tiny.DEPTH,
     )  # fmt: skip
     few = replace(context, splits=replace(context.splits, num_calibration=1))
-    outcome = run(few, asked)
+    outcome = run(few, candidate)
     measured(outcome)
     assert outcome.plan is not None
     assert outcome.notes
     assert outcome.notes == repaired_model(few.model, outcome.plan, few.splits.calibration, batch_size=64).notes
     assert all("only the bias is repaired" in note for note in outcome.notes)
-    assert run(context, candidate()).notes == ()
+    assert run(context, new_candidate()).notes == ()
 
 
 @pytest.mark.parametrize("method", ["constant", "decreasing"])
 def test_a_schedule_takes_tokens_alone_and_reaches_its_target(context: TrialContext, method: Method) -> None:
-    outcome = run(context, candidate(method, token_reduction="merge", target_ratio=0.7))
+    outcome = run(context, new_candidate(method, token_reduction="merge", target_ratio=0.7))
     assert share(context, outcome) <= 0.7
     assert outcome.plan is not None
     dense = context.anatomy.blocks[0]
@@ -169,11 +169,11 @@ def test_swin_is_pruned_up_to_either_of_its_stages() -> None:
     )
     context = replace(context, allowed_widths={"none": odd})
     for method, exit_block in product(methods, (2, 4)):
-        asked = candidate(
+        candidate = new_candidate(
             method, criterion="obs", token_reduction="none", round_to="auto", exit_block=exit_block,
             drop_budget=(100.0 if method == "cascade" else 0.0,) * 4, target_ratio=0.6,
         )  # fmt: skip
-        outcome = run(context, asked)
+        outcome = run(context, candidate)
         assert measured(outcome).macs <= 0.6 * dense.macs
         assert outcome.plan is not None
         assert [block.num_tokens for block in outcome.plan.blocks] == [64, 64, 16, 16][:exit_block]
@@ -187,47 +187,47 @@ def test_swin_is_pruned_up_to_either_of_its_stages() -> None:
 
 
 def test_learned_width_gives_a_point_for_each_exit_its_own_first(context: TrialContext) -> None:
-    asked = candidate("learned", target_ratio=0.6)
-    own, earlier = run_to_end(context, asked, "t004").outcomes
-    assert [own.id, earlier.id] == ["t004", "t004.2"]
-    assert own.trial == earlier.trial == "t004"
-    assert own.plan is not None and earlier.plan is not None
-    assert (own.plan.exit_block, earlier.plan.exit_block) == (3, 2)
-    assert earlier.plan.blocks == own.plan.blocks[:2]
-    assert 0.58 < share(context, own) <= 0.6
-    assert own.candidate == earlier.candidate == asked
-    assert [sorted(epoch) for epoch in own.history] == [["loss", "share"]] * EPOCHS
+    candidate = new_candidate("learned", target_ratio=0.6)
+    last, earlier = run_to_end(context, candidate, "t004").outcomes
+    assert [last.id, earlier.id] == ["t004", "t004.2"]
+    assert last.trial == earlier.trial == "t004"
+    assert last.plan is not None and earlier.plan is not None
+    assert (last.plan.exit_block, earlier.plan.exit_block) == (3, 2)
+    assert earlier.plan.blocks == last.plan.blocks[:2]
+    assert 0.58 < share(context, last) <= 0.6
+    assert last.candidate == earlier.candidate == candidate
+    assert [sorted(epoch) for epoch in last.history] == [["loss", "share"]] * EPOCHS
     assert earlier.history == () and earlier.seconds == 0.0
 
 
 def test_learned_width_counts_its_target_in_what_the_recipe_says(context: TrialContext) -> None:
     by_params = replace(context, config=trials.config(learned__count="params"))
-    outcome = run_to_end(by_params, candidate("learned", target_ratio=0.6), "t000").outcomes[0]
+    outcome = run_to_end(by_params, new_candidate("learned", target_ratio=0.6), "t000").outcomes[0]
     assert 0.57 < measured(outcome).params / count_params(context.model) <= 0.6
 
 
 def test_target_is_a_share_of_the_dense_model_before_an_exit_too(context: TrialContext) -> None:
-    asked = candidate("learned", exit_block=2, target_ratio=0.5)
-    assert 0.48 < share(context, run_to_end(context, asked, "t000").outcomes[0]) <= 0.5
+    candidate = new_candidate("learned", exit_block=2, target_ratio=0.5)
+    assert 0.48 < share(context, run_to_end(context, candidate, "t000").outcomes[0]) <= 0.5
 
 
 @pytest.mark.parametrize("method", ["learned", "soft-mask"])
 def test_target_that_the_exit_alone_reaches_takes_nothing_more(context: TrialContext, method: str) -> None:
-    asked = candidate(method, exit_block=2, target_ratio=0.9)
-    outcome = run_to_end(context, asked, "t000").outcomes[0]
+    candidate = new_candidate(method, exit_block=2, target_ratio=0.9)
+    outcome = run_to_end(context, candidate, "t000").outcomes[0]
     assert outcome.plan is not None, outcome.reason
     assert all(len(block.keep_hidden) == 128 for block in outcome.plan.blocks)
 
 
 @pytest.mark.parametrize("method", ["learned", "soft-mask"])
 def test_target_out_of_reach_is_infeasible_and_says_what_is_within(context: TrialContext, method: str) -> None:
-    outcome = run(context, candidate(method, target_ratio=0.001))
+    outcome = run(context, new_candidate(method, target_ratio=0.001))
     assert outcome.state is State.INFEASIBLE
     assert outcome.reason is not None and "cannot be reached; give 0." in outcome.reason
 
 
 def test_soft_mask_hits_its_target(context: TrialContext) -> None:
-    outcome = run(context, candidate("soft-mask", target_ratio=0.6))
+    outcome = run(context, new_candidate("soft-mask", target_ratio=0.6))
     assert 0.55 < share(context, outcome) <= 0.6
     assert len(outcome.history) == EPOCHS
 
@@ -239,7 +239,7 @@ def test_soft_mask_hits_its_target(context: TrialContext) -> None:
 def test_sparse_model_has_the_sparsity_asked_for_and_the_dense_shapes(
     context: TrialContext, pattern: str, sparsity: float, recovery: str
 ) -> None:
-    outcome = run(context, candidate("unstructured", target_ratio=0.6, pattern=pattern, recovery=recovery))
+    outcome = run(context, new_candidate("unstructured", target_ratio=0.6, pattern=pattern, recovery=recovery))
     assert measured(outcome).sparsity == pytest.approx(sparsity, abs=1e-4)
     assert share(context, outcome) == 1.0
     assert measured(outcome).params == count_params(context.model)
@@ -247,8 +247,8 @@ def test_sparse_model_has_the_sparsity_asked_for_and_the_dense_shapes(
 
 
 def test_widths_of_a_training_are_those_that_the_device_is_faster_with(context: TrialContext) -> None:
-    asked = candidate("learned", target_ratio=0.6, round_to="auto")
-    outcome = run_to_end(context, asked, "t000").outcomes[0]
+    candidate = new_candidate("learned", target_ratio=0.6, round_to="auto")
+    outcome = run_to_end(context, candidate, "t000").outcomes[0]
     assert outcome.plan is not None, outcome.reason
     (allowed, *_) = context.allowed_widths["none"]
     assert all(allowed.least_hidden(len(block.keep_hidden)) == len(block.keep_hidden) for block in outcome.plan.blocks)
@@ -258,12 +258,12 @@ def test_widths_of_a_training_are_those_that_the_device_is_faster_with(context: 
 
 
 def distilled(**changes: Any) -> Candidate:
-    return candidate(drop_budget=(100.0,) * 3, recovery="distill", **changes)
+    return new_candidate(drop_budget=(100.0,) * 3, recovery="distill", **changes)
 
 
 def test_distillation_follows_the_cascade_and_keeps_its_plan(context: TrialContext) -> None:
-    asked = distilled(target_ratio=0.5, token_reduction="none")
-    plain, ended = run(context, replace(asked, recovery="none")), run_to_end(context, asked, "t001")
+    candidate = distilled(target_ratio=0.5, token_reduction="none")
+    plain, ended = run(context, replace(candidate, recovery="none")), run_to_end(context, candidate, "t001")
     (tuned,) = ended.outcomes
     assert tuned.plan == plain.plan
     assert (tuned.block_drops, tuned.forward_passes) == (plain.block_drops, plain.forward_passes)
@@ -279,7 +279,7 @@ def test_distillation_follows_the_cascade_and_keeps_its_plan(context: TrialConte
 
 def test_training_that_diverges_fails_with_step_and_learning_rate(context: TrialContext) -> None:
     wild = replace(context, config=trials.config(distill__learning_rate=1e30))
-    outcome = run(wild, candidate("unstructured", target_ratio=0.6, recovery="distill"))
+    outcome = run(wild, new_candidate("unstructured", target_ratio=0.6, recovery="distill"))
     assert outcome.state is State.FAILED
     assert outcome.reason is not None
     assert outcome.reason.startswith("training diverged in step ") and "(1e+30)" in outcome.reason
@@ -288,6 +288,6 @@ def test_training_that_diverges_fails_with_step_and_learning_rate(context: Trial
 def test_fine_tune_has_a_rung_after_a_third_of_its_epochs_if_the_trial_had_others(context: TrialContext) -> None:
     events = list(start_trial(trials.with_search(context, reduction_factor=2.0), distilled(target_ratio=0.6), "t000"))
     assert " ".join(type(event).__name__ for event in events) == "Rung Rung Epoch Rung Epoch Epoch Ended"
-    unstructured = candidate("unstructured", target_ratio=0.6, recovery="distill")
+    unstructured = new_candidate("unstructured", target_ratio=0.6, recovery="distill")
     events = list(start_trial(trials.with_search(context, reduction_factor=2.0), unstructured, "t000"))
     assert " ".join(type(event).__name__ for event in events) == "Epoch Epoch Epoch Ended"

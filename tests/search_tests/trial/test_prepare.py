@@ -162,6 +162,6 @@ def test_profiles_are_taken_on_all_images_only_where_trials_depend_on_them(conte
 
 
 def test_known_profiles_are_not_measured_again(context: TrialContext) -> None:
-    known = replace(context.profiles["lfe"], forward_passes=-1.0)
-    again = prepared(tiny.config(space={"token_reduction": "lfe"}), profiles={"lfe": known})
-    assert again.profiles == {"lfe": known}
+    profile = replace(context.profiles["lfe"], forward_passes=-1.0)
+    again = prepared(tiny.config(space={"token_reduction": "lfe"}), profiles={"lfe": profile})
+    assert again.profiles == {"lfe": profile}

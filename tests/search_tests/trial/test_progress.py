@@ -44,7 +44,7 @@ class CountingTraining:
 
 
 def reread(state: dict[str, Any]) -> Any:
-    """What another process reads of a state: tensors and plain containers alone."""
+    """Gives a state as another process reads it: tensors and plain containers alone."""
     file = io.BytesIO()
     torch.save(state, file)
     return torch.load(io.BytesIO(file.getvalue()), weights_only=True)

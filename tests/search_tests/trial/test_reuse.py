@@ -1,4 +1,4 @@
-"""What earlier trials leave for later ones: keys of plans, and caches of measurements, fine-tunes and prefixes."""
+"""Results of earlier trials that later ones reuse: keys of plans, caches of measurements, fine-tunes and prefixes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from search.trial.progress import Epoch
 from search.trial.reuse import WorkerCache, finetuned_before, measured_before, plan_key, shape_key
 from search.trial.trial import Ended, run_to_end, start_trial
 from tests.search_tests import builders
-from tests.search_tests.trial.trials import EPOCHS, candidate, measured, run
+from tests.search_tests.trial.trials import EPOCHS, measured, new_candidate, run
 
 
 def test_what_reduces_no_tokens_is_as_fast_whatever_the_reduction_is_called(context: TrialContext) -> None:
@@ -29,9 +29,9 @@ def test_what_reduces_no_tokens_is_as_fast_whatever_the_reduction_is_called(cont
 
 
 def test_plans_of_one_shape_differ_in_their_own_key_alone(context: TrialContext) -> None:
-    first, *others = context.dense_plan.blocks
+    first, *later = context.dense_plan.blocks
     one, other = (
-        replace(context.dense_plan, blocks=(replace(first, keep_hidden=kept), *others))
+        replace(context.dense_plan, blocks=(replace(first, keep_hidden=kept), *later))
         for kept in (first.keep_hidden[:-1], first.keep_hidden[1:])
     )
     assert shape_key(context.anatomy, one) == shape_key(context.anatomy, other)
@@ -42,16 +42,16 @@ def test_trials_that_remember_others_give_what_they_give_alone(context: TrialCon
     cache = WorkerCache()
     tokens: dict[str, Any] = {"token_reduction": "attention-merge", "round_to": 8}
     candidates = [
-        candidate(drop_budget=(10.0, 10.0, 10.0), target_ratio=0.5, **tokens),
-        candidate(drop_budget=(10.0, 10.0, 40.0), target_ratio=0.5, **tokens),
-        candidate(drop_budget=(10.0, 10.0, 10.0), target_ratio=0.4, **tokens),
-        candidate(drop_budget=(10.0, 10.0, 0.0), target_ratio=0.5, exit_block=2, **tokens),
-        candidate("global", target_ratio=0.5, **tokens),
-        candidate(exit_block=2),
-        candidate(exit_block=2, token_reduction="none"),
+        new_candidate(drop_budget=(10.0, 10.0, 10.0), target_ratio=0.5, **tokens),
+        new_candidate(drop_budget=(10.0, 10.0, 40.0), target_ratio=0.5, **tokens),
+        new_candidate(drop_budget=(10.0, 10.0, 10.0), target_ratio=0.4, **tokens),
+        new_candidate(drop_budget=(10.0, 10.0, 0.0), target_ratio=0.5, exit_block=2, **tokens),
+        new_candidate("global", target_ratio=0.5, **tokens),
+        new_candidate(exit_block=2),
+        new_candidate(exit_block=2, token_reduction="none"),
     ]
-    for asked in [*candidates, candidates[0]]:
-        alone, ended = run_to_end(context, asked, "t"), run_to_end(context, asked, "t", cache)
+    for candidate in [*candidates, candidates[0]]:
+        alone, ended = run_to_end(context, candidate, "t"), run_to_end(context, candidate, "t", cache)
         one, other = alone.outcomes[0], ended.outcomes[0]
         assert (one.plan, one.block_drops, one.forward_passes) == (other.plan, other.block_drops, other.forward_passes)
         for name in ("top1", "macs", "params", "sparsity"):
@@ -63,19 +63,19 @@ def test_trials_that_remember_others_give_what_they_give_alone(context: TrialCon
 
 def test_cache_of_a_single_trial_keeps_no_prefix(context: TrialContext) -> None:
     cache = WorkerCache.empty()
-    run(context, candidate(drop_budget=(10.0,) * 3, target_ratio=0.5), cache=cache)
+    run(context, new_candidate(drop_budget=(10.0,) * 3, target_ratio=0.5), cache=cache)
     assert cache.prefix_cache.num_bytes == 0
 
 
 def test_an_earlier_run_and_the_dense_model_need_not_be_measured_again(
     context: TrialContext, dense: Measurement
 ) -> None:
-    asked = candidate(exit_block=2)
-    earlier = run(context, asked)
+    candidate = new_candidate(exit_block=2)
+    earlier = run(context, candidate)
     measured_cache = measured_before(context.anatomy, dense, [earlier, builders.failed("t001")])
     cache = WorkerCache(measured_cache=dict(measured_cache))
-    assert measured(run(context, asked, "t002", cache)) == earlier.measurement
-    assert measured(run(context, candidate(), "t003", cache)) == dense
+    assert measured(run(context, candidate, "t002", cache)) == earlier.measurement
+    assert measured(run(context, new_candidate(), "t003", cache)) == dense
     with_weights = measured_before(context.anatomy, dense, [replace(earlier, has_weights=True)])
     assert len(measured_cache) == 4 and len(with_weights) == 3
 
@@ -84,7 +84,7 @@ def test_an_earlier_run_and_the_dense_model_need_not_be_measured_again(
 
 
 def distilled(**changes: Any) -> Candidate:
-    return candidate(drop_budget=(100.0,) * 3, recovery="distill", **changes)
+    return new_candidate(drop_budget=(100.0,) * 3, recovery="distill", **changes)
 
 
 def test_a_pruned_model_is_fine_tuned_once(context: TrialContext) -> None:
@@ -118,8 +118,8 @@ def test_who_keeps_the_weights_says_when_others_may_have_them(context: TrialCont
 def test_model_whose_weights_were_trained_before_is_fine_tuned_each_time(context: TrialContext, method: str) -> None:
     finetune_cache: dict[str, Outcome] = {}
     cache = WorkerCache(finetune_cache=finetune_cache)
-    asked = candidate(method, target_ratio=0.6, recovery="distill")
-    outcomes = [run(context, asked, trial_id, cache) for trial_id in ("t000", "t001")]
+    candidate = new_candidate(method, target_ratio=0.6, recovery="distill")
+    outcomes = [run(context, candidate, trial_id, cache) for trial_id in ("t000", "t001")]
     assert [outcome.same_as for outcome in outcomes] == [None, None]
     assert len({len(outcome.history) for outcome in outcomes}) == 1 and outcomes[0].history
     assert finetune_cache == {}
@@ -129,7 +129,7 @@ def test_what_an_earlier_run_fine_tuned_need_not_be_again(context: TrialContext)
     cache = WorkerCache()
     tuned, same = [run(context, distilled(), trial_id, cache) for trial_id in ("t000", "t001")]
     plain = run(context, replace(distilled(), recovery="none"), "t002")
-    sparse = run(context, candidate("unstructured", target_ratio=0.6, recovery="distill"), "t003")
+    sparse = run(context, new_candidate("unstructured", target_ratio=0.6, recovery="distill"), "t003")
     read = [Outcome.from_json(outcome.to_json()) for outcome in (tuned, same, plain, sparse)]
     finetune_cache = finetuned_before(context.anatomy, read)
     assert list(finetune_cache.values()) == [tuned]

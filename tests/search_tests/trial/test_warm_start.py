@@ -1,4 +1,4 @@
-"""Where a search begins: the dense model, what a profile proposes, and the papers' settings."""
+"""The first candidates of a search: the dense model, what a profile proposes, and the papers' settings."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def test_first_candidates_of_a_swin_answer_after_its_stages(method: Any) -> None
     space = swin_space((1, 12), method=method, round_to="auto")
     candidates = first_candidates(space)
     assert len(set(candidates)) == len(candidates)
-    assert {each.exit_block for each in candidates} == ({12} if method == "global" else {2, 10, 12})
-    assert {(each.token_reduction, each.round_to) for each in candidates} == {("none", "auto")}
-    assert all(space.clip(each) == each for each in candidates)
+    assert {candidate.exit_block for candidate in candidates} == ({12} if method == "global" else {2, 10, 12})
+    assert {(candidate.token_reduction, candidate.round_to) for candidate in candidates} == {("none", "auto")}
+    assert all(space.clip(candidate) == candidate for candidate in candidates)
     assert candidates[0].target_ratio == 1.0
 
 
@@ -40,25 +40,34 @@ def test_dense_model_is_tried_first_then_the_papers_settings() -> None:
     assert (paper.cutoff_channel, paper.cutoff_token, paper.token_share) == (0.1, 0.85, 0.56)
     assert sum(paper.drop_budget) == pytest.approx(9.5)
     assert paper.target_ratio == pytest.approx(0.6)
-    assert any((each.exit_block, each.target_ratio, set(each.drop_budget)) == (10, 1.0, {0.0}) for each in others)
-    assert {round(each.target_ratio, 9) for each in (paper, *others) if any(each.drop_budget)} == {0.4, 0.6, 0.8}
+    assert any(
+        (candidate.exit_block, candidate.target_ratio, set(candidate.drop_budget)) == (10, 1.0, {0.0})
+        for candidate in others
+    )
+    assert {round(candidate.target_ratio, 9) for candidate in (paper, *others) if any(candidate.drop_budget)} == {
+        0.4,
+        0.6,
+        0.8,
+    }
 
 
 def test_where_both_methods_are_searched_global_candidates_come_after_those_of_the_cascade() -> None:
     candidates = first_candidates(Space(BOTH, DEPTH))
     cascade = first_candidates(Space(WIDE, DEPTH))
     assert candidates[: len(cascade)] == cascade
-    others = candidates[len(cascade) :]
-    assert [round(each.target_ratio, 9) for each in others] == [0.6, 0.4, 0.8]
-    assert {(each.method, each.token_share, each.exit_block) for each in others} == {("global", 0.5, DEPTH)}
+    of_global = candidates[len(cascade) :]
+    assert [round(candidate.target_ratio, 9) for candidate in of_global] == [0.6, 0.4, 0.8]
+    assert {(candidate.method, candidate.token_share, candidate.exit_block) for candidate in of_global} == {
+        ("global", 0.5, DEPTH)
+    }
 
 
 def test_where_all_is_global_the_dense_model_and_three_targets_are_tried_first() -> None:
     candidates = first_candidates(Space(GLOBAL, DEPTH))
-    assert [round(each.target_ratio, 9) for each in candidates] == [1.0, 0.6, 0.4, 0.8]
-    assert {(each.method, each.token_share, each.exit_block, each.round_to) for each in candidates} == {
-        ("global", 0.5, DEPTH, 8)
-    }
+    assert [round(candidate.target_ratio, 9) for candidate in candidates] == [1.0, 0.6, 0.4, 0.8]
+    assert {
+        (candidate.method, candidate.token_share, candidate.exit_block, candidate.round_to) for candidate in candidates
+    } == {("global", 0.5, DEPTH, 8)}
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, SpaceConfig(), SpaceConfig(exit_block=1), SpaceConfig(method="global")])
@@ -91,18 +100,18 @@ def space_of(config: Config, **other: Any) -> Space:
 
 def test_proposals_lie_along_the_front_and_within_the_space(context: TrialContext) -> None:
     space = space_of(config(method=["cascade", "global"]))
-    found = propose(context, space)
-    assert all(space.holds(candidate) for candidate in found)
-    assert len(set(found)) == len(found)
+    proposed = propose(context, space)
+    assert all(space.holds(candidate) for candidate in proposed)
+    assert len(set(proposed)) == len(proposed)
     for method in ("cascade", "global"):
-        own = [candidate for candidate in found if candidate.method == method]
-        assert own[0].target_ratio < own[1].target_ratio < own[3].target_ratio  # from the middle on
-        own.sort(key=lambda candidate: -candidate.target_ratio)
-        ratios = [candidate.target_ratio for candidate in own]
-        assert len(own) == NUM_TARGETS
+        of_method = [candidate for candidate in proposed if candidate.method == method]
+        assert of_method[0].target_ratio < of_method[1].target_ratio < of_method[3].target_ratio  # from the middle on
+        of_method.sort(key=lambda candidate: -candidate.target_ratio)
+        ratios = [candidate.target_ratio for candidate in of_method]
+        assert len(of_method) == NUM_TARGETS
         assert ratios[-1] == pytest.approx(0.2)
         assert ratios[0] / ratios[1] == pytest.approx(ratios[-2] / ratios[-1])
-        assert [candidate.exit_block for candidate in own] == [3, 3, 2, 2]
+        assert [candidate.exit_block for candidate in of_method] == [3, 3, 2, 2]
 
 
 def test_budgets_are_dealt_as_the_profile_pays(context: TrialContext) -> None:
@@ -125,10 +134,10 @@ def test_no_profile_and_targets_that_nothing_reaches_propose_nothing(context: Tr
 def test_first_candidates_are_the_dense_model_then_what_is_proposed(context: TrialContext) -> None:
     space = space_of(config())
     proposed = propose(context, space)
-    dense, *others = first_candidates(space, proposed)
+    dense, *later = first_candidates(space, proposed)
     assert (dense.target_ratio, dense.exit_block) == (1.0, 3)
-    assert others[: len(proposed)] == proposed
-    assert len(others) == len(proposed) + 1  # and the paper's
+    assert later[: len(proposed)] == proposed
+    assert len(later) == len(proposed) + 1  # and the paper's
 
 
 # Recorded

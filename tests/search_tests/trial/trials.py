@@ -31,7 +31,7 @@ def config(**changes: Any) -> Config:
     return tiny.config(space=space, **trainings | changes)
 
 
-def candidate(method: str = "cascade", **changes: Any) -> Candidate:
+def new_candidate(method: str = "cascade", **changes: Any) -> Candidate:
     """The dense model, and `changes`; without tokens for the methods that train."""
     fields: dict[str, Any] = {
         "method": method, "cutoff_channel": 0.1, "cutoff_token": 0.85, "drop_budget": (0.0,) * tiny.DEPTH,
@@ -45,7 +45,7 @@ def candidate(method: str = "cascade", **changes: Any) -> Candidate:
 def run(
     context: TrialContext, candidate: Candidate, trial_id: str = "t000", cache: WorkerCache | None = None
 ) -> Outcome:
-    """The only outcome of a candidate."""
+    """Runs a candidate and gives its only outcome."""
     (outcome,) = run_to_end(context, candidate, trial_id, cache).outcomes
     return outcome
 
@@ -57,7 +57,7 @@ def measured(outcome: Outcome) -> Measurement:
 
 
 def accuracy(model: nn.Module, images: Images) -> float:
-    """By the definition."""
+    """Counts correct answers, by the definition."""
     with torch.no_grad():
         logits = model(images.normalized(slice(None)))
     return float((logits.argmax(dim=1) == images.labels).double().mean())

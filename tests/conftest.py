@@ -1,4 +1,4 @@
-"""How tests run beside each other: with one thread, whole sweeps together and last, tests marked `alone` alone."""
+"""Rules for tests beside each other: one thread, whole sweeps together and last, tests marked `alone` alone."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def blocks(text: str) -> list[Block]:
 
 
 def inline_code(text: str) -> list[str]:
-    """What stands in backticks outside the blocks, each in one line."""
+    """Returns the texts in backticks outside the blocks, each in one line."""
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", BLOCK.sub("", text))]
 
 
@@ -107,7 +107,7 @@ def options_of(command: str) -> set[str]:
 
 
 def parsed(argv: Argv) -> dict[str, Any]:
-    """What a whole command line of vitfront gives its command; it raises where the command line would refuse it."""
+    """Parses a whole command line of vitfront into its values; raises where the command line would refuse it."""
     _, command, *given = argv
     return dict(group().commands[command].make_context(command, list(given)).params)
 
@@ -121,7 +121,7 @@ def config_of(parameters: dict[str, Any]) -> Config:
 
 
 def is_recipe_key(key: str) -> bool:
-    """Whether a recipe may have the key, or a section of that name."""
+    """Tells whether a recipe may have the key, or a section of that name."""
     known = flat(load_config("digits").model_dump(mode="json"))
     return any(name == key or name.startswith(f"{key}.") for name in known)
 
@@ -133,7 +133,7 @@ def slugs(page: Path) -> set[str]:
 
 
 def runnable(block: Block) -> Iterator[Argv]:
-    """What a block of README asks to run, without what needs the user's own files, serves pages or tests the code.
+    """Returns the commands that a block of README asks to run: none that need files, serve pages or run the tests.
 
     `make search` is `vitfront run`, its recipe is made `SMALL`, and bounds are lowered to 0, for a model that is not
     trained to the end.
@@ -163,7 +163,7 @@ def columns(text: str) -> list[str]:
 
 
 def run(argv: Argv, folder: Path) -> str:
-    """What a command prints, in a folder of its own with all its sweeps; it must succeed."""
+    """Returns the output of a command, run in a folder of its own with all its sweeps; it must succeed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "VITFRONT_RUNS": str(folder / "runs")}
     environment.pop("MLFLOW_TRACKING_URI", None)
     done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)

@@ -43,7 +43,7 @@ def pip(*arguments: str) -> None:
 
 
 def files(suffix: str) -> list[Path]:
-    """Of both packages, in the checkout."""
+    """Lists the modules of both packages, in the checkout."""
     return [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob(f"*{suffix}"))]
 
 

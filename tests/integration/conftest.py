@@ -1,4 +1,4 @@
-"""What whole sweeps share: Ray, a model that dies when it is told to, and one finished sweep."""
+"""Fixtures that whole sweeps share: Ray, a model that dies when it is told to, and one finished sweep."""
 
 from __future__ import annotations
 

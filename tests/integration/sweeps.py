@@ -1,4 +1,4 @@
-"""What the tests of whole sweeps share: a recipe of seconds, a watcher, a model that can be told to die, and copies."""
+"""Helpers for the tests of whole sweeps: a recipe of seconds, a watcher, a model that dies when it is told to."""
 
 from __future__ import annotations
 

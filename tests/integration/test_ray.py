@@ -41,7 +41,7 @@ class Stopped:
     book: bytes
     """Its ledger in the end."""
     files: list[str]
-    """What its folder had in the end."""
+    """Names of the files in its folder in the end."""
     mlflow_status: str
 
 

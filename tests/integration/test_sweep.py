@@ -274,7 +274,7 @@ class Resumed:
     book: bytes
     """The ledger before that."""
     children: dict[str, Run]
-    """What MLflow had before that."""
+    """Runs of the trials in MLflow before that, by name."""
 
 
 @pytest.fixture(scope="module")

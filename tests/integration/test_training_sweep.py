@@ -151,7 +151,7 @@ def test_search_that_finds_no_more_ends_and_is_finished(of_one_plan: Sweep) -> N
 
 
 def test_trials_of_one_plan_are_trained_once_also_by_a_resumed_sweep(of_one_plan: Sweep, tmp_path: Path) -> None:
-    """Who trains the plan first trains it for all; a sweep that is resumed to find more goes on to its last trial."""
+    """The first trial of a plan trains it for all; a sweep that is resumed to find more goes on to its last trial."""
     longer = of_one_plan.copy(tmp_path / "runs").with_trials(of_one_plan.front.trials + 2)
     config = longer.model_copy(update={"search": longer.search.model_copy(update={"patience": 0})})
     watcher = Watcher()

@@ -126,7 +126,7 @@ def dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def slow_ranks(points: list[tuple[float, ...]]) -> dict[tuple[float, ...], int]:
-    """Of points that are all different: how many fronts have to go before each is on the front."""
+    """Counts, for points that are all different, the fronts that have to go before each is on the front."""
     ranks, rank, left = dict[tuple[float, ...], int](), 0, list(points)
     while left:
         front = [point for point in left if not any(dominates(other, point) for other in left)]

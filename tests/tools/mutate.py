@@ -153,7 +153,7 @@ def choose(mutants: Sequence[Mutant], count: int, seed: int) -> list[Mutant]:
 
 
 def key_of(mutant: Mutant) -> str:
-    """What a mutant is known by where files move and lines shift."""
+    """Returns the key that a mutant keeps where files move and lines shift."""
     return f"{mutant.function}: {mutant.source}: {mutant.before} -> {mutant.after}"
 
 
@@ -214,10 +214,10 @@ def _with(node: ast.AST, **values: object) -> ast.AST:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which tests executed a line, and how many seconds each takes."""
+    """The tests that executed each line, and how many seconds each takes."""
 
     tests: Mapping[str, Mapping[int, Sequence[str]]]
-    """By file and line."""
+    """File -> line -> names of the tests that executed it."""
     seconds: Mapping[str, float]
 
     def tests_of(self, mutant: Mutant) -> list[str]:
@@ -282,7 +282,7 @@ def _file_of(test: str) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant."""
+    """The fate of a mutant."""
 
     mutant: Mutant
     state: str
@@ -390,7 +390,7 @@ def row(verdict: Verdict) -> str:
 
 
 def share(verdicts: Sequence[Verdict]) -> str:
-    """How many were noticed, of all and of each package."""
+    """Counts the mutants that were noticed, of all and of each package."""
     lines = []
     for package in ("", *PACKAGES):
         mine = [verdict for verdict in verdicts if verdict.mutant.path.startswith(package)]

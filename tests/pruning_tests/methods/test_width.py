@@ -1,4 +1,4 @@
-"""Learned width: sizes against models that are built, targets, multipliers, resuming."""
+"""Learned width: targets, multipliers, resuming."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from torch import nn
 from pruning.errors import SettingError, VitfrontError
 from pruning.measure.cost import count_macs, count_params
 from pruning.measure.widths import multiples
+from pruning.methods.model_size import BudgetUnit
 from pruning.methods.width import (
-    BudgetUnit,
     Lagrangian,
     LearnedModel,
-    ModelSize,
     WidthSettings,
     WidthTraining,
 )
 from pruning.model.anatomy import examine
 from pruning.model.exits import fit_exits
-from pruning.model.surgery import apply_plan, keep_all_plan
+from pruning.model.surgery import keep_all_plan
 from pruning.training import Jitter
 from tests.pruning_tests import builders
-from tests.pruning_tests.model.test_families import model_of, plan_of
 
 SETTINGS = WidthSettings(target_ratio=0.6, epochs=2, batch_size=16, jitter=Jitter(max_shift=0))
 IMAGES = builders.toy_images(48, seed=3)
@@ -100,31 +98,6 @@ def test_the_share_of_open_thresholds_is_1_and_has_a_gradient() -> None:
     share.backward()
     for gates in training.gates:
         assert all(threshold.grad is not None and threshold.grad > 0 for threshold in gates.thresholds.values())
-
-
-@pytest.mark.parametrize("unit", ["macs", "params"])
-@pytest.mark.parametrize("family", ["vit", "qk_norm", "swin"])
-def test_a_size_is_that_of_the_model_that_is_built(family: str, unit: BudgetUnit) -> None:
-    model = model_of(family)
-    anatomy = examine(model)
-    plan, size = plan_of(anatomy), ModelSize(model, anatomy, unit)
-    if unit == "macs":
-        expected, dense = count_macs(anatomy, plan), count_macs(anatomy, keep_all_plan(anatomy))
-    else:
-        expected, dense = count_params(apply_plan(model, plan)), count_params(model)
-    assert (size.of(plan.blocks), size.dense) == (expected, dense)
-    # Ratios of whole numbers of units count as these units do.
-    ratios = [
-        {
-            "heads": block.shape.num_heads / dense_block.num_heads,
-            "qk": block.shape.qk_width / dense_block.head_dim,
-            "v": block.shape.v_width / dense_block.head_dim,
-            "hidden": block.shape.num_hidden / dense_block.num_hidden,
-        }
-        for block, dense_block in zip(plan.blocks, anatomy.blocks, strict=True)
-    ]
-    share = size.share([{kind: torch.tensor(ratio) for kind, ratio in by_kind.items()} for by_kind in ratios])
-    assert share.item() == pytest.approx(expected / dense, rel=1e-5)
 
 
 def test_exits_are_trained_along_and_give_a_model_each() -> None:

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from pruning.errors import CheckpointError, ModelError
+from pruning.errors import CheckpointError, ModelError, first_line_of
 from pruning.model.anatomy import SUPPORTED, examine
 
 
@@ -37,8 +37,7 @@ def create_model(
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **dict(args or {}))
     except Exception as error:  # unknown arguments are TypeErrors, a hub out of reach is any of a dozen errors
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ModelError(f"cannot create {name} with {dict(args or {})}: {reason}") from error
+        raise ModelError(f"cannot create {name} with {dict(args or {})}: {first_line_of(error)}") from error
     examine(model)
     if checkpoint is not None:
         load_weights(model, read_weights(checkpoint), str(checkpoint))
@@ -65,8 +64,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = load_state_dict(str(path))
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"cannot read checkpoint {path}: {reason}") from error
+        raise CheckpointError(f"cannot read checkpoint {path}: {first_line_of(error)}") from error
     return weights
 
 

@@ -7,48 +7,18 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-import torch
-from torch import Tensor
 
 from pruning.measure.cost import count_macs
 from pruning.measure.widths import AllowedWidths, multiples
 from pruning.methods.allocation import allocate
 from pruning.methods.cascade import CascadeSettings, cascade
-from pruning.methods.profile import REMOVED_SHARES, Profile
-from pruning.model.anatomy import Anatomy, examine
+from pruning.model.anatomy import examine
 from pruning.model.surgery import keep_all_plan
-from pruning.plan import Plan, TokenReduction
-from pruning.scores.curves import RemovalCurves
+from pruning.plan import Plan
 from tests.pruning_tests import builders
+from tests.pruning_tests.methods.invented import profile_of
 
 MIDDLE = builders.anatomy(depth=4, embed_dim=48, img_size=56)  # heads of 16, 192 hidden units, 49 patches
-
-
-def invented(anatomy: Anatomy, kind: TokenReduction = "attention", seed: int = 0) -> Profile:
-    """A profile in which all that goes costs something, and more of it costs more."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def rising(count: int, height: float) -> Tensor:
-        steps = torch.rand(count, generator=generator, dtype=torch.float64)
-        curve = torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)])
-        return height * (curve / curve[-1]) ** 2
-
-    def order(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator).argsort(dim=-1)
-
-    channels = tuple(
-        RemovalCurves(
-            qk=rising(block.head_dim, 0.02), v=rising(block.head_dim, 0.05), hidden=rising(block.num_hidden, 0.04),
-            qk_order=order(block.num_heads, block.head_dim), v_order=order(block.num_heads, block.head_dim),
-            hidden_order=order(block.num_hidden),
-        )
-        for block in anatomy.blocks
-    )  # fmt: skip
-    tokens = tuple(tuple(0.2 * share**1.5 * (1 + index) for share in REMOVED_SHARES) for index in range(anatomy.depth))
-    return Profile(
-        channels=channels, channel_scale=1.0, token_scale=1.0, tokens=tokens, token_reduction=kind, cutoff_token=0.85,
-        forward_passes=0.0,
-    )  # fmt: skip
 
 
 def check_widths(plan: Plan, allowed_widths: Sequence[AllowedWidths]) -> None:
@@ -63,7 +33,7 @@ def num_reductions(plan: Plan, num_patches: int) -> int:
 
 @pytest.mark.parametrize(("token_share", "seed"), [(0.0, 0), (0.3, 1), (0.5, 2), (0.5, 0)])
 def test_a_plan_of_all_blocks_has_the_widths_that_its_block_may_have(token_share: float, seed: int) -> None:
-    profile, dense_macs = invented(MIDDLE, seed=seed), count_macs(MIDDLE, keep_all_plan(MIDDLE))
+    profile, dense_macs = profile_of(MIDDLE, seed=seed, kind="attention"), count_macs(MIDDLE, keep_all_plan(MIDDLE))
     allowed_widths = [builders.allowed_widths(10 * seed + index, head_dim=16, num_hidden=192) for index in range(4)]
     narrowed = 0
     for share in (0.75, 0.85, 0.95, 1.0) if token_share == 0 else (0.3, 0.5, 0.7, 1.0):
@@ -75,7 +45,7 @@ def test_a_plan_of_all_blocks_has_the_widths_that_its_block_may_have(token_share
 
 
 def test_the_longer_a_reduction_takes_the_fewer_blocks_reduce_tokens() -> None:
-    profile, by_eight = invented(MIDDLE), [multiples(block, 8) for block in MIDDLE.blocks]
+    profile, by_eight = profile_of(MIDDLE, kind="attention"), [multiples(block, 8) for block in MIDDLE.blocks]
     dense_macs = count_macs(MIDDLE, keep_all_plan(MIDDLE))
     a_block = dense_macs // 4
     counts = {}
@@ -91,7 +61,7 @@ def test_the_longer_a_reduction_takes_the_fewer_blocks_reduce_tokens() -> None:
 
 def test_multiply_adds_of_a_plan_are_those_of_its_widths_whatever_its_reductions_take() -> None:
     """A target that is reached with all the tokens is reached with the same plan, however long a reduction takes."""
-    profile, dense_macs = invented(MIDDLE), count_macs(MIDDLE, keep_all_plan(MIDDLE))
+    profile, dense_macs = profile_of(MIDDLE, kind="attention"), count_macs(MIDDLE, keep_all_plan(MIDDLE))
     allowed_widths = [replace(multiples(block, 8), reduction=1e9) for block in MIDDLE.blocks]
     never = [replace(allowed, reduction=0.0) for allowed in allowed_widths]
     none = replace(profile, token_reduction="none")
@@ -136,7 +106,7 @@ def test_a_cascade_that_is_offered_the_dense_widths_alone_prunes_heads_and_token
 
 @pytest.mark.parametrize(("weight", "token_share"), [(0.5, 0.5), (1.0, 1.0), (5.0, 0.5)])
 def test_slow_reductions_keep_no_target_from_being_met_closely(weight: float, token_share: float) -> None:
-    profile, dense_macs = invented(MIDDLE), count_macs(MIDDLE, keep_all_plan(MIDDLE))
+    profile, dense_macs = profile_of(MIDDLE, kind="attention"), count_macs(MIDDLE, keep_all_plan(MIDDLE))
     free = [multiples(block, 8) for block in MIDDLE.blocks]
     slow = [replace(allowed, reduction=weight * dense_macs / 4) for allowed in free]
     for share in (0.2, 0.4, 0.6, 0.8):

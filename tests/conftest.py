@@ -19,7 +19,7 @@ SWEEPS = "tests/integration/"
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole sweeps come last, also in random order, so that the other worker has nothing left to wait with."""
+    """Moves whole sweeps to the end of any order: the other worker has few tests left then that wait for them."""
     items.sort(key=lambda item: item.nodeid.startswith(SWEEPS))
 
 

@@ -86,13 +86,15 @@ class Front:
                 points=tuple(map(_point_from_json, record["points"])),
                 hypervolume=record["hypervolume"],
                 knee=record["knee"],
-                trials=record.get("trials", 0),
+                trials=record["trials"],
                 ended_by=record.get("ended_by"),
                 idle_share=record.get("idle_share"),
                 conditions=record.get("conditions"),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SweepError(f"it is not a front: {type(error).__name__} {error}") from None
+        except KeyError as error:
+            raise SweepError(f"it is not a front: it has no key {error}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise SweepError(f"it is not a front: {error}") from None
 
     def within(self, at_least: Mapping[str, float], at_most: Mapping[str, float]) -> Front:
         """Returns this front with only the points that keep every bound.

@@ -27,7 +27,7 @@ ModelTimer = Callable[..., tuple[Timing, list[Timing]]]
 """`pruning.measure.stopwatch.time_against_dense`, or a test's fake."""
 
 SUBSAMPLE = 4
-"""The first look at a candidate takes one image in so many."""
+"""The first look at a candidate, and profiles that only propose, take one image in so many."""
 
 
 @dataclass(frozen=True, kw_only=True)

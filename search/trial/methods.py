@@ -172,7 +172,7 @@ def _repaired(job: PruningJob, plan: Plan) -> Pruned:
 
 
 def prune_to_sparsity(job: PruningJob) -> Pruned:
-    """Sets single weights to 0, unless a fine-tune follows, which sets them little by little."""
+    """Sets single weights of the job's own model to 0, unless a fine-tune follows, which sets them little by little."""
     plan = replace(keep_all_plan(job.anatomy), token_reduction="none")
     if job.candidate.recovery == "none":
         masks = _masks(job.candidate)(job.truncated, 0, 1)

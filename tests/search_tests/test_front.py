@@ -315,11 +315,11 @@ def test_front_comes_back_from_json_as_it_was(sweep: list[Outcome]) -> None:
     assert (again.goal, again.trials, again.ended_by, again.conditions) == (goal, 6, "time", conditions)
 
 
-@pytest.mark.parametrize("key", ["name", "objectives", "dense", "hypervolume", "knee", "points"])
+@pytest.mark.parametrize("key", ["name", "objectives", "dense", "hypervolume", "knee", "points", "trials"])
 def test_record_without_a_key_is_no_front(sweep: list[Outcome], key: str) -> None:
     record = front(sweep).to_json()
     del record[key]
-    with pytest.raises(SweepError, match=f"it is not a front: KeyError '{key}'"):
+    with pytest.raises(SweepError, match=f"it is not a front: it has no key '{key}'"):
         Front.from_json(record)
 
 

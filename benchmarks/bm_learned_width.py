@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from pruning.data import Images, InputSpec, load_split
+from pruning.data import Images, InputSpec
+from pruning.dataset.splits import load_split
 from pruning.measure.accuracy import predict, top1
 from pruning.measure.cost import count_macs
 from pruning.measure.stopwatch import device_name, time_against_dense

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning.data import Images, InputSpec, load_split
+from pruning.data import Images, InputSpec
+from pruning.dataset.splits import load_split
 from pruning.losses import divergence
 from pruning.measure.accuracy import predict, top1
 from pruning.measure.cost import count_macs

@@ -97,8 +97,14 @@ class ModelConfig(_Section):
     """Further arguments of `timm.create_model`: num_classes, img_size, ..."""
     checkpoint: LocalPath = None
     """File with your weights: .safetensors or PyTorch."""
+    checkpoint_key: str | None = None
+    """Name of the weights to take where the checkpoint holds several: `state_dict`, `state_dict_ema`, `teacher`, ..."""
     pretrained: bool = False
     """Take timm's own weights, from its hub."""
+    untrained: bool = False
+    """Take random weights, to try something out. Without it a recipe needs a checkpoint, pretrained or training."""
+    expected_top1: Share | None = None
+    """Top-1 accuracy that the dense model must reach on val, in [0, 1], before anything else is done."""
     training: TrainingConfig | None = None
     """Train the model first; the result is kept in runs/.cache."""
 
@@ -112,6 +118,9 @@ class DataConfig(_Section):
     """Folder of data set `folder`: it holds one folder a split, each with one folder a class."""
     class_map: LocalPath = None
     """Text file with one class (folder name) a line, in the order of the model's classes."""
+    class_order: Literal["timm", "torchvision"] | None = None
+    """Order of the class folders without a class map: `timm` sorts numbers in names by their value, whatever the case;
+    `torchvision` sorts names as plain text. Asked for where the two differ."""
     train: str = "train"
     """Name of the split for scores, probes, repair, exits and trainings."""
     val: str = "val"
@@ -136,6 +145,13 @@ class DataConfig(_Section):
     """Interpolation when images are resized; by default timm's for this model."""
     crop_pct: PositiveShare | None = None
     """Share of the resized image that the centre crop keeps, in (0, 1]; by default timm's for this model."""
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    """Way to make images square: cut (`center`), stretched (`squash`) or padded (`border`); by default timm's for this
+    model."""
+    exif: Literal["ignore", "apply"] | None = None
+    """Orientation that a camera left in an image's EXIF data: `ignore` it as timm does, or `apply` it."""
+    shared_images: Literal["refuse", "allow"] = "refuse"
+    """Images that are in both train and test, or in both val and test: `refuse` them, or `allow` them with a note."""
     noise: Annotated[float, Field(ge=0)] = 0.0
     """Standard deviation of Gaussian noise on the calibration images, in units of the pixels' range. It shows how
     scores and repair cope with bad images: all other images stay clean, and the dense model is trained without."""

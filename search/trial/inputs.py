@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruning.data import Images, InputSpec, Splits, folder_classes, load_split
+from pruning.data import Images, InputSpec, Splits
+from pruning.dataset.classes import folder_classes
+from pruning.dataset.splits import load_split
 from pruning.errors import DataError
 from pruning.model.anatomy import examine
 from pruning.model.loading import create_model, default_input, load_weights, read_weights
@@ -36,6 +38,8 @@ class Inputs:
     space: Space
     cache: Path
     """The file for the weights once they are trained."""
+    notes: tuple[str, ...] = ()
+    """Remarks for the user, one line each: what was taken, what was left out."""
 
 
 def load_inputs(config: Config, runs: Path) -> Inputs:

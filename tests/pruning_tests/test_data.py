@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pruning.data import Images, InputSpec, Splits, balanced_subset, folder_classes, load_split
+from pruning.data import Images, InputSpec, Splits, balanced_subset
+from pruning.dataset.classes import folder_classes
+from pruning.dataset.splits import load_split
 from pruning.errors import DataError
 from tests.pruning_tests import builders
 

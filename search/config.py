@@ -38,6 +38,13 @@ RESUMABLE = ("trials", "time_budget", "earlier", "patience", "min_gain")
 """Keys of the section `search` that may change when a sweep resumes."""
 
 
+FINGERPRINTED_KEYS = (
+    "model.checkpoint", "model.checkpoint_key", "model.pretrained", "model.untrained", "model.expected_top1",
+    "data.root", "data.class_map", "data.class_order", "data.download", "data.shared_images",
+)  # fmt: skip
+"""Keys that say where inputs come from: whether these are the same is told by their fingerprints, not by a path."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -341,6 +348,49 @@ class ResourcesConfig(_Section):
     """Share of a GPU for each trial; by default 1 where the cluster has any, else 0."""
 
 
+class Fingerprints(_Section):
+    """The hashes of what a sweep was made from, as `config.yaml` keeps them. A recipe that has them pins its inputs:
+    weights or images that differ are refused."""
+
+    weights: str | None = None
+    """Hash of the dense model's weights; None as long as they are to be trained."""
+    first_weights: str | None = None
+    """Hash of the weights that the dense model's training starts from; None without `model.training`."""
+    classes: str | None = None
+    """Hash of the names of the classes, in their order; None where the data set has no names."""
+    preprocessing: str | None = None
+    """Hash of the size, scaling and cropping by which images become the model's input."""
+    train: str | None = None
+    """Hash of the training images that were drawn, pixels and labels, without noise."""
+    val: str | None = None
+    """Hash of the val images."""
+    confirm: str | None = None
+    """Hash of the val images that confirm the front; None where `data.confirm_images` is."""
+    test: str | None = None
+    """Hash of the test images; None where `data.test` is."""
+
+    def changes(self, now: Fingerprints) -> list[str]:
+        """Gives the names of what is known in both and differs: `the weights`, `the val images`, ..."""
+        mine, theirs = self.model_dump(), now.model_dump()
+        return [
+            name for key, name in FINGERPRINTED.items()
+            if None not in (mine[key], theirs[key]) and mine[key] != theirs[key]
+        ]  # fmt: skip
+
+
+FINGERPRINTED = {
+    "first_weights": "the weights that training starts from",
+    "weights": "the weights",
+    "classes": "the order of the classes",
+    "preprocessing": "the preprocessing",
+    "train": "the training images",
+    "val": "the val images",
+    "confirm": "the val images to confirm with",
+    "test": "the test images",
+}
+"""Field of `Fingerprints` -> its name in messages."""
+
+
 class Config(_Section):
     """The recipe of one sweep."""
 
@@ -357,6 +407,8 @@ class Config(_Section):
     distill: DistillConfig = DistillConfig()
     measure: MeasureConfig = MeasureConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    fingerprints: Fingerprints | None = None
+    """Hashes of the inputs; a sweep writes them into its config.yaml."""
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Config:
@@ -375,9 +427,12 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def differences(self, other: Config) -> list[str]:
-        """Gives the keys that differ and would change outcomes; how long and on which machines a sweep runs do not."""
+        """Gives the keys that differ and would change outcomes.
+
+        How long and on which machines a sweep runs does not; where its inputs lie does not, if they are the same.
+        """
         mine, theirs = (flat(config.model_dump(mode="json")) for config in (self, other))
-        free = ("name", "resources.", *(f"search.{key}" for key in RESUMABLE))
+        free = ("name", "resources.", "fingerprints", *FINGERPRINTED_KEYS, *(f"search.{key}" for key in RESUMABLE))
         keys = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
         return [key for key in keys if not key.startswith(free)]
 

@@ -37,11 +37,14 @@ class Front:
     """Share of their time in which the workers waited for trials; None for a replay."""
     conditions: Mapping[str, str | int] | None = None
     """Device, precision, threads, batch size and torch version that the figures hold for; None for a replay."""
+    fingerprints: Mapping[str, str] | None = None
+    """Hashes of the weights and images that the figures hold for; None for a replay."""
 
     @classmethod
     def of(
         cls, name: str, outcomes: Sequence[Outcome], goal: Goal, *, trials: int = 0, ended_by: str | None = None,
         idle_share: float | None = None, conditions: Mapping[str, str | int] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
     ) -> Front:  # fmt: skip
         """Finds the front of a sweep among its outcomes; points that noise makes are left out.
 
@@ -51,7 +54,7 @@ class Front:
         return cls(
             name=name, goal=goal, points=points, hypervolume=hypervolume_of(outcomes, goal),
             knee=points[knee(goal.values(points))].id if points else None,
-            trials=trials, ended_by=ended_by, idle_share=idle_share, conditions=conditions,
+            trials=trials, ended_by=ended_by, idle_share=idle_share, conditions=conditions, fingerprints=fingerprints,
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
@@ -67,8 +70,8 @@ class Front:
             "limits": [limit.text for limit in self.goal.limits],
             "trials": self.trials,
         }
-        ended = {"ended_by": self.ended_by, "idle_share": self.idle_share, "conditions": self.conditions}
-        return record | {key: value for key, value in ended.items() if value is not None}
+        names = ("ended_by", "idle_share", "conditions", "fingerprints")
+        return record | {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Front:
@@ -90,6 +93,7 @@ class Front:
                 ended_by=record.get("ended_by"),
                 idle_share=record.get("idle_share"),
                 conditions=record.get("conditions"),
+                fingerprints=record.get("fingerprints"),
             )
         except KeyError as error:
             raise SweepError(f"it is not a front: it has no key {error}") from None

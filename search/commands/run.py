@@ -23,7 +23,7 @@ from pruning.model.loading import read_weights
 from search.cluster.session import TrialResources, cluster_resources, fetch, ray_running, submit
 from search.cluster.tasks import confirm_remotely, prepare_remotely, time_remotely
 from search.commands.run_search import Prepared, Searched, Sweep, run_search
-from search.config import Config, flat
+from search.config import Config, Fingerprints, flat
 from search.errors import SweepError
 from search.front import Front, contenders
 from search.goal import Goal
@@ -35,9 +35,8 @@ from search.records.folder import Folder
 from search.records.ledger import Ledger
 from search.records.profiles import ProfileCache
 from search.records.tracking import Tracker, default_uri
-from search.space import Space
 from search.trial.context import TrialContext
-from search.trial.inputs import Inputs, load_inputs
+from search.trial.inputs import Inputs, check_unchanged, load_inputs, with_weights
 from search.trial.measure import Confirmation, speed_of
 from search.trial.prepare import keep_trained, profile_splits, profiled_reductions
 from search.trial.reuse import finetuned_before, measured_before
@@ -56,37 +55,36 @@ def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | 
 
     Raises:
         VitfrontError: wrong input; nothing was written then.
-        SweepError: the name belongs to a sweep with other settings, or another process runs it.
+        SweepError: the name belongs to a sweep with other settings or other inputs, or another process runs it.
     """
     folder = Folder(runs, config.name)
     _check_same_settings(config, folder)
+    observer.stage("loading the model and the images")
+    inputs = load_inputs(config, runs)
+    if folder.config.is_file():
+        _check_same_inputs(folder, inputs.fingerprints)
     finished = read_finished(folder, config)
     if finished is not None:
         return finished
-    observer.stage("loading the model and the images")
-    inputs = load_inputs(config, runs)
-    prior_outcomes = _read_prior_outcomes(config, runs, inputs.space)
-    with _opened_ledger(folder) as book:
-        write_atomically(folder.config, config.to_yaml())
-        with ray_running(address):
-            if address is None:
-                available = cluster_resources()
-                TrialResources.of(config, available).check(available)
-            tracker = Tracker(
-                default_uri(runs), runs / "mlartifacts", config.name, flat(config.model_dump(mode="json")),
-                run_dir=folder.path, done=[outcome.id for outcome in book.found],
-            )  # fmt: skip
-            sweep = Sweep(
-                config=config, space=inputs.space, folder=folder, ledger=book, tracker=tracker, observer=observer
-            )
-            try:
-                prepared = _prepare(sweep, inputs)
-                searched = run_search(sweep, prepared, prior_outcomes)
-                candidates, confirmation = _confirm(sweep, prepared, searched.outcomes)
-                return _write(sweep, inputs, prepared.goal, searched, candidates, confirmation)
-            except BaseException:
-                tracker.interrupt()
-                raise
+    prior_outcomes = _read_prior_outcomes(config, runs, inputs)
+    with _opened_ledger(folder) as book, ray_running(address):
+        if address is None:
+            available = cluster_resources()
+            TrialResources.of(config, available).check(available)
+        tracker = Tracker(
+            default_uri(runs), runs / "mlartifacts", config.name, _settings(config),
+            run_dir=folder.path, done=[outcome.id for outcome in book.found],
+        )  # fmt: skip
+        sweep = Sweep(config=config, space=inputs.space, folder=folder, ledger=book, tracker=tracker, observer=observer)
+        try:
+            prepared = _prepare(sweep, inputs)
+            _write_config(sweep, prepared.fingerprints)
+            searched = run_search(sweep, prepared, prior_outcomes)
+            candidates, confirmation = _confirm(sweep, prepared, searched.outcomes)
+            return _write(sweep, inputs, prepared, searched, candidates, confirmation)
+        except BaseException:
+            tracker.interrupt()
+            raise
 
 
 def read_finished(folder: Folder, config: Config) -> Front | None:
@@ -109,8 +107,8 @@ def _prepare(sweep: Sweep, inputs: Inputs) -> Prepared:
     resources = TrialResources.of(sweep.config, cluster_resources())
     sweep.observer.stage("preparing the dense model" if inputs.trained else "training the dense model")
     kinds, images = profiled_reductions(inputs.space), profile_splits(inputs.space, inputs.splits)
-    cache = ProfileCache(inputs.cache.parent, sweep.config, inputs.model.state_dict(), images)
-    profiles = cache.read(kinds) if inputs.trained else {}
+    cache = ProfileCache(inputs.cache.parent, sweep.config, inputs.fingerprints, images)
+    fingerprints, profiles = inputs.fingerprints, cache.read(kinds) if inputs.trained else {}
     context_ref, dense_ref, proposed_ref = submit(
         prepare_remotely, resources, sweep.config, inputs, profiles, num_returns=3
     )
@@ -119,16 +117,38 @@ def _prepare(sweep: Sweep, inputs: Inputs) -> Prepared:
         context: TrialContext = fetch(context_ref)
         if not inputs.trained:
             keep_trained(inputs, context)
-            cache = ProfileCache(inputs.cache.parent, sweep.config, context.model.state_dict(), images)
+            fingerprints = with_weights(inputs.fingerprints, context.model)
+            cache = ProfileCache(inputs.cache.parent, sweep.config, fingerprints, images)
         cache.write(context.profiles)
     anatomy = examine(inputs.model)
     return Prepared(
         context_ref=context_ref,
         goal=Goal.of(dense, sweep.config.search.accuracy, sweep.config.search.limits),
+        fingerprints=fingerprints,
         proposed=fetch(proposed_ref),
         measurements=measured_before(anatomy, dense, sweep.ledger.found),
         finetunes=finetuned_before(anatomy, sweep.ledger.found),
     )
+
+
+def _write_config(sweep: Sweep, fingerprints: Fingerprints) -> None:
+    """Writes the recipe with the hashes of its inputs into the folder and into MLflow.
+
+    Raises:
+        SweepError: the sweep, or one that it learns from, had other weights: they are trained only now.
+    """
+    for folder in (sweep.folder, *(Folder(sweep.folder.path.parent, name) for name in sweep.config.search.earlier)):
+        if folder.config.is_file():
+            _check_same_inputs(folder, fingerprints)
+    config = sweep.config.model_copy(update={"fingerprints": fingerprints})
+    write_atomically(sweep.folder.config, config.to_yaml())
+    sweep.tracker.log_settings(_settings(config))
+
+
+def _settings(config: Config) -> dict[str, object]:
+    """Returns all keys of a recipe, flat; fingerprints that are missing are left out."""
+    settings = flat(config.model_dump(mode="json"))
+    return {key: value for key, value in settings.items() if value is not None or not key.startswith("fingerprints")}
 
 
 def _confirm(sweep: Sweep, prepared: Prepared, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], Confirmation]:
@@ -152,7 +172,7 @@ def _confirm(sweep: Sweep, prepared: Prepared, outcomes: Sequence[Outcome]) -> t
 
 
 def _write(
-    sweep: Sweep, inputs: Inputs, goal: Goal, searched: Searched, confirmed: Sequence[Outcome],
+    sweep: Sweep, inputs: Inputs, prepared: Prepared, searched: Searched, confirmed: Sequence[Outcome],
     confirmation: Confirmation,
 ) -> Front:  # fmt: skip
     """Writes the front into the folder and into MLflow.
@@ -161,8 +181,9 @@ def _write(
         confirmed: the outcomes that may be on the front, as they were confirmed.
     """
     front = Front.of(
-        sweep.config.name, confirmed, replace(goal, dense=confirmation.dense), trials=num_trials(searched.outcomes),
-        ended_by=searched.ended_by, idle_share=idle_share(searched.outcomes), conditions=confirmation.conditions,
+        sweep.config.name, confirmed, replace(prepared.goal, dense=confirmation.dense),
+        trials=num_trials(searched.outcomes), ended_by=searched.ended_by, idle_share=idle_share(searched.outcomes),
+        conditions=confirmation.conditions, fingerprints=prepared.fingerprints.model_dump(exclude_none=True),
     )  # fmt: skip
     models = {outcome.id: model for outcome, model in zip(confirmed, confirmation.models, strict=True)}
     _write_front(sweep, inputs, front, models)
@@ -201,7 +222,7 @@ def front_csv(front: Front) -> str:
     return text.getvalue()
 
 
-def _read_prior_outcomes(config: Config, runs: Path, space: Space) -> list[Outcome]:
+def _read_prior_outcomes(config: Config, runs: Path, inputs: Inputs) -> list[Outcome]:
     """Reads the outcomes of the sweeps that the recipe names, as far as they lie within this space.
 
     Raises:
@@ -213,8 +234,20 @@ def _read_prior_outcomes(config: Config, runs: Path, space: Space) -> list[Outco
         different = [key for key in config.differences(folder.read_config()) if key.startswith(TEACHING_KEYS)]
         if different:
             raise SweepError(f"sweep {name!r} teaches nothing here: its settings differ ({', '.join(different)})")
+        _check_same_inputs(folder, inputs.fingerprints)
         outcomes += [outcome for outcome in ledger.read(folder.ledger) if outcome.id == outcome.trial]
-    return [outcome for outcome in outcomes if space.holds(outcome.candidate)]
+    return [outcome for outcome in outcomes if inputs.space.holds(outcome.candidate)]
+
+
+def _check_same_inputs(folder: Folder, fingerprints: Fingerprints) -> None:
+    """Raises SweepError if a sweep was run with other weights or images than those of now."""
+    recorded = folder.read_config().fingerprints
+    if recorded is None:
+        raise SweepError(
+            f"{folder.path} was started by an older vitfront, without fingerprints of its inputs, so it cannot be told "
+            "whether they are the same now; take another --name, and leave it out of --from"
+        )
+    check_unchanged(recorded, fingerprints, f"{folder.path} was run with other inputs")
 
 
 def _with_timing(outcome: Outcome, timing: Timing) -> Outcome:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pruning.data import Splits
+from pruning.fingerprints import fingerprint_of_text
 from pruning.methods.profile import Profile
 from pruning.plan import TokenReduction
 from pruning.scores.curves import RemovalCurves
-from search.config import Config
+from search.config import Config, Fingerprints
 from search.errors import SweepError
 from search.records.files import write_by
 
@@ -27,18 +27,18 @@ FORMAT = 2
 class ProfileCache:
     """The profiles of one dense model with certain images and settings."""
 
-    def __init__(self, folder: Path, config: Config, weights: Mapping[str, Tensor], splits: Splits) -> None:
+    def __init__(self, folder: Path, config: Config, fingerprints: Fingerprints, splits: Splits) -> None:
         """
         Args:
             folder: of the files; made when one is written.
-            weights: of the dense model, once it is trained.
+            fingerprints: of the weights, once they are trained, and of the images.
+            splits: the images, for how they are dealt to calibration and probe.
         """
-        digest = hashlib.sha256(repr([config.model.name, config.model.args, config.cascade.batch_size]).encode())
-        digest.update(config.measure.precision.encode())
-        images = [tensor for part in (splits.calibration, splits.probe) for tensor in (part.pixels, part.labels)]
-        for tensor in (*weights.values(), *images):
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        self._folder, self._key = folder, digest.hexdigest()[:16]
+        inputs = fingerprints.model_dump(include={"weights", "preprocessing", "train"})
+        dealt = [splits.num_calibration, splits.every, config.data.noise, config.data.seed]
+        settings = [config.model.name, config.model.args, config.cascade.batch_size, config.measure.precision]
+        self._folder = folder
+        self._key = fingerprint_of_text(json.dumps([inputs, dealt, settings], sort_keys=True))[:16]
 
     def read(self, kinds: Collection[TokenReduction]) -> dict[TokenReduction, Profile]:
         """Reads the profiles of these token reductions, as far as they were written before.

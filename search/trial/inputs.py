@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,15 @@ from torch import nn
 
 from pruning.data import Images, InputSpec, Splits
 from pruning.dataset.classes import folder_classes
+from pruning.dataset.sharing import check_shared
 from pruning.dataset.splits import load_split
 from pruning.errors import DataError
+from pruning.fingerprints import fingerprint_of_images, fingerprint_of_text, fingerprint_of_weights, image_hashes
 from pruning.model.anatomy import examine
 from pruning.model.loading import create_model, default_input, load_weights, read_weights
-from search.config import Config
-from search.errors import ConfigError
+from search.config import Config, Fingerprints
+from search.errors import ConfigError, SweepError
 from search.space import Space
-
-NO_TRAINING = ("val", "test", "val_images", "confirm_images", "test_images", "noise")
-"""Keys of the section `data` that no training depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,8 @@ class Inputs:
     """The size and scale of the model's input."""
     splits: Splits
     space: Space
+    fingerprints: Fingerprints
+    """The hashes of all of these; that of the weights is missing as long as they are to be trained."""
     cache: Path
     """The file for the weights once they are trained."""
     notes: tuple[str, ...] = ()
@@ -47,6 +48,7 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
 
     Raises:
         VitfrontError: something is wrong with them, told in one line.
+        SweepError: the recipe has fingerprints, and these inputs have others.
     """
     if config.model.training is not None:
         torch.manual_seed(config.model.training.seed)  # of the weights that training starts from
@@ -65,14 +67,77 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
             f"data.mean and data.std have {len(spec.mean)} and {len(spec.std)} channels, the model {channels}"
         )
     splits = load_splits(config, spec, anatomy.num_classes)
-    cache = runs / ".cache" / f"{_training_hash(config)}.safetensors"
+    hashes = hash_splits(splits)
+    of_val = [*hashes["val"], *hashes.get("confirm", [])]
+    remarks = check_shared({**hashes, "val": of_val}, config.data.shared_images)
+    fingerprints = fingerprints_of(config, model, spec, splits, hashes)
+    cache = runs / ".cache" / f"{_training_hash(config, fingerprints)}.safetensors"
     trained = config.model.training is None
     if not trained and cache.is_file():
         load_weights(model, read_weights(cache), str(cache))
         trained = True
+        fingerprints = with_weights(fingerprints, model)
+    if config.fingerprints is not None:
+        check_unchanged(config.fingerprints, fingerprints, "the recipe's fingerprints are of other inputs")
     if config.data.noise and not trained:  # it would learn from the noisy images
         raise ConfigError("data.noise needs a dense model that is trained; run the recipe once without noise")
-    return Inputs(model=model, trained=trained, spec=spec, splits=splits, space=space, cache=cache)
+    noisy = _noisy(splits.training, splits.num_calibration, config.data.noise, config.data.seed)
+    return Inputs(
+        model=model, trained=trained, spec=spec, splits=replace(splits, training=noisy), space=space,
+        fingerprints=fingerprints, cache=cache, notes=tuple(remarks),
+    )  # fmt: skip
+
+
+def fingerprints_of(
+    config: Config, model: nn.Module, spec: InputSpec, splits: Splits, hashes: Mapping[str, list[bytes]]
+) -> Fingerprints:
+    """Hashes the inputs of a sweep.
+
+    Args:
+        model: with its final weights, or with those that its training starts from if the recipe has one.
+        splits: the images, without noise.
+        hashes: split -> hash of each of its images.
+    """
+    weights = fingerprint_of_weights(model.state_dict())
+    has_training = config.model.training is not None
+    return Fingerprints(
+        weights=None if has_training else weights,
+        first_weights=weights if has_training else None,
+        preprocessing=fingerprint_of_text(repr(spec)),
+        **{name: fingerprint_of_images(hashes[name], images.labels) for name, images in _by_name(splits).items()},
+    )
+
+
+def hash_splits(splits: Splits) -> dict[str, list[bytes]]:
+    """Hashes each image of the splits that there are, by the splits' names in `Fingerprints`."""
+    return {name: image_hashes(images.pixels) for name, images in _by_name(splits).items()}
+
+
+def _by_name(splits: Splits) -> dict[str, Images]:
+    """Gives the splits that there are by their names in `Fingerprints`."""
+    of_name = {"train": splits.training, "val": splits.val, "confirm": splits.confirm, "test": splits.test}
+    return {name: images for name, images in of_name.items() if images is not None}
+
+
+def with_weights(fingerprints: Fingerprints, model: nn.Module) -> Fingerprints:
+    """Adds the hash of the dense model's weights, once they are final."""
+    return fingerprints.model_copy(update={"weights": fingerprint_of_weights(model.state_dict())})
+
+
+def check_unchanged(before: Fingerprints, now: Fingerprints, what: str) -> None:
+    """Compares the inputs of an earlier run with those of now.
+
+    Args:
+        what: beginning of the message.
+
+    Raises:
+        SweepError: they differ; the message says in what.
+    """
+    changes = before.changes(now)
+    if changes:
+        raise SweepError(
+            f"{what}: {', '.join(changes)} changed meanwhile; put back what was there, or take another --name"
+        )
 
 
 def input_spec(config: Config, model_default: dict[str, Any], image_size: tuple[int, int]) -> InputSpec:
@@ -106,7 +171,7 @@ def load_splits(config: Config, spec: InputSpec, num_classes: int) -> Splits:
     if min(num_calibration, len(train) - num_calibration) < 1:
         raise DataError(f"{len(train)} training images are too few: some are for calibration, others for probing")
     return Splits(
-        training=_noisy(train, num_calibration, data.noise, data.seed),
+        training=train,
         num_calibration=num_calibration,
         val=load(data.val, data.val_images),
         confirm=None if data.confirm_images is None else load(data.val, data.confirm_images),
@@ -128,8 +193,8 @@ def _noisy(images: Images, count: int, std: float, seed: int) -> Images:
     return replace(images, pixels=torch.cat([noisy, later]))
 
 
-def _training_hash(config: Config) -> str:
+def _training_hash(config: Config, fingerprints: Fingerprints) -> str:
     """Hashes all that the trained weights depend on."""
-    data = config.data.model_dump(mode="json", exclude={*NO_TRAINING})
-    text = json.dumps([config.model.model_dump(mode="json"), data], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    model = config.model.model_dump(mode="json", include={"name", "args", "training"})
+    inputs = fingerprints.model_dump(include={"first_weights", "preprocessing", "train"})
+    return fingerprint_of_text(json.dumps([model, inputs], sort_keys=True))[:16]

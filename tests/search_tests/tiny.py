@@ -20,7 +20,7 @@ from pruning.model.anatomy import examine
 from pruning.model.loading import create_model
 from search.config import Config
 from search.space import Space
-from search.trial.inputs import Inputs
+from search.trial.inputs import Inputs, fingerprints_of, hash_splits
 
 DEPTH = 3
 NUM_CLASSES = 4
@@ -112,11 +112,14 @@ def inputs(config: Config, **changes: Any) -> Inputs:
     """The inputs of a recipe, without a disk; `changes` are fields, as `model` and `splits`."""
     dense = changes.get("model") or model()
     anatomy = examine(dense)
+    spec = InputSpec(size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0)
+    in_memory = changes.get("splits") or splits()
     loaded = Inputs(
         model=dense,
         trained=True,
-        spec=InputSpec(size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0),
-        splits=changes.get("splits") or splits(),
+        spec=spec,
+        splits=in_memory,
+        fingerprints=fingerprints_of(config, dense, spec, in_memory, hash_splits(in_memory)),
         space=Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows),
         cache=Path("nowhere"),
     )
@@ -138,11 +141,11 @@ def timer(
     return timing(dense), [timing(model) for model in models]
 
 
-def write_images(folder: Path, classes: str = "abcd", count: int = 4) -> Path:
-    """One folder a class below `folder`, each image of a colour of its own."""
+def write_images(folder: Path, classes: str = "abcd", count: int = 4, *, blue: int = 5) -> Path:
+    """One folder a class below `folder`, each image of a colour of its own; those of another `blue` share no image."""
     for index, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for number in range(count):
-            color = (30 + 50 * index, 10 * number, 5)
+            color = (30 + 50 * index, 10 * number, blue)
             Image.new("RGB", (16, 16), color).save(folder / name / f"{number}.png")
     return folder

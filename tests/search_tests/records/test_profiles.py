@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from pruning.methods.profile import Profile
+from search.config import Fingerprints
 from search.errors import SweepError
 from search.records.profiles import ProfileCache
 from search.trial.context import TrialContext
 from search.trial.prepare import prepare
 from tests.search_tests import tiny
+
+FINGERPRINTS = Fingerprints(weights="weights", preprocessing="as timm", train="images", val="more images")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def context() -> TrialContext:
 def cache(folder: Path, context: TrialContext, **changes: Any) -> ProfileCache:
     arguments: dict[str, Any] = {
         "config": context.config,
-        "weights": context.model.state_dict(),
+        "fingerprints": FINGERPRINTS,
         "splits": context.splits,
     }
     return ProfileCache(folder, **arguments | changes)
@@ -53,10 +56,13 @@ def test_a_profile_comes_back_as_it_was(context: TrialContext, tmp_path: Path) -
 
 def test_another_model_other_images_or_settings_have_other_profiles(context: TrialContext, tmp_path: Path) -> None:
     cache(tmp_path, context).write(context.profiles)
-    images = replace(context.splits.training, pixels=context.splits.training.pixels.flip(0))
     for changes in (
-        {"weights": tiny.model(seed=1).state_dict()},
-        {"splits": replace(context.splits, training=images)},
+        {"fingerprints": FINGERPRINTS.model_copy(update={"weights": "other"})},
+        {"fingerprints": FINGERPRINTS.model_copy(update={"train": "other"})},
+        {"fingerprints": FINGERPRINTS.model_copy(update={"preprocessing": "other"})},
+        {"splits": context.splits.thinned(2)},
+        {"splits": replace(context.splits, num_calibration=8)},
+        {"config": tiny.config(data__noise=0.1)},
         {"config": tiny.config(cascade__batch_size=3)},
     ):
         assert cache(tmp_path, context, **changes).read(["lfe"]) == {}

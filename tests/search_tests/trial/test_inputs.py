@@ -78,7 +78,7 @@ def test_images_are_drawn_with_the_seed(folder: Path) -> None:
 
 
 def test_limited_split_has_as_many_of_each_class(folder: Path) -> None:
-    tiny.write_images(folder / "images" / "exam", count=5)
+    tiny.write_images(folder / "images" / "exam", count=5, blue=90)
     changes = {"data__test": "exam", "data__test_images": 12, "data__val_images": 8}
     splits = load_inputs(config(folder, **changes), folder).splits
     assert splits.test is not None

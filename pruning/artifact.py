@@ -1,6 +1,7 @@
 """A pruned model on disk: plan.json (its description) and model.safetensors (its weights). No pickle.
 
-plan.json: {"format": 2, "model": {"name", "args"}, "input": {"size", "mean", "std", ...}, "plan": {...}}.
+plan.json: {"format": 2, "model": {"name", "args"}, "input": {"size", "mean", "std", ...}, "plan": {...},
+"weights": the fingerprint of model.safetensors}. Weights that were overwritten since are refused.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pruning.data import InputSpec
-from pruning.errors import ArtifactError, PlanError, VitfrontError
+from pruning.errors import ArtifactError, PlanError, VitfrontError, first_line_of
+from pruning.fingerprints import fingerprint_of_weights
 from pruning.model.exits import truncate
 from pruning.model.loading import create_model, load_weights
 from pruning.model.surgery import apply_plan
@@ -43,6 +45,8 @@ class Description:
     """The images that the model takes."""
     plan: Plan
     """The plan by which the dense model was pruned."""
+    weights: str | None = field(default=None, compare=False)
+    """The fingerprint of the weights, which `save` adds; None for a model that an older version saved."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the record that plan.json holds."""
@@ -51,6 +55,7 @@ class Description:
             "model": {"name": self.name, "args": dict(self.args)},
             "input": asdict(self.input),
             "plan": self.plan.to_json(),
+            "weights": self.weights,
         }
 
     @classmethod
@@ -68,7 +73,10 @@ class Description:
             }
             model = record["model"]
             plan = Plan.from_json(record["plan"])
-            return cls(name=model["name"], args=dict(model["args"]), input=InputSpec(**spec), plan=plan)
+            return cls(
+                name=model["name"], args=dict(model["args"]), input=InputSpec(**spec), plan=plan,
+                weights=record.get("weights"),
+            )  # fmt: skip
         except (AttributeError, KeyError, TypeError, PlanError) as error:
             raise ArtifactError(f"not what is saved with a model: {type(error).__name__} {error}") from None
 
@@ -85,8 +93,10 @@ def save(model: nn.Module, description: Description, folder: str | Path) -> None
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
             fresh = Path(staging) / "fresh"
             fresh.mkdir()
-            (fresh / "plan.json").write_text(json.dumps(description.to_json()) + "\n", encoding="utf-8")
-            save_file(_contiguous(model.state_dict()), fresh / "model.safetensors", metadata={"format": "pt"})
+            weights = _contiguous(model.state_dict())
+            save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+            described = replace(description, weights=fingerprint_of_weights(weights))
+            (fresh / "plan.json").write_text(json.dumps(described.to_json()) + "\n", encoding="utf-8")
             if folder.exists():
                 os.replace(folder, Path(staging) / "old")
             os.replace(fresh, folder)
@@ -101,16 +111,13 @@ def load(folder: str | Path) -> tuple[nn.Module, Description]:
         ArtifactError: a file is missing or is not what `save` wrote.
     """
     folder = Path(folder)
-    description = read_description(folder)
-    try:
-        weights: dict[str, Tensor] = load_file(folder / "model.safetensors")
-    except Exception as error:
-        raise ArtifactError(f"cannot read {folder / 'model.safetensors'}: {error}") from error
+    description, weights = read_description(folder), _read_weights(folder)
     try:
         model = skeleton(description)
         load_weights(model, weights, "its model.safetensors")
     except VitfrontError as error:
         raise ArtifactError(f"cannot load {folder}: {error}") from error
+    _check_weights(folder, weights, description)
     return model.eval(), description
 
 
@@ -125,6 +132,22 @@ def read_description(folder: Path) -> Description:
         return Description.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # not UTF-8, not JSON, not a description
         raise ArtifactError(f"cannot read {path}: {error}") from error
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / "model.safetensors"
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors has error types of its own
+        raise ArtifactError(f"cannot read {path}: {first_line_of(error)}") from error
+
+
+def _check_weights(folder: Path, weights: Weights, description: Description) -> None:
+    """Raises ArtifactError if weights are not those that were saved with plan.json."""
+    if description.weights is not None and fingerprint_of_weights(weights) != description.weights:
+        raise ArtifactError(
+            f"{folder / 'model.safetensors'} is not what was saved with its plan.json: its weights changed since"
+        )
 
 
 def skeleton(description: Description) -> nn.Module:
@@ -158,11 +181,13 @@ def copy_to(folder: str | Path, target: str | Path) -> None:
     """Copies a saved model into a folder that is not there yet.
 
     Raises:
-        ArtifactError: the target is there already, or cannot be written.
+        ArtifactError: the model is missing or not what `save` wrote, or the target is there already or cannot be
+            written.
     """
-    target = Path(target)
+    folder, target = Path(folder), Path(target)
     if target.exists():
         raise ArtifactError(f"{target} exists; give a folder that does not")
+    _check_weights(folder, _read_weights(folder), read_description(folder))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as staging:

@@ -50,8 +50,8 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
         VitfrontError: something is wrong with them, told in one line.
         SweepError: the recipe has fingerprints, and these inputs have others.
     """
-    if config.model.training is not None:
-        torch.manual_seed(config.model.training.seed)  # of the weights that training starts from
+    training = config.model.training
+    torch.manual_seed(0 if training is None else training.seed)  # of the weights that no file gives
     model = create_model(
         config.model.name,
         args=config.model.args,

@@ -95,7 +95,7 @@ def test_the_folder_holds_the_plan_and_the_weights_and_no_pickle(tmp_path: Path)
     assert names(folder) == ["model.safetensors", "plan.json"]
     assert load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
     record = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    assert record.keys() == {"format", "model", "input", "plan"}
+    assert record.keys() == {"format", "model", "input", "plan", "weights"}
     assert record["plan"] == its_description.plan.to_json() and record["model"]["args"] == dict(its_description.args)
 
 
@@ -261,6 +261,26 @@ def test_a_copy_loads_and_never_overwrites(tmp_path: Path) -> None:
     assert names(tmp_path / "far") == ["copy"]
     with pytest.raises(ArtifactError, match="copy exists; give a folder that does not"):
         copy_to(tmp_path / "point", tmp_path / "far" / "copy")
-    with pytest.raises(ArtifactError, match="cannot write"):
+    with pytest.raises(ArtifactError, match=r"cannot read .*nowhere"):
         copy_to(tmp_path / "nowhere", tmp_path / "far" / "other")
     assert names(tmp_path / "far") == ["copy"]
+
+
+@pytest.mark.parametrize("use", [load, lambda folder: copy_to(folder, folder.parent / "copy")], ids=["load", "copy_to"])
+def test_weights_that_were_overwritten_since_are_refused(tmp_path: Path, use: Callable[[Path], object]) -> None:
+    folder = tmp_path / "point"
+    save(builders.model(), description(), folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"head.bias": weights["head.bias"] + 1e-3}, folder / "model.safetensors")
+    with pytest.raises(ArtifactError, match=r"model.safetensors is not what was saved with its plan.json"):
+        use(folder)
+    assert names(tmp_path) == ["point"]
+
+
+def test_a_model_that_an_older_version_saved_has_no_fingerprint_and_loads(tmp_path: Path) -> None:
+    save(builders.model(), description(), tmp_path / "point")
+    path = tmp_path / "point" / "plan.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    del record["weights"]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert load(tmp_path / "point")[1].weights is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from PIL import Image
 from pruning.artifact import save_weights
 from pruning.data import Images
 from pruning.errors import DataError
+from pruning.fingerprints import fingerprint_of_weights
 from search.config import Config
-from search.errors import ConfigError
+from search.errors import ConfigError, SweepError
 from search.trial.inputs import Inputs, input_spec, load_inputs
 from tests.search_tests import tiny
 
@@ -236,3 +238,96 @@ def test_input_is_what_timm_knows_unless_the_recipe_says_otherwise() -> None:
     changes = {"data__mean": [0.5], "data__std": [0.25], "data__interpolation": "nearest", "data__crop_pct": 1.0}
     spec = input_spec(tiny.config(**changes), TIMM, (8, 8))
     assert (spec.mean, spec.std, spec.interpolation, spec.crop_pct) == ((0.5,), (0.25,), "nearest", 1.0)
+
+
+def overwrite(path: Path, color: tuple[int, int, int] = (1, 2, 3)) -> None:
+    Image.new("RGB", (16, 16), color).save(path)
+
+
+def changes_between(first: Config, second: Config, folder: Path) -> list[str]:
+    before, now = (load_inputs(which, folder / "runs").fingerprints for which in (first, second))
+    return before.changes(now)
+
+
+def test_equal_inputs_have_equal_fingerprints_wherever_they_lie(folder: Path) -> None:
+    plain = config(folder)
+    shutil.copytree(folder / "images", folder / "moved")
+    assert changes_between(plain, config(folder, data__root=str(folder / "moved")), folder) == []
+    assert not plain.differences(config(folder, data__root=str(folder / "moved")))
+
+
+@pytest.mark.parametrize(
+    ("image", "changed"),
+    [
+        ("train/a/0.png", ["the training images"]),
+        ("val/b/1.png", ["the val images", "the val images to confirm with"]),
+        ("exam/c/0.png", ["the test images"]),
+    ],
+)
+def test_an_image_that_was_overwritten_changes_the_fingerprint_of_its_split(
+    folder: Path, image: str, changed: list[str]
+) -> None:
+    tiny.write_images(folder / "images" / "exam", blue=90)
+    plain = config(folder, data__test="exam", data__confirm_images=8)
+    before = load_inputs(plain, folder / "runs").fingerprints
+    overwrite(folder / "images" / image)
+    assert before.changes(load_inputs(plain, folder / "runs").fingerprints) == changed
+
+
+def test_exchanged_class_folders_preprocessing_and_weights_change_their_fingerprints(folder: Path) -> None:
+    torch.manual_seed(0)
+    plain = config(folder, model__training={"epochs": 1})
+    before = load_inputs(plain, folder / "runs").fingerprints
+    assert changes_between(plain, config(folder, model__training={"epochs": 1, "seed": 1}), folder) == [
+        "the weights that training starts from"
+    ]
+    assert "the preprocessing" in changes_between(
+        plain, config(folder, model__training={"epochs": 1}, data__mean=[0.1] * 3), folder
+    )
+    (folder / "images/val/a").rename(folder / "images/val/x")
+    (folder / "images/val/b").rename(folder / "images/val/a")
+    (folder / "images/val/x").rename(folder / "images/val/b")
+    assert before.changes(load_inputs(plain, folder / "runs").fingerprints) == ["the val images"]
+
+
+def test_a_recipe_with_fingerprints_refuses_other_inputs_and_says_what_changed(folder: Path) -> None:
+    plain = config(folder)
+    save_weights(tiny.model().state_dict(), folder / "weights.safetensors")
+    trained = config(folder, model__checkpoint=str(folder / "weights.safetensors"))
+    fingerprints = load_inputs(trained, folder / "runs").fingerprints.model_dump()
+    pinned = config(folder, model__checkpoint=str(folder / "weights.safetensors"), fingerprints=fingerprints)
+    load_inputs(pinned, folder / "runs")
+    save_weights(tiny.model(seed=1).state_dict(), folder / "weights.safetensors")
+    overwrite(folder / "images/train/a/0.png")
+    with pytest.raises(SweepError, match="other inputs: the weights, the training images changed meanwhile; put back"):
+        load_inputs(pinned, folder / "runs")
+    assert plain.fingerprints is None
+
+
+def test_trained_weights_are_taken_only_for_the_images_that_they_were_trained_on(folder: Path) -> None:
+    plain = config(folder, model__training={"epochs": 1})
+    inputs = load_inputs(plain, folder / "runs")
+    assert not inputs.trained
+    save_weights(tiny.model(seed=3).state_dict(), inputs.cache)
+    again = load_inputs(plain, folder / "runs")
+    assert again.trained
+    assert again.fingerprints.weights == fingerprint_of_weights(tiny.model(seed=3).state_dict())
+    for name, other in (("a", "x"), ("b", "a"), ("x", "b")):  # two classes change places
+        (folder / "images/train" / name).rename(folder / "images/train" / other)
+    assert not load_inputs(plain, folder / "runs").trained
+
+
+def test_noise_is_part_of_the_recipe_and_not_of_the_fingerprints(folder: Path) -> None:
+    assert changes_between(config(folder), config(folder, data__noise=0.2), folder) == []
+
+
+def test_images_that_splits_share_are_told_or_refused(folder: Path) -> None:
+    assert load_inputs(config(folder), folder / "runs").notes[-1] == (
+        "8 of the 8 val images are in train too: accuracy on val is too high"
+    )
+    tiny.write_images(folder / "images" / "exam", blue=90)
+    shutil.copy(folder / "images/val/a/1.png", folder / "images/exam/d/0.png")
+    with pytest.raises(DataError, match="1 of the 16 test images are in val too"):
+        load_inputs(config(folder, data__test="exam"), folder / "runs")
+    allowed = load_inputs(config(folder, data__test="exam", data__shared_images="allow"), folder / "runs")
+    assert "1 of the 16 test images are in val too: accuracy on test is too high" in allowed.notes

@@ -19,6 +19,7 @@ from mlflow.entities import Run
 from pruning.artifact import load
 from pruning.data import Images
 from pruning.errors import VitfrontError
+from pruning.fingerprints import fingerprint_of_weights
 from pruning.measure.cost import count_macs, count_params
 from pruning.model.anatomy import examine
 from pruning.plan import Plan
@@ -98,7 +99,8 @@ def test_folder_of_a_sweep_holds_its_files_and_no_others(first: Sweep) -> None:
         *("config.yaml", "outcomes.jsonl", "front.json", "front.csv", "models"),
     }
     assert {path.name for path in first.runs.iterdir()} == {"tiny", ".cache", "mlflow.db", "mlartifacts"}
-    assert first.folder.read_config() == first.config
+    recorded = first.folder.read_config()
+    assert recorded.model_copy(update={"fingerprints": None}) == first.config
 
 
 def test_front_json_is_as_documented(first: Sweep) -> None:
@@ -113,6 +115,20 @@ def test_front_json_is_as_documented(first: Sweep) -> None:
     assert all(point.keys() == POINT for point in record["points"])
     assert record["knee"] in [point["id"] for point in record["points"]]
     assert record["conditions"]["batch_size"] == 128
+
+
+def test_config_front_and_mlflow_hold_the_fingerprints_of_the_inputs(first: Sweep) -> None:
+    fingerprints = first.folder.read_config().fingerprints
+    assert fingerprints is not None
+    record = fingerprints.model_dump(exclude_none=True)
+    assert record.keys() >= {"first_weights", "weights", "preprocessing", "train", "val", "test"}
+    assert first.record["fingerprints"] == record
+    inputs = load_inputs(first.config, first.runs)
+    assert inputs.fingerprints == fingerprints
+    assert record["weights"] == fingerprint_of_weights(inputs.model.state_dict())
+    _, [parent], _ = first.mlflow()
+    params = parent.data.params
+    assert {key: params[f"fingerprints.{key}"] for key in record} == record
 
 
 def test_points_are_those_that_no_other_beats_and_run_from_slow_to_fast(first: Sweep) -> None:
@@ -217,7 +233,7 @@ def test_same_command_again_does_nothing(first: Sweep) -> None:
     files, (_, parents, children) = state(), first.mlflow()
     watcher = Watcher()
     assert record_of(run_sweep(first.config, first.runs, watcher)) == first.record
-    assert watcher.num_stages == 0
+    assert watcher.num_stages == 1  # the inputs are looked at: they may have changed
     assert state() == files
     _, parents_now, children_now = first.mlflow()
     assert [run.to_dictionary() for run in parents_now] == [run.to_dictionary() for run in parents]
@@ -318,7 +334,7 @@ def test_resume_writes_the_front_anew(resumed: Resumed) -> None:
     assert json.loads(sweep.folder.front.read_text()) == sweep.record
     assert sweep.record["trials"] == NUM_TRIALS + 2
     assert {path.name for path in sweep.folder.models.iterdir()} == {point["id"] for point in sweep.record["points"]}
-    assert sweep.folder.read_config() == sweep.config
+    assert sweep.folder.read_config().model_copy(update={"fingerprints": None}) == sweep.config
 
 
 def test_resume_adds_to_the_run_in_mlflow(resumed: Resumed) -> None:

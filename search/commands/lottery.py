@@ -61,7 +61,8 @@ def run_lottery_seeds(
     if seeds < 1:
         raise ConfigError(f"{seeds} seeds are none; give 1 at least")
     settings = LotterySettings(training=training.settings(), sparsity=sparsity, rounds=rounds, rewind_step=rewind_step)
-    splits = load_inputs(config, runs).splits  # its model may be trained already
+    inputs = load_inputs(config, runs)  # its model may be trained already
+    splits, config = inputs.splits, config.model_copy(update={"fingerprints": inputs.fingerprints})
     num_steps = settings.num_steps(len(splits.training))  # checks the rewind step
     torch.set_num_threads(config.resources.cpus_per_trial)  # as in a sweep
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

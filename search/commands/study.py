@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from pruning.fingerprints import fingerprint_of_weights
 from pruning.model.anatomy import examine
 from pruning.model.surgery import keep_all_plan
 from search.commands.study_report import best_series, best_x, caveats, csv_table, lines_of, markdown, row_of
 from search.commands.study_variants import Study, Variant, expand, load_study, only_candidate, space_of, with_changes
-from search.config import Config
+from search.config import Config, Fingerprints
+from search.errors import SweepError
 from search.front import hypervolume_of
 from search.goal import Goal
 from search.outcome import Candidate, Measurement, Outcome, State
@@ -51,12 +53,16 @@ def run_study(
     """
     study, name = study or load_study(name), Path(name).stem
     inputs = load_inputs(config, runs)
+    config = _pinned(config, inputs.fingerprints)
     variants = expand(study, config, examine(inputs.model))
     torch.set_num_threads(config.resources.cpus_per_trial)  # as in a sweep: more are slower where cores are busy
     folder = runs / f"study-{name}-{config.name}"
     with Ledger(folder / "outcomes.jsonl") as book:
         outcomes = {outcome.id: outcome for outcome in book.found}
-        for outcome, label in _run_variants(study, variants, runs, outcomes, say):
+        num_others = len(outcomes) - len(_known(variants, outcomes))
+        if num_others:
+            say(f"{num_others} earlier outcomes are of other settings or other inputs, and are left out")
+        for outcome, label in _run_variants(study, variants, config, runs, outcomes, say):
             book.append(outcome)
             outcomes[outcome.id] = outcome
             say(f"{label}: {_summary(outcome)}")
@@ -68,12 +74,17 @@ def run_study(
 
 
 def _run_variants(
-    study: Study, variants: Sequence[Variant], runs: Path, outcomes: Mapping[str, Outcome], say: Callable[[str], None]
-) -> Iterator[tuple[Outcome, str]]:
+    study: Study, variants: Sequence[Variant], base: Config, runs: Path, outcomes: Mapping[str, Outcome],
+    say: Callable[[str], None],
+) -> Iterator[tuple[Outcome, str]]:  # fmt: skip
     """Yields the outcomes that are not there yet, each with a label; first that of the dense model they share.
 
     Args:
+        base: the study's recipe, with the hashes of its inputs.
         outcomes: all so far by id; whoever iterates adds what comes.
+
+    Raises:
+        SweepError: the inputs changed while the study runs, or the dense model was trained anew with another result.
     """
     for context_id in dict.fromkeys(variant.context_id for variant in variants):
         group = [variant for variant in variants if variant.context_id == context_id]
@@ -81,12 +92,24 @@ def _run_variants(
         if not unfinished:
             continue
         say(f"preparing the dense model for {len(unfinished)} of {len(variants)} variants")
-        context, dense = _prepare_for(unfinished, runs)
-        if f"dense-{context_id}" not in outcomes:
-            yield _dense_outcome(context, dense, f"dense-{context_id}"), "dense"
+        context, dense = _prepare_for(unfinished, base, runs)
+        outcome = _dense_outcome(context, dense, f"dense-{context_id}")
+        if outcome.id not in outcomes:
+            yield outcome, "dense"
+        elif outcomes[outcome.id].notes != outcome.notes:
+            raise SweepError(
+                "the dense model was trained anew since this study began, with other weights; "
+                "run the study under another name of its recipe (--set name=...)"
+            )
         for variant in unfinished:
             for outcome in _run_variant(replace(context, config=variant.config), variant, outcomes):
                 yield outcome, _label(variant, study)
+
+
+def _known(variants: Sequence[Variant], outcomes: Mapping[str, Outcome]) -> list[str]:
+    """Returns the ids of those outcomes that belong to the variants or to their dense models."""
+    ids = {variant.id for variant in variants} | {f"dense-{variant.context_id}" for variant in variants}
+    return [key for key in outcomes if key in ids or key.rsplit("-", 1)[0] in ids]
 
 
 def _outcomes_of(variant: Variant, outcomes: Mapping[str, Outcome]) -> list[Outcome]:
@@ -96,9 +119,18 @@ def _outcomes_of(variant: Variant, outcomes: Mapping[str, Outcome]) -> list[Outc
     return [outcome for key, outcome in outcomes.items() if key.startswith(f"{variant.id}-")][: variant.trials]
 
 
-def _prepare_for(variants: Sequence[Variant], runs: Path) -> tuple[TrialContext, Measurement]:
-    """Prepares the context that variants share, with all that any of them needs, and measures its dense model."""
+def _prepare_for(variants: Sequence[Variant], base: Config, runs: Path) -> tuple[TrialContext, Measurement]:
+    """Prepares the context that variants share, with all that any of them needs, and measures its dense model.
+
+    Args:
+        base: the study's recipe, with the hashes of its inputs.
+
+    Raises:
+        SweepError: the inputs changed while the study runs.
+    """
     config = variants[0].config
+    if not _has_inputs_of(config, base):
+        config = config.model_copy(update={"fingerprints": None})
     inputs = load_inputs(config, runs)
     anatomy = examine(inputs.model)
     spaces = [space_of(variant.config, anatomy) for variant in variants]
@@ -114,6 +146,23 @@ def _prepare_for(variants: Sequence[Variant], runs: Path) -> tuple[TrialContext,
     return prepare_locally(with_changes(config, union, anatomy), inputs, exit_blocks=exits)
 
 
+def _pinned(config: Config, fingerprints: Fingerprints) -> Config:
+    """Returns the recipe with the hashes of its inputs, which the ids of all variants then depend on.
+
+    The weights of a model that the recipe trains follow from the other inputs; they are left out, as they are unknown
+    until then.
+    """
+    if config.model.training is not None:
+        fingerprints = fingerprints.model_copy(update={"weights": None})
+    return config.model_copy(update={"fingerprints": fingerprints})
+
+
+def _has_inputs_of(config: Config, base: Config) -> bool:
+    """Tells whether a variant's recipe has the model and the images of the study's; noise is added to them later."""
+    of_variant, of_study = (each.data.model_dump(exclude={"noise"}) for each in (config, base))
+    return config.model == base.model and of_variant == of_study
+
+
 def _dense_outcome(context: TrialContext, dense: Measurement, name: str) -> Outcome:
     """Returns the dense model as an outcome, so that the report of a study that is done needs no context."""
     anatomy = examine(context.model)
@@ -121,7 +170,10 @@ def _dense_outcome(context: TrialContext, dense: Measurement, name: str) -> Outc
         cutoff_channel=0.1, cutoff_token=0.85, drop_budget=(0.0,) * anatomy.depth, token_share=0.0, target_ratio=1.0,
         exit_block=anatomy.depth, token_reduction="none",
     )  # fmt: skip
-    return Outcome(id=name, state=State.MEASURED, candidate=candidate, plan=keep_all_plan(anatomy), measurement=dense)
+    return Outcome(
+        id=name, state=State.MEASURED, candidate=candidate, plan=keep_all_plan(anatomy), measurement=dense,
+        notes=(f"weights {fingerprint_of_weights(context.model.state_dict())}",),
+    )  # fmt: skip
 
 
 def _run_variant(context: TrialContext, variant: Variant, outcomes: Mapping[str, Outcome]) -> Iterator[Outcome]:

@@ -120,7 +120,7 @@ class Variant:
     @property
     def context_id(self) -> str:
         """Hash of what the dense model, its images and its measurement depend on, which variants may share."""
-        return _hash(self.config.model_dump(mode="json", include={"model", "data", "exits", "measure"}))
+        return _hash(self.config.model_dump(mode="json", include={"model", "data", "exits", "measure", "fingerprints"}))
 
 
 def shipped_studies() -> list[str]:
@@ -159,6 +159,8 @@ def expand(study: Study, config: Config, anatomy: Anatomy) -> list[Variant]:
     all_series: Sequence[Series | None] = study.series or [None]
     for series in all_series:
         varied = study.each | (series.each if series else {})
+        if series is None and study.series_by not in varied:
+            raise ConfigError(f"the study's series_by {study.series_by!r} is none of the keys that it varies in each")
         fixed = defaults | study.set | (series.set if series else {})
         for combination in itertools.product(*varied.values()):
             values = dict(zip(varied, combination, strict=True))

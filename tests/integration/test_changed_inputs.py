@@ -1,4 +1,4 @@
-"""Weights or images that are overwritten between two runs are noticed: a sweep is of one model and one set of images."""
+"""Weights or images that are overwritten between two runs are noticed: a sweep has one model and one set of images."""
 
 from __future__ import annotations
 
@@ -92,5 +92,5 @@ def test_a_moved_folder_with_equal_inputs_is_the_same_sweep(place: Place) -> Non
 
 def test_a_sweep_of_an_older_vitfront_is_not_mixed_with_new_trials(place: Place) -> None:
     (place.path / "runs/tiny/config.yaml").write_text(place.config().to_yaml())  # without fingerprints
-    with pytest.raises(SweepError, match="older vitfront, without fingerprints of its inputs.*take another --name"):
+    with pytest.raises(SweepError, match=r"older vitfront, without fingerprints of its inputs.*take another --name"):
         place.run(search__trials=4)

@@ -201,3 +201,15 @@ def test_csv_has_a_line_a_training() -> None:
         "arm,round,sparsity,seed,top1,gradient_norm_first,gradient_norm_mean",
         "dense,0,0.0,0,0.9,4,3",
     ]
+
+
+def test_a_lottery_says_which_weights_and_images_it_was_run_on(tmp_path: Path) -> None:
+    path = tmp_path / "first.safetensors"
+    records = []
+    for seed in (0, 1):
+        save_file(seeded_model(config(), seed).state_dict(), path)
+        records.append(run(config(model__checkpoint=str(path)), tmp_path / "runs"))
+    first, second = (record["config"]["fingerprints"] for record in records)
+    assert first["first_weights"] != second["first_weights"]
+    assert first["train"] == second["train"] is not None
+    assert records[0]["rows"] != records[1]["rows"]

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from pruning.artifact import load
+from pruning.artifact import load, save_weights
 from pruning.errors import ArtifactError, VitfrontError
 from search.commands.prune import PruneSettings, block_rows, prune_once
 from search.config import Config
-from search.errors import ConfigError
+from search.errors import ConfigError, SweepError
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.trial.context import TrialContext
+from search.trial.inputs import load_inputs
 from search.trial.prepare import prepare_locally
 from search.trial.trial import Ended, run_to_end
 from tests.search_tests import tiny
@@ -123,3 +124,39 @@ def test_rows_tell_what_each_block_keeps_of_what_there_was(config: Config, tmp_p
     assert [(row["drop"], row["MACs"]) for row in block_rows(dense, context.anatomy)] == [
         ("+0.00", "100%"), ("+1.25", "100%"), ("-2.50", "100%"),
     ]  # fmt: skip
+
+
+def test_overwritten_weights_give_another_model_and_a_pinned_recipe_refuses_them(tmp_path: Path) -> None:
+    for split, blue in (("train", 5), ("val", 90)):
+        tiny.write_images(tmp_path / "images" / split, blue=blue)
+    path = tmp_path / "weights.safetensors"
+    changes = {"data__root": str(tmp_path / "images"), "model__checkpoint": str(path), "model__untrained": False}
+    tops = []
+    for seed in (0, 1):
+        save_weights(tiny.model(seed=seed).state_dict(), path)
+        prune(tiny.config(**changes), tmp_path, tmp_path / f"model{seed}")
+        tops.append(load(tmp_path / f"model{seed}")[1].weights)
+    assert tops[0] != tops[1]
+    save_weights(tiny.model(seed=0).state_dict(), path)
+    fingerprints = load_inputs(tiny.config(**changes), tmp_path / "runs").fingerprints.model_dump()
+    save_weights(tiny.model(seed=1).state_dict(), path)
+    with pytest.raises(SweepError, match="the recipe's fingerprints are of other inputs: the weights changed"):
+        prune(tiny.config(**changes, fingerprints=fingerprints), tmp_path, run=never)
+
+
+def test_trained_weights_of_images_that_were_exchanged_meanwhile_are_not_taken(tmp_path: Path) -> None:
+    for split, blue in (("train", 5), ("val", 90)):
+        tiny.write_images(tmp_path / "images" / split, blue=blue)
+    config = tiny.config(
+        data__root=str(tmp_path / "images"),
+        model__training={"epochs": 1},
+        model__untrained=False,
+        space__method="global",
+    )
+    prune(config, tmp_path)
+    prune(config, tmp_path)
+    assert len(list((tmp_path / "runs/.cache").glob("*.safetensors"))) == 1
+    for name, other in (("a", "x"), ("b", "a"), ("x", "b")):
+        (tmp_path / "images/train" / name).rename(tmp_path / "images/train" / other)
+    prune(config, tmp_path)
+    assert len(list((tmp_path / "runs/.cache").glob("*.safetensors"))) == 2

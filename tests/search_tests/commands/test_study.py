@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from pruning.artifact import save_weights
 from search.commands.study import run_study
 from search.commands.study_report import SHARE, csv_table, markdown
 from search.config import Config
+from search.errors import SweepError
 from search.records.ledger import read
 from search.views.study_plot import draw_study, study_info
 from tests.search_tests import tiny
@@ -129,3 +132,41 @@ def test_variants_of_other_images_have_a_dense_model_each(tmp_path: Path) -> Non
     run_study(path, config_in(tmp_path), tmp_path / "runs", lambda _: None)
     ids = [outcome.id for outcome in read(tmp_path / "runs" / "study-mine-tiny" / "outcomes.jsonl")]
     assert [one.startswith("dense-") for one in ids] == [True, False, True, False]
+
+
+def test_a_study_of_overwritten_weights_or_images_is_measured_anew_and_says_so(tmp_path: Path) -> None:
+    each = {"space.token_reduction": ["merge"]}
+    path = write_study(tmp_path, each=each, series_by="space.token_reduction", set={"space.method": "constant"})
+    save_weights(tiny.model().state_dict(), tmp_path / "weights.safetensors")
+    plain = config_in(tmp_path)
+    model = plain.model.model_copy(update={"checkpoint": tmp_path / "weights.safetensors", "untrained": False})
+    config = plain.model_copy(update={"model": model})
+
+    def run() -> list[str]:
+        said: list[str] = []
+        run_study(path, config, tmp_path / "runs", said.append)
+        return said
+
+    assert run()[0] == "preparing the dense model for 1 of 1 variants"
+    assert run() == []
+    save_weights(tiny.model(seed=5).state_dict(), tmp_path / "weights.safetensors")
+    said = run()
+    assert said[0] == "2 earlier outcomes are of other settings or other inputs, and are left out"
+    assert said[1] == "preparing the dense model for 1 of 1 variants"
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(tmp_path / "images/val/a/0.png")
+    assert run()[0] == "4 earlier outcomes are of other settings or other inputs, and are left out"
+    assert len(read(tmp_path / "runs/study-mine-tiny/outcomes.jsonl")) == 6
+
+
+def test_weights_that_are_overwritten_while_a_study_runs_end_it(tmp_path: Path) -> None:
+    path = write_study(tmp_path, each={"data.noise": [0.0, 0.2]}, series_by=None, series=[{"name": "all"}])
+    save_weights(tiny.model().state_dict(), tmp_path / "weights.safetensors")
+    plain = config_in(tmp_path)
+    model = plain.model.model_copy(update={"checkpoint": tmp_path / "weights.safetensors", "untrained": False})
+
+    def overwrite(text: str) -> None:
+        if text.startswith("dense"):
+            save_weights(tiny.model(seed=5).state_dict(), tmp_path / "weights.safetensors")
+
+    with pytest.raises(SweepError, match="the weights changed meanwhile"):
+        run_study(path, plain.model_copy(update={"model": model}), tmp_path / "runs", overwrite)

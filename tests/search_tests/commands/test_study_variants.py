@@ -107,3 +107,9 @@ def test_an_id_is_of_what_an_outcome_depends_on(tmp_path: Path) -> None:
     assert len(set(ids())) == 2
     assert ids() == ids(name="other") == ids(resources={"cpus_per_trial": 2}) == ids(search__trials=9)
     assert not set(ids()) & set(ids(data__seed=1))
+
+
+def test_lines_by_a_key_that_is_not_varied_are_refused(tmp_path: Path) -> None:
+    path = write_study(tmp_path, series_by="space.criterion")
+    with pytest.raises(ConfigError, match=r"series_by 'space.criterion' is none of the keys that it varies in each"):
+        expand(load_study(path), tiny.config(), tiny_anatomy())

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from pruning.data import Images, InputSpec
-from pruning.dataset.splits import load_split
+from pruning.dataset.splits import load_split, open_dataset
 from pruning.measure.accuracy import predict, top1
 from pruning.measure.cost import count_macs
 from pruning.measure.stopwatch import device_name, time_against_dense
@@ -41,7 +41,8 @@ DIGITS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "emb
 
 def digits(quick: bool) -> tuple[torch.nn.Module, Images, Images, dict[str, Any]]:
     spec = InputSpec(size=(8, 8), mean=(0.3,), std=(0.38,))
-    images = {split: load_split("digits", split, spec, num_classes=10) for split in ("train", "val")}
+    dataset = open_dataset("digits", num_classes=10)
+    images = {split: load_split(dataset, split, spec).images for split in ("train", "val")}
     torch.manual_seed(0)
     model = create_model("vit_tiny_patch16_224", args=DIGITS)
     train(model, images["train"], TrainSettings(epochs=5 if quick else 70))
@@ -54,8 +55,9 @@ def cifar10(quick: bool) -> tuple[torch.nn.Module, Images, Images, dict[str, Any
     names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
     spec = InputSpec(size=(32, 32), mean=tuple(description["mean"]), std=tuple(description["std"]), crop_pct=1.0)
     limits = (256, 200) if quick else (None, None)
+    dataset = open_dataset("folder", num_classes=10, root=DATA)
     images = {
-        split: load_split("folder", split, spec, num_classes=10, root=DATA, limit=limit)
+        split: load_split(dataset, split, spec, limit=limit).images
         for split, limit in zip(("train", "val"), limits, strict=True)
     }
     model = create_model(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.data import Images, InputSpec
-from pruning.dataset.splits import load_split
+from pruning.dataset.splits import load_split, open_dataset
 from pruning.losses import divergence
 from pruning.measure.accuracy import predict, top1
 from pruning.measure.cost import count_macs
@@ -58,9 +58,8 @@ TOME = {0.73: 8, 0.57: 13, 0.48: 16}
 
 
 def images(split: str) -> Images:
-    return load_split(
-        "folder", split, SPEC, num_classes=1000, root=DATA, class_map=DATA / "class_map.txt", limit=10_000
-    )
+    dataset = open_dataset("folder", num_classes=1000, root=DATA, class_map=DATA / "class_map.txt")
+    return load_split(dataset, split, SPEC, limit=10_000).images
 
 
 def vitfront(

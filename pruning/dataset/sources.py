@@ -1,18 +1,20 @@
-"""Opens a split of a data set: which images there are, and their labels; no image is decoded."""
+"""A split of a data set before any image is decoded: which images there are, and their labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import PIL.Image
 import torch
 from torch import Tensor
 
-from pruning.dataset.classes import checked_class_map, split_folder
-from pruning.errors import DataError, first_line_of
+from pruning.dataset.class_map import composed
+from pruning.dataset.classes import MAP_NEEDED, Classes
+from pruning.dataset.files import shown
+from pruning.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,8 @@ class Source:
 
     labels: Tensor
     """(B,), int64: the class index of each image."""
+    class_names: tuple[str, ...] = ()
+    """Name of each class, in the order of the indices; empty where the data set has no names."""
     open: Callable[[int], BinaryIO | PIL.Image.Image]
     """Opens an image by its place: a file that holds it, or the image itself."""
     name_of: Callable[[int], str]
@@ -29,67 +33,74 @@ class Source:
     """Remarks for the user, one line each: what was left out, what was assumed."""
 
 
-def open_source(
-    dataset: str,
-    split: str,
-    root: str | Path | None,
-    class_map: str | Path | dict[str, int] | None,
-    mode: str,
-    download: bool,
-) -> Source:
-    """Opens timm's data set after a check of its folders: timm skips class folders it does not know in silence.
+def checked_labels(values: Iterable[object], num_classes: int, place: str) -> Tensor:
+    """Checks that labels are class indices of the model.
+
+    Args:
+        values: one a image.
+        place: which split of which data set, for messages.
+
+    Returns:
+        (B,), int64.
 
     Raises:
-        DataError: no such folder or data set, no image in it, or a class that is not in the class map.
+        DataError: there is none, or one is no whole number from 0 to `num_classes` - 1.
     """
-    from timm.data import create_dataset
+    labels = []
+    for value in values:
+        index = _whole_number(value)
+        if index is None:
+            raise DataError(f"{place} has the label {str(value)[:40]}; vitfront needs one class index for each image")
+        labels.append(index)
+    if not labels:
+        raise DataError(f"{place} has no image")
+    if min(labels) < 0:
+        raise DataError(f"{place} has the label {min(labels)}, as splits without labels have; take one with labels")
+    if max(labels) >= num_classes:
+        raise DataError(
+            f"{place} has class index {max(labels)}, but the model has {num_classes} classes; "
+            "give the class map the model was trained with (data.class_map) or the right number of classes"
+        )
+    return torch.tensor(labels, dtype=torch.long)
 
-    place = location(dataset, root, split)
-    name, folder = dataset, root
-    if dataset == "folder":
-        folder = split_folder(root, split)
-        name = ""
-        if class_map is not None:
-            class_map = checked_class_map(class_map, folder)
-    elif "/" not in dataset:
-        raise DataError(f"no data set {dataset!r}; give folder, digits, torch/<name>, hfds/<name>, ...")
+
+def _whole_number(value: object) -> int | None:
+    """Gives a whole number of any library as an int; None for anything else: a fraction, a list, a word."""
     try:
-        dataset_of_timm = create_dataset(
-            name,
-            root=None if folder is None else str(folder),
-            split=split,
-            search_split=dataset != "folder",
-            class_map=class_map,  # type: ignore[arg-type]  # a path or None serve as well
-            input_img_mode=mode,
-            download=download,
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def model_labels(
+    values: Sequence[object], names: Sequence[str], classes: Classes | None, num_classes: int, place: str
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Turns the labels of a data set with an order of its own into the model's.
+
+    Args:
+        values: (B,), the data set's labels.
+        names: names of the data set's classes, in its order; empty if it has none.
+        classes: the class map, if there is one; else the data set's order is the model's.
+        place: which split of which data set, for messages.
+
+    Returns:
+        (B,), int64, and the names of the model's classes.
+
+    Raises:
+        DataError: labels are no class indices, the number of classes is not the model's, or the class map does not go
+            with the names.
+    """
+    names = tuple(map(composed, names))
+    if classes is None:
+        if names and len(names) != num_classes:
+            raise DataError(f"{place} has {len(names)} classes, but the model has {num_classes} classes; {MAP_NEEDED}")
+        return checked_labels(values, num_classes, place), names
+    if not names:
+        raise DataError(f"{place} has no class names that a class map could order; leave data.class_map out")
+    unknown = [name for name in names if name not in classes.names]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(names)} classes of {place} are no class of {classes.origin}: {shown(unknown)}"
         )
-    except Exception as error:  # readers raise whatever their libraries raise
-        raise DataError(f"cannot open {place}: {first_line_of(error)}") from error
-    # Past timm's own __getitem__, which replaces an image that it cannot read by its neighbour.
-    reader = getattr(dataset_of_timm, "reader", None)
-    if reader is None:
-        return Source(
-            labels=_labels(dataset_of_timm), open=lambda index: dataset_of_timm[index][0], name_of="image {}".format
-        )
-    return Source(
-        labels=_labels(dataset_of_timm),
-        open=lambda index: reader[index][0],
-        name_of=lambda index: reader.filename(index, absolute=True),
-    )
-
-
-def _labels(source: Any) -> Tensor:
-    """Reads all labels of a data set, without decoding an image where its kind allows that."""
-    samples = getattr(getattr(source, "reader", None), "samples", None) or getattr(source, "samples", None)
-    if samples is not None:
-        return torch.tensor([label for _, label in samples], dtype=torch.long)
-    targets = getattr(source, "targets", None)
-    if targets is not None:
-        return torch.as_tensor(targets, dtype=torch.long)
-    pairs = getattr(source, "reader", source)
-    return torch.tensor([int(pairs[index][1]) for index in range(len(source))], dtype=torch.long)
-
-
-def location(dataset: str, root: str | Path | None, split: str) -> str:
-    """Tells which split of which data set, for messages."""
-    return f"{dataset} {Path(root) / split if root is not None else split}"
+    index = torch.tensor([classes.names.index(name) for name in names])
+    return index[checked_labels(values, len(names), place)], classes.names

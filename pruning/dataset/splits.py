@@ -1,74 +1,199 @@
-"""Loads a split of a data set as tensors: timm's data sets and transforms, or scikit-learn's digits.
+"""Loads a split of a data set as tensors: folders of images, torchvision's and Hugging Face's data sets, or
+scikit-learn's digits.
 
 Only images that will be used are decoded.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from pruning.data import Images, InputSpec, balanced_subset
+from pruning.dataset.classes import Classes, ClassOrder, folder_classes, mapped_classes
+from pruning.dataset.digits import CLASS_NAMES, check_digits_split, load_digits_split
+from pruning.dataset.files import list_images
+from pruning.dataset.folders import open_folder, split_folder
+from pruning.dataset.libraries import open_hugging_face, open_torchvision, torchvision_split
 from pruning.dataset.pixels import decode
-from pruning.dataset.sources import location, open_source
+from pruning.dataset.sources import Source
 from pruning.errors import DataError
 
+KINDS = "folder, digits, torch/<name>, hfds/<name>"
 
-def load_split(
-    dataset: str,
-    split: str,
-    spec: InputSpec,
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A data set whose name, keys and classes are checked, and of which no image is read yet."""
+
+    kind: str
+    """`folder`, `digits`, `torch` or `hfds`."""
+    name: str
+    """Name of the data set as the user gave it, for messages."""
+    root: Path | None
+    """Folder that holds its splits, or where its library keeps it."""
+    classes: Classes | None
+    """The classes of the class map or of the folders; None where the data set's own order is the model's."""
+    num_classes: int
+    """Number of the model's classes."""
+    download: bool
+    """True if the library may fetch a data set that is missing."""
+
+    @property
+    def short_name(self) -> str:
+        """The name without its kind: `cifar10`."""
+        return self.name.partition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedSplit:
+    """The images of a split, and what is to be said of them."""
+
+    images: Images
+    class_names: tuple[str, ...]
+    """Name of each class, in the order of the indices; empty where the data set has no names."""
+    notes: tuple[str, ...]
+    """Remarks for the user, one line each: which files were skipped."""
+
+
+def open_dataset(
+    name: str,
     *,
     num_classes: int,
     root: str | Path | None = None,
-    class_map: str | Path | dict[str, int] | None = None,
-    limit: int | None = None,
-    seed: int = 0,
+    class_map: str | Path | Mapping[str, int] | None = None,
+    class_order: ClassOrder | None = None,
+    train: str = "train",
     download: bool = False,
-) -> Images:
+) -> Dataset:
+    """Opens a data set: checks its keys, and makes the order of its classes.
+
+    Args:
+        name: `folder` (one folder a class below `root`/split), `digits`, `torch/<name>` or `hfds/<name>`.
+        num_classes: number of the model's classes.
+        root: folder of the splits; where the library keeps it for `torch/...` and `hfds/...`.
+        class_map: text file with one class name a line, in the order of the indices, or a mapping from name to index.
+        class_order: library whose order the class folders have; needed where timm's and torchvision's differ.
+        train: split whose folders are the classes, where there is no class map.
+        download: let the library fetch a data set that is missing.
+
+    Raises:
+        DataError: no such data set, a key that it does not use, or classes that are not the model's.
+    """
+    kind, slash, rest = name.partition("/")
+    kind = kind.lower() if slash else name
+    if kind == "torch":
+        rest = rest.lower()  # as timm takes it
+        name = f"torch/{rest}"
+    if name in ("torch/image_folder", "torch/folder"):
+        kind = "folder"
+        if class_order == "timm":
+            raise DataError(f"{name} has torchvision's class order; take data.dataset=folder for timm's")
+        class_order = "torchvision"
+    if kind in ("hfids", "tfds", "wds"):
+        raise DataError(f"data set {name!r} is a stream, no image of which can be drawn; give {KINDS}")
+    if kind not in ("folder", "digits", "torch", "hfds") or bool(slash) != bool(rest):
+        raise DataError(f"no data set {name!r}; give {KINDS}")
+    _check_keys(kind, name, root is not None, class_map is not None, class_order is not None, download)
+    root = None if root is None else Path(root)
+    classes = None if class_map is None else mapped_classes(class_map, class_order, num_classes)
+    if kind == "folder" and classes is None:
+        classes = folder_classes(list_images(split_folder(root, train)), class_order, num_classes)
+    return Dataset(kind=kind, name=name, root=root, classes=classes, num_classes=num_classes, download=download)
+
+
+def _check_keys(kind: str, name: str, root: bool, class_map: bool, class_order: bool, download: bool) -> None:
+    """Checks that a data set uses all keys that it is given.
+
+    Raises:
+        DataError: it would ignore one.
+    """
+    unused = {
+        "data.root": root and kind == "digits",
+        "data.class_map": class_map and kind == "digits",
+        "data.class_order": class_order and kind != "folder",
+        "data.download": download and (kind in ("folder", "digits") or name == "torch/imagenet"),
+    }
+    for key, is_unused in unused.items():
+        if is_unused:
+            raise DataError(f"data set {name!r} does not use {key}; leave it out")
+
+
+def check_splits_differ(dataset: Dataset, splits: Mapping[str, str]) -> None:
+    """Checks that splits are there, and that no two of them are the same one under two names.
+
+    Args:
+        splits: key of the recipe -> name of the split, such as `data.val` -> `validation`.
+
+    Raises:
+        DataError: there is no such split, or two are the same.
+    """
+    seen: dict[str, str] = {}
+    for key, split in splits.items():
+        place = _place_of(dataset, split)
+        other = seen.setdefault(place, key)
+        if other == key:
+            continue
+        way_out = "leave data.test out" if key == "data.test" else f"name another split as {key}"
+        two = f"{dataset.name} has only train and test; " if place == "test" and split != splits[other] else ""
+        raise DataError(f"{two}{other}={splits[other]} and {key}={split} are the same images; {way_out}")
+
+
+def _place_of(dataset: Dataset, split: str) -> str:
+    """Gives a split's own name, which is the same however it is spelt.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    if dataset.kind == "folder":
+        return os.path.realpath(split_folder(dataset.root, split))
+    if dataset.kind == "torch":
+        return torchvision_split(dataset.short_name, split)
+    if dataset.kind == "digits":
+        check_digits_split(split)
+    return split
+
+
+def open_split(dataset: Dataset, split: str) -> Source:
+    """Opens a split of a data set other than the digits; no image is decoded.
+
+    Raises:
+        DataError: there is no such split, no image in it, or a class that is not the model's.
+    """
+    if dataset.kind == "folder":
+        assert dataset.classes is not None
+        return open_folder(dataset.root, split, dataset.classes)
+    reader = {"torch": open_torchvision, "hfds": open_hugging_face}[dataset.kind]
+    return reader(dataset.short_name, split, dataset.root, dataset.classes, dataset.num_classes, dataset.download)
+
+
+def load_split(
+    dataset: Dataset, split: str, spec: InputSpec, *, limit: int | None = None, seed: int = 0
+) -> LoadedSplit:
     """Loads one split of a data set.
 
     Args:
-        dataset: `folder` (one folder a class below `root`/`split`), `digits`, or any name of timm's
-            `create_dataset`: `torch/cifar10`, `hfds/<name>`, ...
-        split: the split's name; for folders the folder below `root`.
-        num_classes: classes of the model; labels must be below.
-        class_map: for folders: a text file with one class a line, in the order of the indices, or a mapping.
+        split: the split's name; for folders the folder below the data set's root.
         limit: at most so many images, drawn with `seed`, as many of each class as possible.
 
     Raises:
-        DataError: no such folder, no image in it, a class that is not in the class map or beyond `num_classes`, or
-            an image that cannot be decoded; the message names it.
+        DataError: there is no such split, no image in it, a class that is not the model's, or an image that cannot be
+            decoded; the message names it.
     """
-    if dataset == "digits":
-        images = _digits(split, spec)
-        return images if limit is None else images.take(balanced_subset(images.labels, limit, seed))
-    source = open_source(dataset, split, root, class_map, spec.mode, download)
+    if dataset.kind == "digits":
+        images = load_digits_split(split, spec, dataset.num_classes)
+        drawn = images if limit is None else images.take(balanced_subset(images.labels, limit, seed))
+        return LoadedSplit(images=drawn, class_names=CLASS_NAMES, notes=())
+    source = open_split(dataset, split)
     labels = source.labels
-    highest = int(labels.max())
-    if highest >= num_classes:
-        raise DataError(
-            f"{location(dataset, root, split)} has class index {highest}, but the model has {num_classes} classes; "
-            "give the class map the model was trained with (data.class_map) or the right number of classes"
-        )
     chosen = torch.arange(len(labels)) if limit is None else balanced_subset(labels, limit, seed)
-    return Images(pixels=decode(source, chosen.tolist(), spec), labels=labels[chosen], mean=spec.mean, std=spec.std)
-
-
-def _digits(split: str, spec: InputSpec) -> Images:
-    """scikit-learn's 1,797 images of 8 x 8: 60 % train, 20 % val, 20 % test, classes in equal shares."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    rest, test = train_test_split(range(len(data.target)), test_size=0.2, random_state=0, stratify=data.target)
-    train, val = train_test_split(rest, test_size=0.25, random_state=0, stratify=data.target[rest])
-    parts = {"train": train, "val": val, "test": test}
-    if split not in parts:
-        raise DataError(f"digits has no split {split!r}; it has {', '.join(parts)}")
-    if spec.size != (8, 8) or len(spec.mean) != 1:
-        raise DataError(f"digits are 8 x 8 with 1 channel; the model takes {spec.size} with {len(spec.mean)}")
-    pixels = torch.from_numpy(data.images[parts[split]] * (255 / 16)).round().to(torch.uint8)
-    labels = torch.from_numpy(data.target[parts[split]]).long()
-    return Images(pixels=pixels[:, None], labels=labels, mean=spec.mean, std=spec.std)
+    pixels = decode(source, chosen.tolist(), spec)
+    return LoadedSplit(
+        images=Images(pixels=pixels, labels=labels[chosen], mean=spec.mean, std=spec.std),
+        class_names=source.class_names,
+        notes=source.notes,
+    )

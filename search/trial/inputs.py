@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from pruning.data import Images, InputSpec, Splits
-from pruning.dataset.classes import folder_classes
 from pruning.dataset.sharing import check_shared
-from pruning.dataset.splits import load_split
+from pruning.dataset.splits import LoadedSplit, check_splits_differ, load_split, open_dataset
 from pruning.errors import DataError
 from pruning.fingerprints import fingerprint_of_images, fingerprint_of_text, fingerprint_of_weights, image_hashes
 from pruning.model.anatomy import examine
@@ -22,6 +21,17 @@ from pruning.model.loading import create_model, default_input, load_weights, rea
 from search.config import Config, Fingerprints
 from search.errors import ConfigError, SweepError
 from search.space import Space
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedSplits:
+    """The images of a sweep, and what is to be said of them."""
+
+    splits: Splits
+    class_names: tuple[str, ...]
+    """Name of each class, in the order of the indices; empty where the data set has no names."""
+    notes: tuple[str, ...]
+    """Remarks for the user, one line each: which files were skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +76,8 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
         raise DataError(
             f"data.mean and data.std have {len(spec.mean)} and {len(spec.std)} channels, the model {channels}"
         )
-    splits = load_splits(config, spec, anatomy.num_classes)
+    loaded = load_splits(config, spec, anatomy.num_classes)
+    splits = loaded.splits
     hashes = hash_splits(splits)
     of_val = [*hashes["val"], *hashes.get("confirm", [])]
     remarks = check_shared({**hashes, "val": of_val}, config.data.shared_images)
@@ -84,7 +95,7 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
     noisy = _noisy(splits.training, splits.num_calibration, config.data.noise, config.data.seed)
     return Inputs(
         model=model, trained=trained, spec=spec, splits=replace(splits, training=noisy), space=space,
-        fingerprints=fingerprints, cache=cache, notes=tuple(remarks),
+        fingerprints=fingerprints, cache=cache, notes=(*loaded.notes, *remarks),
     )  # fmt: skip
 
 
@@ -152,31 +163,41 @@ def input_spec(config: Config, model_default: dict[str, Any], image_size: tuple[
     )
 
 
-def load_splits(config: Config, spec: InputSpec, num_classes: int) -> Splits:
-    """Loads all images of a sweep; the training images are drawn by class and dealt to calibration and probe."""
-    data = config.data
-    class_map: Path | dict[str, int] | None = data.class_map
-    if data.dataset == "folder" and class_map is None and data.root is not None:
-        class_map = folder_classes(data.root, data.train)  # a val folder with fewer classes keeps the indices
+def load_splits(config: Config, spec: InputSpec, num_classes: int) -> LoadedSplits:
+    """Loads all images of a sweep; the training images are drawn by class and dealt to calibration and probe.
 
-    def load(split: str, limit: int | None) -> Images:
-        return load_split(
-            data.dataset, split, spec, num_classes=num_classes, root=data.root, class_map=class_map,
-            limit=limit, seed=data.seed, download=data.download,
-        )  # fmt: skip
+    Raises:
+        DataError: classes that are not the model's, a split that is not there or is given twice, or too few images.
+    """
+    data = config.data
+    dataset = open_dataset(
+        data.dataset, num_classes=num_classes, root=data.root, class_map=data.class_map, class_order=data.class_order,
+        train=data.train, download=data.download,
+    )  # fmt: skip
+    names = {f"data.{key}": getattr(data, key) for key in ("train", "val", "test") if getattr(data, key) is not None}
+    check_splits_differ(dataset, names)
+
+    def load(split: str, limit: int | None) -> LoadedSplit:
+        return load_split(dataset, split, spec, limit=limit, seed=data.seed)
 
     wanted = data.calibration_images + data.probe_images
     train = load(data.train, wanted)
-    num_calibration = round(len(train) * data.calibration_images / wanted)
-    if min(num_calibration, len(train) - num_calibration) < 1:
-        raise DataError(f"{len(train)} training images are too few: some are for calibration, others for probing")
-    return Splits(
-        training=train,
+    count = len(train.images)
+    num_calibration = round(count * data.calibration_images / wanted)
+    if min(num_calibration, count - num_calibration) < 1:
+        raise DataError(f"{count} training images are too few: some are for calibration, others for probing")
+    val = load(data.val, data.val_images)
+    confirm = None if data.confirm_images is None else load(data.val, data.confirm_images)
+    test = None if data.test is None else load(data.test, data.test_images)
+    splits = Splits(
+        training=train.images,
         num_calibration=num_calibration,
-        val=load(data.val, data.val_images),
-        confirm=None if data.confirm_images is None else load(data.val, data.confirm_images),
-        test=None if data.test is None else load(data.test, data.test_images),
+        val=val.images,
+        confirm=None if confirm is None else confirm.images,
+        test=None if test is None else test.images,
     )
+    notes = [note for part in (train, val, confirm, test) if part is not None for note in part.notes]
+    return LoadedSplits(splits=splits, class_names=train.class_names, notes=tuple(dict.fromkeys(notes)))
 
 
 def _noisy(images: Images, count: int, std: float, seed: int) -> Images:

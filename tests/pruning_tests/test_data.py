@@ -1,4 +1,4 @@
-"""Images from folders and from the digits, and what is said where something is wrong with them."""
+"""Images in memory, and the pixels that they have."""
 
 from __future__ import annotations
 
@@ -6,140 +6,25 @@ import pickle
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 
-from pruning.data import Images, InputSpec, Splits, balanced_subset
-from pruning.dataset.classes import folder_classes
-from pruning.dataset.splits import load_split
+from pruning.data import Images, Splits, balanced_subset
 from pruning.errors import DataError
 from tests.pruning_tests import builders
-
-SPEC = InputSpec(size=(8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), crop_pct=1.0)
-GREY = InputSpec(size=(8, 8), mean=(0.5,), std=(0.25,), crop_pct=1.0)
-
-
-def write(root: Path, split: str = "val", mode: str = "RGB", **counts: int) -> dict[str, np.ndarray[Any, Any]]:
-    """So many 8 x 8 images a class; name -> pixels (height, width[, channel])."""
-    generator = np.random.default_rng(0)
-    pixels = {}
-    for label, count in counts.items():
-        folder = root / split / label
-        folder.mkdir(parents=True)
-        for index in range(count):
-            shape = (8, 8, 3) if mode == "RGB" else (8, 8)
-            values = generator.integers(0, 256, shape, dtype=np.uint8)
-            Image.fromarray(values).save(folder / f"{index}.png")
-            pixels[f"{label}/{index}.png"] = values
-    return pixels
-
-
-def folder(root: Path, spec: InputSpec = SPEC, **other: Any) -> Images:
-    return load_split("folder", "val", spec, root=root, **({"num_classes": 3} | other))
-
-
-def test_folders_give_their_pixels_and_the_labels_of_the_class_map(tmp_path: Path) -> None:
-    written = write(tmp_path, cat=2, dog=3)
-    images = folder(tmp_path, class_map={"dog": 0, "bird": 1, "cat": 2})
-    assert images.pixels.dtype == torch.uint8 and images.pixels.shape == (5, 3, 8, 8)
-    assert images.labels.tolist() == [2, 2, 0, 0, 0]
-    for pixels, expected in zip(images.pixels, written.values(), strict=True):
-        np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), expected)
-
-
-def test_a_class_map_can_be_a_text_file_and_is_alphabetic_without_one(tmp_path: Path) -> None:
-    write(tmp_path, cat=2, dog=3)
-    (tmp_path / "classes.txt").write_text("bird\ndog\ncat\n")
-    assert folder(tmp_path, class_map=tmp_path / "classes.txt").labels.tolist() == [2, 2, 1, 1, 1]
-    assert folder(tmp_path).labels.tolist() == [0, 0, 1, 1, 1]
-    assert folder_classes(tmp_path, "val") == {"cat": 0, "dog": 1}
-
-
-def test_a_class_may_be_named_like_the_split(tmp_path: Path) -> None:
-    write(tmp_path, train=1, val=2)
-    images = folder(tmp_path)
-    assert images.labels.tolist() == [0, 1, 1]
-    assert folder_classes(tmp_path, "val") == {"train": 0, "val": 1}
-
-
-def test_class_folders_unknown_to_the_map_are_named(tmp_path: Path) -> None:
-    write(tmp_path, cat=1, cow=1, dog=1, ewe=1)
-    (tmp_path / "val" / ".cache").mkdir()  # hidden, so no class
-    with pytest.raises(DataError, match=r"2 of 4 folders in .*val are no class of the class map: cow, ewe$"):
-        folder(tmp_path, class_map={"cat": 0, "dog": 1})
-
-
-def test_of_many_unknown_class_folders_the_first_five_are_named(tmp_path: Path) -> None:
-    counts: dict[str, Any] = {f"n{index}": 1 for index in range(7)}
-    write(tmp_path, **counts)
-    with pytest.raises(DataError, match=r"7 of 7 .* n0, n1, n2, n3, n4, \.\.\.$"):
-        folder(tmp_path, class_map={"cat": 0})
-
-
-def test_a_class_map_that_is_missing_or_not_a_list_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, cat=1)
-    with pytest.raises(DataError, match=r"no class map .*nowhere\.txt"):
-        folder(tmp_path, class_map=tmp_path / "nowhere.txt")
-    (tmp_path / "classes.xml").write_text("<cat/>")
-    with pytest.raises(DataError, match=r"cannot read class map .*classes\.xml"):
-        folder(tmp_path, class_map=tmp_path / "classes.xml")
-
-
-def test_labels_beyond_the_models_classes_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, cat=1, dog=1, ewe=1)
-    assert folder(tmp_path, num_classes=3).labels.max() == 2
-    with pytest.raises(DataError, match="class index 2, but the model has 2 classes"):
-        folder(tmp_path, num_classes=2)
-
-
-def test_no_folder_no_root_and_no_image_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no folder .*val"):
-        folder(tmp_path)
-    with pytest.raises(DataError, match=r"needs data\.root"):
-        load_split("folder", "val", SPEC, num_classes=3)
-    (tmp_path / "val" / "cat").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"cannot open .*val"):
-        folder(tmp_path)
-    with pytest.raises(DataError, match=r"no image in .*val"):
-        folder_classes(tmp_path, "val")
-
-
-def test_images_outside_a_class_folder_are_no_classes(tmp_path: Path) -> None:
-    write(tmp_path, cat=1)
-    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "stray.png")
-    with pytest.raises(DataError, match=r"images lie outside a class folder in .*val"):
-        folder_classes(tmp_path, "val")
+from tests.pruning_tests.dataset import trees
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", None])
 def test_a_corrupt_image_is_named(content: bytes | None, tmp_path: Path) -> None:
-    write(tmp_path, cat=2, dog=2)
+    trees.write(tmp_path, cat=2, dog=2)
     broken = tmp_path / "val" / "dog" / "0.png"
     broken.write_bytes(broken.read_bytes()[:100] if content is None else content)
     with pytest.raises(DataError, match=rf"cannot read .*{broken.relative_to(tmp_path)}"):
-        folder(tmp_path)
-
-
-def test_only_images_that_are_drawn_are_decoded(tmp_path: Path) -> None:
-    write(tmp_path, cat=4, dog=4)
-    drawn = balanced_subset(torch.tensor([0] * 4 + [1] * 4), 4, seed=7).tolist()
-    for index in set(range(8)) - set(drawn):
-        (tmp_path / "val" / ("cat", "dog")[index // 4] / f"{index % 4}.png").write_bytes(b"broken")
-    images = folder(tmp_path, limit=4, seed=7)
-    assert images.labels.tolist() == [index // 4 for index in drawn]
-
-
-def test_a_limit_draws_the_same_images_for_the_same_seed(tmp_path: Path) -> None:
-    write(tmp_path, cat=6, dog=6, ewe=6)
-    first, again, other = (folder(tmp_path, limit=9, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first.pixels, again.pixels) and torch.equal(first.labels, again.labels)
-    assert not torch.equal(first.pixels, other.pixels)
-    assert Counter(first.labels.tolist()) == {0: 3, 1: 3, 2: 3}
+        trees.images(tmp_path)
 
 
 @pytest.mark.parametrize(("count", "seed"), [(1, 0), (2, 1), (5, 2), (9, 0), (12, 1), (100, 2)])
@@ -167,62 +52,24 @@ def test_a_larger_image_is_resized_and_its_centre_taken(tmp_path: Path) -> None:
     canvas = np.zeros((32, 16, 3), dtype=np.uint8)  # upright: above black, in the middle red, below green
     canvas[8:24, :, 0], canvas[24:, :, 1] = 200, 200
     Image.fromarray(canvas).save(tmp_path / "val" / "cat" / "0.png")
-    pixels = folder(tmp_path).pixels[0]
+    pixels = trees.images(tmp_path).pixels[0]
     assert pixels.shape == (3, 8, 8)
     assert (pixels[0, 1:-1] > 150).all() and (pixels[1, 1:-1] < 50).all()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_model_of_one_channel_gets_grey_images(mode: str, tmp_path: Path) -> None:
-    written = write(tmp_path, mode=mode, cat=3)
-    images = folder(tmp_path, GREY)
+    written = trees.write(tmp_path, mode=mode, cat=3)
+    images = trees.images(tmp_path, trees.GREY)
     assert images.pixels.shape == (3, 1, 8, 8)
     for pixels, source in zip(images.pixels, written.values(), strict=True):
         np.testing.assert_array_equal(pixels[0].numpy(), np.asarray(Image.fromarray(source).convert("L")))
 
 
 def test_a_model_of_three_channels_gets_grey_images_threefold(tmp_path: Path) -> None:
-    (source,) = write(tmp_path, mode="L", cat=1).values()
-    for channel in folder(tmp_path).pixels[0]:
+    (source,) = trees.write(tmp_path, mode="L", cat=1).values()
+    for channel in trees.images(tmp_path).pixels[0]:
         np.testing.assert_array_equal(channel.numpy(), source)
-
-
-def test_torchvisions_own_folders_give_the_same_images(tmp_path: Path) -> None:
-    write(tmp_path, cat=2, dog=3)
-    for spec in (SPEC, GREY):
-        images = folder(tmp_path, spec)
-        torchvisions = load_split("torch/image_folder", "val", spec, root=tmp_path, num_classes=3)
-        assert torch.equal(torchvisions.pixels, images.pixels) and torch.equal(torchvisions.labels, images.labels)
-    (tmp_path / "val" / "dog" / "1.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match="cannot read image 3"):
-        load_split("torch/image_folder", "val", SPEC, root=tmp_path, num_classes=3)
-
-
-def test_a_torchvision_data_set_is_read_by_its_targets(tmp_path: Path) -> None:
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    values = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
-    for part in ("train", "t10k"):  # the IDX format: a magic number, the sizes, the values
-        header = b"".join(number.to_bytes(4, "big") for number in (0x803, 5, 28, 28))
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + values.tobytes())
-        header = b"".join(number.to_bytes(4, "big") for number in (0x801, 5))
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + bytes([7, 0, 9, 3, 3]))
-    spec = InputSpec(size=(28, 28), mean=(0.5,), std=(0.25,), crop_pct=1.0)
-    images = load_split("torch/mnist", "val", spec, root=tmp_path, num_classes=10)
-    assert images.labels.tolist() == [7, 0, 9, 3, 3]
-    np.testing.assert_array_equal(images.pixels[:, 0].numpy(), values)
-    assert load_split("torch/mnist", "val", spec, root=tmp_path, num_classes=10, limit=4).labels.unique().numel() == 4
-
-
-@pytest.mark.parametrize("dataset", ["imagenet", "nonsense"])
-def test_a_data_set_of_no_known_kind_is_refused(dataset: str) -> None:
-    with pytest.raises(DataError, match=f"no data set '{dataset}'; give folder, digits"):
-        load_split(dataset, "val", SPEC, num_classes=3)
-
-
-def test_what_a_library_says_of_its_data_set_is_passed_on(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot open torch/nonsense"):
-        load_split("torch/nonsense", "val", SPEC, num_classes=3, root=tmp_path)
 
 
 def test_normalisation_is_by_its_formula() -> None:
@@ -303,49 +150,8 @@ def test_thinned_splits_have_one_in_so_many_images_of_each_part_but_all_to_train
     assert thinned.training is dealt.training and dealt.every == 1
 
 
-def digits(split: str, **other: Any) -> Images:
-    return load_split("digits", split, GREY, num_classes=10, **other)
-
-
-def test_digit_splits_are_disjoint_and_hold_everything_in_equal_shares() -> None:
-    splits = {split: digits(split) for split in ("train", "val", "test")}
-    assert [len(images) for images in splits.values()] == [1077, 360, 360]
-    pictures = [bytes(image.flatten().tolist()) for images in splits.values() for image in images.pixels]
-    expected = (torch.from_numpy(load_digits().images) * 255 / 16).round().to(torch.uint8)
-    assert sorted(pictures) == sorted(bytes(image.flatten().tolist()) for image in expected)
-    for images in splits.values():
-        shares = torch.bincount(images.labels, minlength=10) / len(images)
-        assert shares.min() > 0.09 and shares.max() < 0.11
-
-
-def test_digits_are_grey_eights_of_full_contrast() -> None:
-    images = digits("val")
-    assert images.pixels.shape == (360, 1, 8, 8) and images.pixels.dtype == torch.uint8
-    assert images.pixels.min() == 0 and images.pixels.max() == 255
-    assert torch.equal(digits("val", limit=20).labels.bincount(), torch.full((10,), 2))
-
-
-def test_digits_go_with_their_own_labels() -> None:
-    data = load_digits()
-    label_of = {
-        bytes((picture * 255 / 16).round().astype(np.uint8).flatten().tolist()): int(label)
-        for picture, label in zip(data.images, data.target, strict=True)
-    }
-    images = digits("train")
-    for image, label in zip(images.pixels, images.labels.tolist(), strict=True):
-        assert label_of[bytes(image.flatten().tolist())] == label
-
-
-def test_digits_of_another_size_or_split_are_refused() -> None:
-    with pytest.raises(DataError, match="digits has no split 'validation'; it has train, val, test"):
-        digits("validation")
-    for spec in (SPEC, InputSpec(size=(16, 16), mean=(0.5,), std=(0.5,))):
-        with pytest.raises(DataError, match="digits are 8 x 8 with 1 channel"):
-            load_split("digits", "val", spec, num_classes=10)
-
-
 def test_decoding_leaves_no_thread_behind(tmp_path: Path) -> None:
-    write(tmp_path, cat=3)
+    trees.write(tmp_path, cat=3)
     before = threading.active_count()
-    folder(tmp_path)
+    trees.images(tmp_path)
     assert threading.active_count() == before

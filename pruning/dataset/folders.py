@@ -1,0 +1,67 @@
+"""Opens a split of data set `folder`: one folder of images a class."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pruning.dataset.classes import Classes, label_images
+from pruning.dataset.files import image_extensions, list_images, shown, skipped_note
+from pruning.dataset.sources import Source, checked_labels
+from pruning.errors import DataError
+
+
+def split_folder(root: Path | None, split: str) -> Path:
+    """Gives the folder of a split.
+
+    Raises:
+        DataError: there is none; the message lists those that there are.
+    """
+    if root is None:
+        raise DataError("data set 'folder' needs data.root, the folder that holds the splits")
+    folder = root / split
+    if folder.is_dir():
+        return folder
+    if not root.is_dir():
+        problem = "is a file; unpack it into a folder" if root.is_file() else "is no folder"
+        raise DataError(f"no folder {folder}: data.root={root} {problem}")
+    inside = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if any(_holds_images(root / name) for name in inside[:5]):
+        way_out = f"data.root holds class folders itself ({shown(inside)}); name the folder above it as data.root"
+        if (root.parent / split).is_dir():
+            way_out += f", data.root={root.parent}"
+        else:
+            way_out += " and its folders as data.train and data.val"
+    elif inside:
+        way_out = (
+            f"data.root holds {shown(inside, 10)}; name the splits by these with data.train, data.val and data.test"
+        )
+    else:
+        way_out = f"data.root must hold a folder {split!r} with one folder a class"
+    raise DataError(f"no folder {folder}; {way_out}")
+
+
+def _holds_images(folder: Path) -> bool:
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    extensions = image_extensions()
+    return any(os.path.splitext(name)[1].lower() in extensions and not name.startswith(".") for name in names)
+
+
+def open_folder(root: Path | None, split: str, classes: Classes) -> Source:
+    """Opens the images of a split's folder.
+
+    Raises:
+        DataError: there is no such folder, no image in it, or a folder that is of no class.
+    """
+    folder = split_folder(root, split)
+    listing = list_images(folder)
+    return Source(
+        labels=checked_labels(label_images(listing, classes), len(classes.names), str(folder)),
+        class_names=classes.names,
+        open=lambda index: (folder / listing.images[index]).open("rb"),
+        name_of=lambda index: str(folder / listing.images[index]),
+        notes=skipped_note(listing, split),
+    )

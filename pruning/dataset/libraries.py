@@ -99,10 +99,13 @@ def _torchvision_labels(opened: Any) -> Sequence[object]:
         return list(targets.tolist())
     if targets is not None:
         return list(targets)
-    if isinstance(opened, INaturalist) and len(opened.target_type) == 1:
-        (target,) = opened.target_type
+    if isinstance(opened, INaturalist):
         of_category = opened.categories_map
-        return [category if target == "full" else of_category[category][target] for category, _ in opened.index]
+        levels = [
+            [category if level == "full" else of_category[category][level] for level in opened.target_type]
+            for category, _ in opened.index
+        ]
+        return [labels[0] if len(labels) == 1 else labels for labels in levels]
     return [opened[index][1] for index in range(len(opened))]
 
 

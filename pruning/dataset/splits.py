@@ -34,6 +34,8 @@ class Dataset:
     """`folder`, `digits`, `torch` or `hfds`."""
     name: str
     """Name of the data set as the user gave it, for messages."""
+    short_name: str
+    """Name in its library: `cifar10` of `torch/cifar10`; empty for `folder` and `digits`."""
     root: Path | None
     """Folder that holds its splits, or where its library keeps it."""
     classes: Classes | None
@@ -42,11 +44,6 @@ class Dataset:
     """Number of the model's classes."""
     download: bool
     """True if the library may fetch a data set that is missing."""
-
-    @property
-    def short_name(self) -> str:
-        """The name without its kind: `cifar10`."""
-        return self.name.partition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,43 +81,56 @@ def open_dataset(
     Raises:
         DataError: no such data set, a key that it does not use, or classes that are not the model's.
     """
-    kind, slash, rest = name.partition("/")
-    kind = kind.lower() if slash else name
-    if kind == "torch":
-        rest = rest.lower()  # as timm takes it
-        name = f"torch/{rest}"
-    if name in ("torch/image_folder", "torch/folder"):
+    kind, short_name = _parse_name(name)
+    if kind == "torch" and short_name in ("image_folder", "folder"):
         kind = "folder"
         if class_order == "timm":
-            raise DataError(f"{name} has torchvision's class order; take data.dataset=folder for timm's")
+            raise DataError(f"data set {name!r} has torchvision's class order; take data.dataset=folder for timm's")
         class_order = "torchvision"
-    if kind in ("hfids", "tfds", "wds"):
-        raise DataError(f"data set {name!r} is a stream, no image of which can be drawn; give {KINDS}")
-    if kind not in ("folder", "digits", "torch", "hfds") or bool(slash) != bool(rest):
-        raise DataError(f"no data set {name!r}; give {KINDS}")
-    _check_keys(kind, name, root is not None, class_map is not None, class_order is not None, download)
+    given = {"root": root is not None, "class_map": class_map is not None, "download": download}
+    _check_keys(kind, name, given | {"class_order": class_order is not None})
     root = None if root is None else Path(root)
     classes = None if class_map is None else mapped_classes(class_map, class_order, num_classes)
     if kind == "folder" and classes is None:
         classes = folder_classes(list_images(split_folder(root, train)), class_order, num_classes)
-    return Dataset(kind=kind, name=name, root=root, classes=classes, num_classes=num_classes, download=download)
+    return Dataset(
+        kind=kind, name=name, short_name=short_name, root=root, classes=classes, num_classes=num_classes,
+        download=download,
+    )  # fmt: skip
 
 
-def _check_keys(kind: str, name: str, root: bool, class_map: bool, class_order: bool, download: bool) -> None:
+def _parse_name(name: str) -> tuple[str, str]:
+    """Parts a data set's name: `torch/CIFAR10` -> `torch`, `cifar10`; the second is empty for folder and digits.
+
+    Raises:
+        DataError: no such kind of data set.
+    """
+    kind, slash, short_name = name.partition("/")
+    kind = kind.lower() if slash else name  # as timm takes it
+    if kind in ("hfids", "tfds", "wds"):
+        raise DataError(f"data set {name!r} is a stream, no image of which can be drawn; give {KINDS}")
+    of_library = kind in ("torch", "hfds")
+    if not (of_library or kind in ("folder", "digits")) or of_library != bool(short_name) or bool(slash) != of_library:
+        raise DataError(f"no data set {name!r}; give {KINDS}")
+    return kind, short_name.lower() if kind == "torch" else short_name
+
+
+def _check_keys(kind: str, name: str, given: Mapping[str, bool]) -> None:
     """Checks that a data set uses all keys that it is given.
 
     Raises:
         DataError: it would ignore one.
     """
+    no_download = kind in ("folder", "digits") or name.lower() == "torch/imagenet"
     unused = {
-        "data.root": root and kind == "digits",
-        "data.class_map": class_map and kind == "digits",
-        "data.class_order": class_order and kind != "folder",
-        "data.download": download and (kind in ("folder", "digits") or name == "torch/imagenet"),
+        "root": kind == "digits",
+        "class_map": kind == "digits",
+        "class_order": kind != "folder",
+        "download": no_download,
     }
     for key, is_unused in unused.items():
-        if is_unused:
-            raise DataError(f"data set {name!r} does not use {key}; leave it out")
+        if is_unused and given[key]:
+            raise DataError(f"data set {name!r} does not use data.{key}; leave it out")
 
 
 def check_splits_differ(dataset: Dataset, splits: Mapping[str, str]) -> None:

@@ -33,7 +33,12 @@ def test_every_format_that_pil_writes_and_reads_is_an_image(tmp_path: Path) -> N
     picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     left_out = set()
     for extension, name in Image.registered_extensions().items():
-        if name not in Image.SAVE or name in ("ICNS", "IM", "PALM", "PDF"):  # sizes of its own, to be dropped, and two never read
+        if name not in Image.SAVE or name in (
+            "ICNS",
+            "IM",
+            "PALM",
+            "PDF",
+        ):  # sizes of its own, to be dropped, and two never read
             continue
         mode = {"MSP": "1", "XBM": "1", "BLP": "P", "QOI": "RGB", "WEBP": "RGB", "AVIF": "RGB"}.get(name, "L")
         path = tmp_path / f"image{extension.upper()}"

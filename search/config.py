@@ -120,14 +120,16 @@ class DataConfig(_Section):
     """The images."""
 
     dataset: str = "folder"
-    """`folder`, `digits`, or a name of timm's `create_dataset` (torch/..., hfds/...)."""
+    """`folder`, `digits`, `torch/<name>` (torchvision) or `hfds/<name>` (Hugging Face)."""
     root: LocalPath = None
-    """Folder of data set `folder`: it holds one folder a split, each with one folder a class."""
+    """Folder that holds one folder a split, each with one folder a class; for torch/... and hfds/... where their library
+    keeps the data set."""
     class_map: LocalPath = None
-    """Text file with one class (folder name) a line, in the order of the model's classes."""
+    """Text file with one class (folder name) a line, in the order of the model's classes; it names all of them."""
     class_order: Literal["timm", "torchvision"] | None = None
-    """Order of the class folders without a class map: `timm` sorts numbers in names by their value, whatever the case;
-    `torchvision` sorts names as plain text. Asked for where the two differ."""
+    """Library whose rules say what the class folders mean: `timm` sorts numbers in names by their value, whatever the
+    case, and takes the innermost folder of an image; `torchvision` sorts names as plain text, and takes the outermost.
+    Asked for where the two differ."""
     train: str = "train"
     """Name of the split for scores, probes, repair, exits and trainings."""
     val: str = "val"
@@ -163,7 +165,7 @@ class DataConfig(_Section):
     """Standard deviation of Gaussian noise on the calibration images, in units of the pixels' range. It shows how
     scores and repair cope with bad images: all other images stay clean, and the dense model is trained without."""
     download: bool = False
-    """Let timm download a torch/... or hfds/... data set that is missing."""
+    """Let timm download a torch/... data set that is missing; a hfds/... one is always fetched."""
     seed: int = 0
     """Seed of the choice of images."""
 

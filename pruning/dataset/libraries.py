@@ -87,7 +87,8 @@ def _create(dataset: str, split: str, root: Path | None, place: str, download: b
         return create_dataset(dataset, root=None if root is None else str(root), split=split, download=download)
     except Exception as error:
         where = "" if root is None else f" in {root}"
-        way_out = "" if download else "; data.download=true fetches a data set that is missing"
+        fetched = dataset.startswith("torch/") and dataset != "torch/imagenet" and "download" in str(error)
+        way_out = "; data.download=true fetches it" if fetched and not download else ""
         raise DataError(f"cannot open {place}{where}: {first_line_of(error)}{way_out}") from error
 
 

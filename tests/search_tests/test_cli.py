@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,7 +63,7 @@ def without_val(folder: Path) -> None:
 
 
 def with_a_map_of_other_classes(folder: Path) -> None:
-    (folder / "classes.txt").write_text("cat\ndog\n")
+    (folder / "classes.txt").write_text("cat\ndog\na\nb\n")
 
 
 def with_other_weights(folder: Path) -> None:
@@ -81,7 +82,16 @@ def with_a_map_that_is_no_text(folder: Path) -> None:
 
 
 def with_a_map_of_another_kind(folder: Path) -> None:
-    (folder / "classes.csv").write_text("a,b,c,d")
+    (folder / "classes.csv").write_text("a,0\nb,1\nc,2\nd,3\n")
+
+
+def with_a_pickled_map(folder: Path) -> None:
+    (folder / "classes.pkl").write_bytes(pickle.dumps({"a": 0, "b": 1, "c": 2, "d": 3}))
+
+
+def with_folders_in_doubt(folder: Path) -> None:
+    for split in ("train", "val"):
+        (folder / "images" / split / "a").rename(folder / "images" / split / "Z")
 
 
 def with_a_file_for_runs(folder: Path) -> None:
@@ -117,9 +127,17 @@ def nothing(folder: Path) -> None:
             id="class map that is no text",
         ),
         pytest.param(
-            with_a_map_of_another_kind, ["data.class_map=classes.csv"], ["cannot read class map", "classes.csv"],
-            id="class map of another kind",
+            with_a_map_of_another_kind, ["data.class_map=classes.csv"],
+            ["class map", "classes.csv", "line 1 holds an index and a comma ('a,0')"], id="class map of another kind",
         ),
+        pytest.param(
+            with_a_pickled_map, ["data.class_map=classes.pkl"], ["classes.pkl: it is not a text file"],
+            id="class map that is a pickle",
+        ),
+        pytest.param(with_folders_in_doubt, [], ["b, c, d", "Z, b, c", "data.class_order=timm"], id="class order"),
+        pytest.param(nothing, ["data.test=exam"], ["images/exam", "data.root holds train, val"], id="no such split"),
+        pytest.param(nothing, ["data.test=val"], ["data.val=val and data.test=val"], id="val and test are one"),
+        pytest.param(nothing, ["data.download=true"], ["does not use data.download"], id="key without a use"),
         pytest.param(with_images_outside_classes, [], ["outside", "images/train"], id="images outside class folders"),
         pytest.param(nothing, ["data.dataset=folders"], ["'folders'", "folder, digits"], id="unknown data set"),
         pytest.param(nothing, ["data.interpolation=cubic"], ["data.interpolation", "bicubic"], id="interpolation"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,10 +170,20 @@ def test_a_data_set_that_timm_does_not_know_lists_those_that_it_does(tmp_path: P
 
 def test_a_data_set_that_is_not_there_says_how_to_fetch_it(tmp_path: Path) -> None:
     dataset = open_dataset("torch/cifar10", num_classes=10, root=tmp_path)
-    with pytest.raises(DataError, match=r"cannot open torch/cifar10 test in .*; data\.download=true fetches"):
+    with pytest.raises(
+        DataError, match=r"cannot open torch/cifar10 test in .*: Dataset not found .*; data\.download=true fetches it$"
+    ):
         open_split(dataset, "val")
+    with pytest.raises(DataError, match=r"cannot open torch/imagenet val in .*: [^;]*$"):
+        open_split(open_dataset("torch/imagenet", num_classes=1000, root=tmp_path), "val")
     with pytest.raises(DataError, match=r"'torch/cifar10' needs data\.root"):
         open_split(open_dataset("torch/cifar10", num_classes=10), "val")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="the library datasets is installed")
+def test_hugging_faces_library_is_asked_for_where_it_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data set 'hfds/beans' needs the library datasets; .*: pip install datasets$"):
+        open_split(open_dataset("hfds/beans", num_classes=3), "train")
 
 
 class Reader:

@@ -122,8 +122,8 @@ class DataConfig(_Section):
     dataset: str = "folder"
     """`folder`, `digits`, `torch/<name>` (torchvision) or `hfds/<name>` (Hugging Face)."""
     root: LocalPath = None
-    """Folder that holds one folder a split, each with one folder a class; for torch/... and hfds/... the folder in which
-    their library keeps the data set."""
+    """Folder that holds one folder a split, each with one folder a class; for torch/... and hfds/... the folder that
+    their library keeps the data set in."""
     class_map: LocalPath = None
     """Text file with one class (folder name) a line, in the order of the model's classes; it names all of them."""
     class_order: Literal["timm", "torchvision"] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ def read_class_map(path: Path) -> tuple[str, ...]:
     Raises:
         DataError: the file is missing or no text, or a line is no name or repeats one; the message tells its number.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"no class map {path}; give a text file with one class name a line")
     try:
         content = path.read_bytes()

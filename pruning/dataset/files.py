@@ -65,7 +65,7 @@ def list_images(folder: Path) -> Listing:
             elif is_folder:
                 folders += [] if inside else [name]
                 pending.append((path, above | {own}))
-            elif not is_file and not (folder / path).exists():
+            elif not is_file and not os.path.exists(folder / path):
                 nowhere.append(path)
             elif is_file and os.path.splitext(name)[1].lower() in extensions:
                 images.append(path)

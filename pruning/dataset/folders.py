@@ -20,15 +20,15 @@ def split_folder(root: Path | None, split: str) -> Path:
     if root is None:
         raise DataError("data set 'folder' needs data.root, the folder that holds the splits")
     folder = root / split
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir False, no error, where it may not be looked at
         return folder
-    if not root.is_dir():
-        problem = "is a file; unpack it into a folder" if root.is_file() else "is no folder"
+    if not os.path.isdir(root):
+        problem = "is a file; unpack it into a folder" if os.path.isfile(root) else "is no folder"
         raise DataError(f"no folder {folder}: data.root={root} {problem}")
-    inside = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    inside = [name for name in sorted(_names_in(root)) if os.path.isdir(root / name) and not name.startswith(".")]
     if any(_holds_images(root / name) for name in inside[:5]):
         way_out = f"data.root holds class folders itself ({shown(inside)}); name the folder above it as data.root"
-        if (root.parent / split).is_dir():
+        if os.path.isdir(root.parent / split):
             way_out += f", data.root={root.parent}"
         else:
             way_out += " and its folders as data.train and data.val"
@@ -42,12 +42,17 @@ def split_folder(root: Path | None, split: str) -> Path:
 
 
 def _holds_images(folder: Path) -> bool:
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return False
     extensions = image_extensions()
+    names = _names_in(folder)
     return any(os.path.splitext(name)[1].lower() in extensions and not name.startswith(".") for name in names)
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Gives the names of all entries of a folder; none where it cannot be read."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def open_folder(root: Path | None, split: str, classes: Classes) -> Source:

@@ -107,6 +107,8 @@ def test_a_root_that_is_empty_missing_or_a_file_is_told(tmp_path: Path) -> None:
     assert "images.tar is a file; unpack it into a folder" in no_split(tmp_path / "images.tar", "val").replace(
         "ROOT", "images.tar"
     )
+    assert "is no folder" in no_split(tmp_path / ("long" * 100), "val")
+    assert "no folder" in no_split(tmp_path / "root", "long" * 100)
     with pytest.raises(DataError, match=r"needs data\.root, the folder that holds the splits"):
         open_dataset("folder", num_classes=3)
 

@@ -53,7 +53,8 @@ def load_split(
             "give the class map the model was trained with (data.class_map) or the right number of classes"
         )
     chosen = torch.arange(len(labels)) if limit is None else balanced_subset(labels, limit, seed)
-    return Images(pixels=decode(source, chosen.tolist(), spec), labels=labels[chosen], mean=spec.mean, std=spec.std)
+    decoded = decode(source, chosen.tolist(), spec)
+    return Images(pixels=decoded.pixels, labels=labels[chosen], mean=spec.mean, std=spec.std)
 
 
 def _digits(split: str, spec: InputSpec) -> Images:

@@ -52,7 +52,7 @@ class Images:
         brightest = torch.tensor(255.0, device=device)  # divided by a number, CUDA would multiply by its reciprocal
         mean = torch.tensor(self.mean, device=device)[:, None, None]
         std = torch.tensor(self.std, device=device)[:, None, None]
-        pixels = self.pixels[indices].to(device).to(torch.float32, copy=True)
+        pixels = self.pixels[indices].to(device).float()
         return pixels.div_(brightest).sub_(mean).div_(std)
 
 

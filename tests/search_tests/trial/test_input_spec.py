@@ -84,11 +84,12 @@ def predictions(inputs: Inputs, images: Images) -> torch.Tensor:
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 def test_a_model_is_fed_by_the_crop_mode_of_its_timm_configuration(crop_mode: str, tmp_path: Path) -> None:
     files = []
+    generator = torch.Generator().manual_seed(0)
     for split in ("train", "val"):
         for label in "abcd":
             (tmp_path / split / label).mkdir(parents=True)
             for number in range(4):
-                pixels = torch.randint(0, 256, (32, 64, 3), dtype=torch.uint8).numpy()
+                pixels = torch.randint(0, 256, (32, 64, 3), generator=generator, dtype=torch.uint8).numpy()
                 files.append(tmp_path / split / label / f"{number}.png")
                 Image.fromarray(pixels).save(files[-1])
     args = tiny.ARGS | {"pretrained_cfg_overlay": {"crop_mode": crop_mode, "crop_pct": 0.95}}

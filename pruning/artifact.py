@@ -1,7 +1,8 @@
 """A pruned model on disk: plan.json (its description) and model.safetensors (its weights). No pickle.
 
-plan.json: {"format": 2, "model": {"name", "args"}, "input": {"size", "mean", "std", ...}, "plan": {...},
+plan.json: {"format": 3, "model": {"name", "args"}, "input": {"size", "mean", "std", ...}, "plan": {...},
 "weights": the fingerprint of model.safetensors}. Weights that were overwritten since are refused.
+Format 2 has no `crop_mode` and no `exif` in "input": they were `center` and `ignore`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pruning.data import InputSpec
-from pruning.errors import ArtifactError, PlanError, VitfrontError, first_line_of
+from pruning.errors import ArtifactError, PlanError, SettingError, VitfrontError, first_line_of
 from pruning.fingerprints import fingerprint_of_weights
 from pruning.model.exits import truncate
 from pruning.model.loading import create_model, load_weights
 from pruning.model.surgery import apply_plan
 from pruning.plan import Plan
 
-FORMAT = 2
+FORMAT = 3
+KNOWN_FORMATS = (2, FORMAT)
 
 Weights = Mapping[str, Tensor]
 """A model's tensors by their names in it."""
@@ -66,8 +68,9 @@ class Description:
             ArtifactError: another format, or anything else that `to_json` does not write.
         """
         try:
-            if record.get("format") != FORMAT:
-                raise ArtifactError(f"its format is {record.get('format')}, not {FORMAT}, the one known here")
+            if record.get("format") not in KNOWN_FORMATS:
+                known = " or ".join(map(str, KNOWN_FORMATS))
+                raise ArtifactError(f"its format is {record.get('format')}, not {known}, the ones known here")
             spec: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value for key, value in record["input"].items()
             }
@@ -77,7 +80,7 @@ class Description:
                 name=model["name"], args=dict(model["args"]), input=InputSpec(**spec), plan=plan,
                 weights=record.get("weights"),
             )  # fmt: skip
-        except (AttributeError, KeyError, TypeError, PlanError) as error:
+        except (AttributeError, KeyError, TypeError, PlanError, SettingError) as error:
             raise ArtifactError(f"not what is saved with a model: {type(error).__name__} {error}") from None
 
 

@@ -149,14 +149,14 @@ class DataConfig(_Section):
     mean: tuple[float, ...] | None = None
     """Mean of each channel, in [0, 1]; by default timm's for this model."""
     std: tuple[float, ...] | None = None
-    """Standard deviation of each channel, in [0, 1]; by default timm's for this model."""
+    """Standard deviation of each channel, in (0, 1]; by default timm's for this model."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
     """Interpolation when images are resized; by default timm's for this model."""
     crop_pct: PositiveShare | None = None
     """Share of the resized image that the centre crop keeps, in (0, 1]; by default timm's for this model."""
     crop_mode: Literal["center", "squash", "border"] | None = None
-    """Way to make images square: cut (`center`), stretched (`squash`) or padded (`border`); by default timm's for this
-    model."""
+    """Way to give images the model's shape: cut (`center`), stretch (`squash`) or pad (`border`); by default timm's for
+    this model."""
     exif: Literal["ignore", "apply"] | None = None
     """Orientation that a camera left in an image's EXIF data: `ignore` it as timm does, or `apply` it."""
     shared_images: Literal["refuse", "allow"] = "refuse"

@@ -201,9 +201,9 @@ def load_split(
     source = open_split(dataset, split)
     labels = source.labels
     chosen = torch.arange(len(labels)) if limit is None else balanced_subset(labels, limit, seed)
-    pixels = decode(source, chosen.tolist(), spec)
+    decoded = decode(source, chosen.tolist(), spec)
     return LoadedSplit(
-        images=Images(pixels=pixels, labels=labels[chosen], mean=spec.mean, std=spec.std),
+        images=Images(pixels=decoded.pixels, labels=labels[chosen], mean=spec.mean, std=spec.std),
         class_names=source.class_names,
-        notes=source.notes,
+        notes=(*source.notes, *(f"{split}: {note}" for note in decoded.notes)),
     )

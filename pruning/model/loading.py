@@ -45,9 +45,10 @@ def create_model(
 
 
 def default_input(model: nn.Module) -> dict[str, Any]:
-    """Returns timm's settings for the model's images: mean, std, interpolation, crop_pct, ..."""
-    settings = model.pretrained_cfg
-    assert isinstance(settings, dict)
+    """Returns timm's data configuration for the model: mean, std, interpolation, crop_pct, crop_mode, ..."""
+    from timm.data import resolve_model_data_config
+
+    settings: dict[str, Any] = resolve_model_data_config(model)
     return settings
 
 

@@ -70,12 +70,7 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
     )
     anatomy = examine(model)
     space = Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows)
-    spec = input_spec(config, default_input(model), anatomy.image_size)
-    channels = anatomy.in_channels
-    if len(spec.mean) != channels or len(spec.std) != channels:
-        raise DataError(
-            f"data.mean and data.std have {len(spec.mean)} and {len(spec.std)} channels, the model {channels}"
-        )
+    spec = input_spec(config, default_input(model), anatomy.image_size, anatomy.in_channels)
     loaded = load_splits(config, spec, anatomy.num_classes)
     splits = loaded.splits
     hashes = hash_splits(splits)
@@ -95,7 +90,7 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
     noisy = _noisy(splits.training, splits.num_calibration, config.data.noise, config.data.seed)
     return Inputs(
         model=model, trained=trained, spec=spec, splits=replace(splits, training=noisy), space=space,
-        fingerprints=fingerprints, cache=cache, notes=(*loaded.notes, *remarks),
+        fingerprints=fingerprints, cache=cache, notes=(f"pixels: {spec.summary()}", *loaded.notes, *remarks),
     )  # fmt: skip
 
 
@@ -151,16 +146,32 @@ def check_unchanged(before: Fingerprints, now: Fingerprints, what: str) -> None:
         )
 
 
-def input_spec(config: Config, model_default: dict[str, Any], image_size: tuple[int, int]) -> InputSpec:
-    """Gives the model's input: the recipe's values where it has any, else timm's."""
-    data = config.data
-    return InputSpec(
-        size=image_size,
-        mean=data.mean or tuple(model_default["mean"]),
-        std=data.std or tuple(model_default["std"]),
-        interpolation=data.interpolation or model_default["interpolation"],
-        crop_pct=data.crop_pct or model_default["crop_pct"],
-    )
+def input_spec(
+    config: Config, model_default: dict[str, Any], image_size: tuple[int, int], num_channels: int
+) -> InputSpec:
+    """Gives the model's input: the recipe's values where it has any, else timm's.
+
+    Raises:
+        DataError: a model of another number of channels than images or than mean and std have.
+        SettingError: a value out of its range.
+    """
+    if num_channels not in (1, 3):
+        raise DataError(f"the model takes {num_channels} channels, but images are read with 1 (grey) or 3 (RGB)")
+    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    given = {name: value for name in names if (value := getattr(config.data, name)) is not None}
+    settings = {name: model_default[name] for name in names} | given
+    for name in ("mean", "std"):
+        values = tuple(settings[name])
+        if num_channels == 1 and name not in given and len(set(values)) == 1:
+            values = values[:1]  # timm tells three equal ones for a model of one channel too
+        settings[name] = values
+    mean, std = settings["mean"], settings["std"]
+    if len(mean) != num_channels or len(std) != num_channels:
+        raise DataError(
+            f"data.mean and data.std have {len(mean)} and {len(std)} channels, the model {num_channels}; "
+            "give both as the model was trained with"
+        )
+    return InputSpec(size=image_size, exif=config.data.exif or "ignore", **settings)
 
 
 def load_splits(config: Config, spec: InputSpec, num_classes: int) -> LoadedSplits:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pruning.artifact import Description, copy_to, load, read_description, save, save_weights
+from pruning.artifact import Description, copy_to, load, read_description, save, save_weights, skeleton
 from pruning.data import InputSpec
 from pruning.errors import ArtifactError
 from pruning.model.anatomy import examine
@@ -104,6 +104,35 @@ def test_a_description_comes_back_from_json_text() -> None:
     assert Description.from_json(json.loads(json.dumps(its_description.to_json()))) == its_description
 
 
+FORMAT_2 = """
+{"format": 2,
+ "model": {"name": "vit_tiny_patch16_224", "args": {"img_size": 8, "patch_size": 4, "embed_dim": 4, "depth": 1,
+           "num_heads": 2, "mlp_ratio": 1.0, "num_classes": 3}},
+ "input": {"size": [8, 8], "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear",
+           "crop_pct": 0.9},
+ "plan": {"blocks": [{"keep_heads": [1], "keep_qk": [[0, 1]], "keep_v": [[0, 1]], "keep_hidden": [0, 2],
+          "num_tokens": 4}], "cutoff_token": null, "token_reduction": "lfe"}}
+"""
+
+
+def test_a_model_saved_in_format_2_loads_with_the_crop_mode_of_its_time(tmp_path: Path) -> None:
+    old = Description.from_json(json.loads(FORMAT_2))
+    assert old.input == replace(INPUT, size=(8, 8), crop_mode="center", exif="ignore")
+    model = skeleton(old)
+    save(model, old, tmp_path / "point")
+    (tmp_path / "point" / "plan.json").write_text(FORMAT_2)
+    loaded, read = load(tmp_path / "point")
+    assert read == old and builders.same_state(loaded, builders.state(model))
+
+
+def test_the_input_is_saved_with_its_crop_mode_and_exif_rule() -> None:
+    spec = replace(INPUT, crop_mode="border", exif="apply")
+    record = json.loads(json.dumps(description(input=spec).to_json()))
+    assert record["format"] == 3
+    assert (record["input"]["crop_mode"], record["input"]["exif"]) == ("border", "apply")
+    assert Description.from_json(record).input == spec
+
+
 def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
     folder = tmp_path / "point"
     save(builders.model(seed=1), description(), folder)
@@ -178,7 +207,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an empty plan": (lambda folder: (folder / "plan.json").write_text(""), "plan.json"),
     "a plan that is no text": (lambda folder: (folder / "plan.json").write_bytes(b"\xff\xfe\x00\x80"), "plan.json"),
     "a list for a plan": (edit(lambda record: [record]), "plan.json"),
-    "another format": (edit(lambda record: record.update(format=1)), "format is 1, not 2"),
+    "another format": (edit(lambda record: record.update(format=1)), "format is 1, not 2 or 3"),
     "no format": (edit(lambda record: record.pop("format") and None), "format is None"),
     "no model": (edit(lambda record: record.pop("model") and None), "KeyError 'model'"),
     "no name": (edit(lambda record: record["model"].pop("name") and None), "KeyError 'name'"),
@@ -188,6 +217,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another family": (edit(lambda record: record["model"].update(name="resnet10t", args={})), "ResNet"),
     "an unknown input": (edit(lambda record: record["input"].update(sound=1)), "sound"),
     "no input size": (edit(lambda record: record["input"].pop("size") and None), "size"),
+    "a mean out of range": (
+        edit(lambda record: record["input"].update(mean=[123.0] * 3)),
+        r"mean is .*not in \[0, 1\]",
+    ),
+    "an unknown crop mode": (edit(lambda record: record["input"].update(crop_mode="round")), "crop_mode is 'round'"),
     "no plan in the plan": (edit(lambda record: record.update(plan=None)), "PlanError"),
     "a block without heads": (edit(lambda record: record["plan"]["blocks"][0].update(keep_heads=[])), "no head"),
     "an unknown token reduction": (edit(lambda record: record["plan"].update(token_reduction="melt")), "melt"),

@@ -6,14 +6,15 @@ import pickle
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pruning.data import Images, Splits, balanced_subset
-from pruning.errors import DataError
+from pruning.data import Images, InputSpec, Splits, balanced_subset
+from pruning.errors import DataError, SettingError
 from tests.pruning_tests import builders
 from tests.pruning_tests.dataset import trees
 
@@ -70,6 +71,44 @@ def test_a_model_of_three_channels_gets_grey_images_threefold(tmp_path: Path) ->
     (source,) = trees.write(tmp_path, mode="L", cat=1).values()
     for channel in trees.images(tmp_path).pixels[0]:
         np.testing.assert_array_equal(channel.numpy(), source)
+
+
+def test_normalisation_leaves_the_pixels_as_they_are() -> None:
+    images = builders.images(3)
+    before = images.pixels.clone()
+    for _ in range(2):
+        images.normalized(slice(None))
+        images.normalized(torch.tensor([2, 0]))
+    assert torch.equal(images.pixels, before)
+
+
+def test_an_input_is_told_in_one_line() -> None:
+    spec = InputSpec(size=(224, 224), crop_pct=0.9)
+    scale = "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)"
+    assert spec.summary() == f"224x224, bicubic, crop 0.9 center, {scale}"
+    other = InputSpec(size=(64, 32), mean=(0.5,), std=(0.25,), crop_pct=1.0, crop_mode="squash", exif="apply")
+    assert other.summary() == "64x32 (height x width), bicubic, crop 1 squash, mean (0.5), std (0.25), EXIF applied"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"mean": (123.675, 116.28, 103.53)}, r"data\.mean is \(123.675, 116.28, 103.53\), not in \[0, 1\]; .* by 255"),
+        ({"std": (58.395, 57.12, 57.375)}, r"data\.std is \(58.395, .*\), not in \(0, 1\]; .* divide it by 255"),
+        ({"mean": (-0.1, 0.5, 0.5)}, r"data\.mean is \(-0\.1, 0\.5, 0\.5\), not in \[0, 1\]$"),
+        ({"mean": (float("nan"),) * 3}, r"data\.mean is \(nan, nan, nan\), not in"),
+        ({"std": (0.2, 0.0, 0.2)}, r"data\.std is \(0\.2, 0, 0\.2\), not in \(0, 1\]$"),
+        ({"std": (float("inf"),) * 3}, r"data\.std is \(inf, inf, inf\), not in"),
+        ({"crop_pct": 0.0}, r"data\.crop_pct is 0\.0; give a share"),
+        ({"crop_pct": float("nan")}, r"data\.crop_pct is nan"),
+        ({"crop_mode": "centre"}, r"data\.crop_mode is 'centre'; give one of center, squash, border"),
+        ({"interpolation": "random"}, r"data\.interpolation is 'random'; give one of nearest, bilinear, bicubic"),
+        ({"exif": "turn"}, r"data\.exif is 'turn'; give one of ignore, apply"),
+    ],
+)
+def test_an_input_that_no_model_takes_is_refused(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(SettingError, match=expected):
+        InputSpec(size=(8, 8), **settings)
 
 
 def test_normalisation_is_by_its_formula() -> None:

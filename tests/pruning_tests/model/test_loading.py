@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, resolve_data_config
 
 from pruning.errors import CheckpointError, ModelError
 from pruning.model.loading import create_model, default_input, load_weights, read_weights
@@ -56,8 +57,13 @@ def test_arguments_that_give_no_model_are_refused(args: dict[str, Any]) -> None:
 
 
 def test_timm_tells_the_input() -> None:
-    settings = default_input(create())
-    assert len(settings["mean"]) == len(settings["std"]) == 3 and 0 < settings["crop_pct"] <= 1
+    model = create()
+    assert default_input(model) == resolve_data_config(model=model)
+    overlay = {"crop_mode": "squash", "mean": None}
+    settings = default_input(
+        create_model("vit_tiny_patch16_224", args=builders.ARGS | {"pretrained_cfg_overlay": overlay})
+    )
+    assert settings["crop_mode"] == "squash" and settings["mean"] == IMAGENET_DEFAULT_MEAN
 
 
 @pytest.mark.parametrize("wrapped", [None, "state_dict", "model"])

@@ -16,7 +16,7 @@ from pruning.errors import DataError
 from pruning.fingerprints import fingerprint_of_weights
 from search.config import Config
 from search.errors import ConfigError, SweepError
-from search.trial.inputs import Inputs, input_spec, load_inputs
+from search.trial.inputs import Inputs, load_inputs
 from tests.search_tests import tiny
 
 DIGITS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 16, "depth": 1, "num_heads": 1}
@@ -102,17 +102,6 @@ def test_class_map_gives_the_indices(folder: Path) -> None:
     mapped = load_inputs(config(folder, data__class_map=str(class_map)), folder).splits.val
     label = dict(zip(colors(plain), plain.labels.tolist(), strict=True))
     assert [label[color] for color in colors(mapped)] == [3 - index for index in mapped.labels.tolist()]
-
-
-@pytest.mark.parametrize(
-    ("mean", "std", "expected"),
-    [([0.5], [0.5], "1 and 1 channels, the model 3"), ([0.5] * 3, [0.5], "3 and 1 channels, the model 3")],
-)
-def test_means_of_another_number_of_channels_are_refused(
-    folder: Path, mean: list[float], std: list[float], expected: str
-) -> None:
-    with pytest.raises(DataError, match=expected):
-        load_inputs(config(folder, data__mean=mean, data__std=std), folder)
 
 
 def test_exit_beyond_the_depth_shows_before_any_image_is_read(folder: Path) -> None:
@@ -226,18 +215,6 @@ def test_noise_waits_for_a_dense_model_that_was_trained_without(tmp_path: Path) 
     clean = load_inputs(digits(), tmp_path)
     save_weights(clean.model.state_dict(), clean.cache)
     assert load_inputs(noisy, tmp_path).trained
-
-
-TIMM = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic", "crop_pct": 0.9}
-
-
-def test_input_is_what_timm_knows_unless_the_recipe_says_otherwise() -> None:
-    default = input_spec(tiny.config(), TIMM, (16, 16))
-    assert (default.mean, default.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert (default.interpolation, default.crop_pct, default.size) == ("bicubic", 0.9, (16, 16))
-    changes = {"data__mean": [0.5], "data__std": [0.25], "data__interpolation": "nearest", "data__crop_pct": 1.0}
-    spec = input_spec(tiny.config(**changes), TIMM, (8, 8))
-    assert (spec.mean, spec.std, spec.interpolation, spec.crop_pct) == ((0.5,), (0.25,), "nearest", 1.0)
 
 
 def overwrite(path: Path, color: tuple[int, int, int] = (1, 2, 3)) -> None:

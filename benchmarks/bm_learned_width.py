@@ -32,6 +32,7 @@ from pruning.model.anatomy import examine
 from pruning.model.exits import fit_exits
 from pruning.model.loading import create_model
 from pruning.model.surgery import keep_all_plan
+from pruning.model.weights import load_checkpoint
 from pruning.training import Jitter, TrainSettings, train
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "cifar10-mini"
@@ -60,11 +61,8 @@ def cifar10(quick: bool) -> tuple[torch.nn.Module, Images, Images, dict[str, Any
         split: load_split(dataset, split, spec, limit=limit).images
         for split, limit in zip(("train", "val"), limits, strict=True)
     }
-    model = create_model(
-        description["model"],
-        args={name: description[name] for name in names},
-        checkpoint=DATA / "vit_cifar10.safetensors",
-    )
+    model = create_model(description["model"], args={name: description[name] for name in names})
+    load_checkpoint(model, DATA / "vit_cifar10.safetensors")
     settings = {"epochs": 1 if quick else 10, "jitter": Jitter(max_shift=2.0, flip=True)}
     return model.eval(), images["train"], images["val"], settings
 

@@ -35,6 +35,7 @@ from pruning.methods.schedule import token_counts
 from pruning.model.anatomy import blocks_of, examine
 from pruning.model.loading import create_model
 from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
+from pruning.model.weights import load_checkpoint
 from pruning.plan import Plan
 from pruning.repair.compensation import repaired_model
 from pruning.repair.sensitivity import measure_sensitivity
@@ -135,7 +136,8 @@ def timed(model: nn.Module, pruned: nn.Module, batch: Tensor, rounds: int) -> di
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    model = create_model("vit_tiny_patch16_224", checkpoint=DATA / "vit_tiny_patch16_224.safetensors")
+    model = create_model("vit_tiny_patch16_224")
+    load_checkpoint(model, DATA / "vit_tiny_patch16_224.safetensors")
     model.requires_grad_(False)
     anatomy = examine(model)
     dense_macs = count_macs(anatomy, keep_all_plan(anatomy))

@@ -25,6 +25,7 @@ from pruning.methods.cascade import CascadeSettings, cascade
 from pruning.model.anatomy import examine
 from pruning.model.loading import create_model
 from pruning.model.surgery import keep_all_plan
+from pruning.model.weights import load_checkpoint
 from pruning.plan import TokenReduction
 
 BUDGET, TARGET = 1.0, 0.6
@@ -32,7 +33,8 @@ KINDS: tuple[tuple[str, TokenReduction], ...] = (("lfs", "lfe"), ("taylor", "mer
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    model = create_model("vit_tiny_patch16_224", checkpoint=DATA / "vit_tiny_patch16_224.safetensors")
+    model = create_model("vit_tiny_patch16_224")
+    load_checkpoint(model, DATA / "vit_tiny_patch16_224.safetensors")
     model.requires_grad_(False)
     anatomy, train = examine(model), images("train")
     dense_macs = count_macs(anatomy, keep_all_plan(anatomy))

@@ -16,6 +16,7 @@ from pruning.measure.stopwatch import fastest_precision, time_against_dense
 from pruning.model.anatomy import examine
 from pruning.model.loading import create_model
 from pruning.model.surgery import apply_plan
+from pruning.model.weights import load_checkpoint
 from pruning.plan import BlockPlan, Plan
 
 RESULTS = Path(__file__).parent / "results" / "no_training.json"
@@ -33,7 +34,8 @@ def block(shape: list[int]) -> BlockPlan:
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    model = create_model("vit_tiny_patch16_224", checkpoint=DATA / "vit_tiny_patch16_224.safetensors")
+    model = create_model("vit_tiny_patch16_224")
+    load_checkpoint(model, DATA / "vit_tiny_patch16_224.safetensors")
     assert examine(model).blocks[0].num_heads == 3
     rows = [row for row in json.loads(RESULTS.read_text())["rows"] if row["method"] == "vitfront"]
     plans = [Plan(blocks=tuple(map(block, row["plan_shapes"])), token_reduction="attention-merge") for row in rows]

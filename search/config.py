@@ -103,9 +103,10 @@ class ModelConfig(_Section):
     args: dict[str, Any] = {}
     """Further arguments of `timm.create_model`: num_classes, img_size, ..."""
     checkpoint: LocalPath = None
-    """File with your weights: .safetensors or PyTorch."""
+    """File with your weights: .safetensors or PyTorch, a state dict or a checkpoint with one in it."""
     checkpoint_key: str | None = None
-    """Name of the weights to take where the checkpoint holds several: `state_dict`, `state_dict_ema`, `teacher`, ..."""
+    """Name of the weights to take where the checkpoint holds several: `state_dict`, `state_dict_ema`, `teacher`, ...
+    By default the only ones, or those with `ema` in their name."""
     pretrained: bool = False
     """Take timm's own weights, from its hub."""
     untrained: bool = False

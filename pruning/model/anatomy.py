@@ -11,7 +11,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import Attention, Mlp
+from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import (
     SwinTransformer,
@@ -117,8 +117,11 @@ def examine(model: nn.Module) -> Anatomy:
         raise ModelError(
             f"a model with attention pooling ({model.global_pool}) cannot be pruned; supported is {SUPPORTED}"
         )
+    if model.global_pool == "":
+        raise ModelError("a model with global_pool='' gives an answer for each token; give 'token' or 'avg'")
     if not len(model.blocks):
         raise ModelError("the model has no block; give a depth of 1 at least")
+    _check_patches(model.patch_embed)
     for index, block in enumerate(model.blocks):
         _check_block(index, block)
     first: Any = model.blocks[0]
@@ -144,6 +147,18 @@ def examine(model: nn.Module) -> Anatomy:
     )
 
 
+def _check_patches(patch: Any) -> None:
+    """Refuses images that are not made of whole patches (timm leaves out what is over), and other stems."""
+    if type(patch) is not PatchEmbed:
+        raise ModelError(f"a model with {type(patch).__name__} cannot be pruned; supported is {SUPPORTED}")
+    if patch.img_size is None:
+        raise ModelError("the model has no img_size; give the size of its images")
+    for size, length in zip(patch.img_size, patch.patch_size, strict=True):
+        if size % length:
+            nearest = max(round(size / length), 1) * length
+            raise ModelError(f"img_size {size} is no multiple of the patch size {length}; give e.g. {nearest}")
+
+
 def _check_block(index: int, block: Any) -> None:
     """Refuses parts that would be pruned wrongly: gates, norms on the attention output, gated MLPs, parallel blocks."""
     unknown = None
@@ -163,6 +178,7 @@ def _examine_swin(model: Any) -> Anatomy:
     blocks = blocks_of(model)
     if model.global_pool != "avg":
         raise ModelError(f"a Swin with global_pool={model.global_pool!r} cannot be pruned; give 'avg'")
+    _check_patches(model.patch_embed)
     for index, block in enumerate(blocks):
         _check_grid_block(index, block)
     patch = model.patch_embed

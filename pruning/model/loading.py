@@ -1,47 +1,87 @@
-"""Dense models by timm name and checkpoint."""
+"""Dense models by timm name, and vitfront's own files of weights."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors.torch import load_file
+from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 from pruning.errors import CheckpointError, ModelError, first_line_of
 from pruning.model.anatomy import SUPPORTED, examine
 
+FAMILIES = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.swin_transformer")
+"""The modules of timm that have models which can be pruned."""
 
-def create_model(
-    name: str, *, args: Mapping[str, Any] | None = None, checkpoint: str | Path | None = None, pretrained: bool = False
-) -> nn.Module:
-    """Creates a dense model, in eval mode, float32, on the CPU.
+WHOLE_NUMBERS = {
+    "img_size": 1, "patch_size": 1, "window_size": 1, "in_chans": 1, "embed_dim": 1, "depth": 1, "depths": 1,
+    "num_heads": 1, "num_classes": 0, "reg_tokens": 0,
+}  # fmt: skip
+"""Arguments that are whole numbers, or a list of them, and the smallest that makes sense."""
+
+OTHER_KEYS = {
+    "checkpoint_path": "give the file as model.checkpoint",
+    "pretrained": "give model.pretrained",
+    "device": "models are made on the CPU",
+    "dtype": "models are made in float32; measure.precision says in which they run",
+}
+"""Arguments of timm that vitfront has under another name, or decides itself."""
+
+
+def create_model(name: str, *, args: Mapping[str, Any] | None = None) -> nn.Module:
+    """Creates a dense model with random weights, in eval mode, float32, on the CPU.
+
+    `pruning.model.weights` loads a checkpoint, or timm's own weights, into it.
 
     Args:
         name: timm's name.
         args: further arguments of `timm.create_model` (num_classes, img_size, depth, ...).
-        checkpoint: weights to load, .safetensors or PyTorch; never unpickled beyond plain tensors.
-        pretrained: load timm's own weights, from its hub.
 
     Raises:
         ModelError: an unknown name or argument, or a model of no supported family.
-        CheckpointError: a missing file, or weights that do not fit (names the tensors).
     """
+    args = dict(args or {})
+    _check_name(name)
+    _check_args(args)
+    try:
+        model: nn.Module = timm.create_model(name, **args)
+    except Exception as error:  # unknown arguments are TypeErrors, wrong ones any of a dozen errors
+        raise ModelError(f"cannot create {name} with {args}: {first_line_of(error)}") from error
+    examine(model)
+    return model.eval()
+
+
+def _check_name(name: str) -> None:
+    """Refuses unknown names, and timm's other families before their arguments are blamed."""
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        last = name.rsplit("/", 1)[-1]  # of hf-hub:timm/...
+        close = [last] if timm.is_model(last) else difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"supported is {SUPPORTED}"
         raise ModelError(f"timm {timm.__version__} has no model {name!r}; {hint}")
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **dict(args or {}))
-    except Exception as error:  # unknown arguments are TypeErrors, a hub out of reach is any of a dozen errors
-        raise ModelError(f"cannot create {name} with {dict(args or {})}: {first_line_of(error)}") from error
-    examine(model)
-    if checkpoint is not None:
-        load_weights(model, read_weights(checkpoint), str(checkpoint))
-    return model.eval()
+    module = model_entrypoint(name).__module__
+    if module.startswith("timm.models.") and module not in FAMILIES:  # models of others are known once they are made
+        raise ModelError(f"{name} ({module}) is not a model that can be pruned; supported is {SUPPORTED}")
+
+
+def _check_args(args: Mapping[str, Any]) -> None:
+    """Refuses arguments that timm would take in silence, or refuse without their name."""
+    for key, way_out in OTHER_KEYS.items():
+        if key in args:
+            raise ModelError(f"the model's args have {key}; {way_out}")
+    for key, smallest in WHOLE_NUMBERS.items():
+        value = args.get(key)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if number is not None and (
+                isinstance(number, bool) or not isinstance(number, Integral) or int(number) < smallest
+            ):
+                raise ModelError(f"the model's {key} is {value!r}; give whole numbers of at least {smallest}")
 
 
 def default_input(model: nn.Module) -> dict[str, Any]:
@@ -53,20 +93,15 @@ def default_input(model: nn.Module) -> dict[str, Any]:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Reads tensors by name from a .safetensors or PyTorch file (unwraps `state_dict`, `model`, ...).
+    """Reads weights that vitfront wrote itself: the file of `pruning.artifact.save_weights`.
 
     Raises:
         CheckpointError: the file is missing or cannot be read.
     """
-    from timm.models import load_state_dict
-
-    if not Path(path).is_file():
-        raise CheckpointError(f"no checkpoint {path}")
     try:
-        weights: dict[str, Tensor] = load_state_dict(str(path))
-    except Exception as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {first_line_of(error)}") from error
-    return weights
+        return load_file(path)
+    except Exception as error:  # safetensors has its own error type
+        raise CheckpointError(f"cannot read weights {path}: {first_line_of(error)}") from error
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -75,17 +110,30 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape; nothing was loaded then.
     """
-    model_state = model.state_dict()
-    wrong = [
-        f"{name} is {list(weights[name].shape)}, not {list(model_state[name].shape)}"
-        for name in model_state
-        if name in weights and weights[name].shape != model_state[name].shape
-    ]
-    wrong += [f"{name} is missing" for name in model_state if name not in weights]
-    wrong += [f"{name} is unknown to the model" for name in weights if name not in model_state]
-    if wrong:
-        more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise CheckpointError(f"{source} does not fit {type(model).__name__}: {'; '.join(wrong[:4])}{more}")
+    state = model.state_dict()
+    if wrong := misfits(state, weights):
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}: {summary(wrong)}")
     with torch.no_grad():
-        for name, tensor in model_state.items():
+        for name, tensor in state.items():
             tensor.copy_(weights[name])
+
+
+def misfits(state: Mapping[str, Tensor], weights: Mapping[str, Any]) -> list[str]:
+    """Says of each tensor that is missing, unknown, of another shape or none at all what is wrong with it."""
+    wrong = []
+    for name, target in state.items():
+        weight = weights.get(name)
+        if name not in weights:
+            wrong.append(f"{name} is missing")
+        elif not isinstance(weight, Tensor) or weight.is_nested:
+            wrong.append(f"{name} is {'None' if weight is None else type(weight).__name__}, not a plain tensor")
+        elif weight.shape != target.shape:
+            wrong.append(f"{name} is {list(weight.shape)}, not {list(target.shape)}")
+    wrong.sort(key=lambda text: text.endswith("missing"))  # shapes first: they tell more
+    return wrong + [f"{name} is unknown to the model" for name in weights if name not in state]
+
+
+def summary(items: Sequence[str], count: int = 4, separator: str = "; ") -> str:
+    """Joins the first few items, with the number of the others."""
+    more = f", and {len(items) - count} more" if len(items) > count else ""
+    return separator.join(items[:count]) + more

@@ -23,6 +23,7 @@ from search.config import Config
 from search.errors import ConfigError
 from search.records.files import write_atomically
 from search.trial.context import lease_on
+from search.trial.dense import load_dense
 from search.trial.inputs import load_inputs
 from search.views.lottery_plot import lottery_html
 
@@ -120,10 +121,9 @@ def seeded_model(config: Config, seed: int, *, untouched: bool = False) -> nn.Mo
         untouched: draws all weights by the seed, even where the recipe starts from given ones.
     """
     torch.manual_seed(seed)
-    name, args = config.model.name, config.model.args
     if untouched:
-        return create_model(name, args=args)
-    return create_model(name, args=args, checkpoint=config.model.checkpoint, pretrained=config.model.pretrained)
+        return create_model(config.model.name, args=config.model.args)
+    return load_dense(config.model)[0]
 
 
 def summaries(rows: Sequence[LotteryRow]) -> list[dict[str, Any]]:

@@ -17,10 +17,11 @@ from pruning.dataset.splits import LoadedSplit, check_splits_differ, load_split,
 from pruning.errors import DataError
 from pruning.fingerprints import fingerprint_of_images, fingerprint_of_text, fingerprint_of_weights, image_hashes
 from pruning.model.anatomy import examine
-from pruning.model.loading import create_model, default_input, load_weights, read_weights
+from pruning.model.loading import default_input, load_weights, read_weights
 from search.config import Config, Fingerprints
 from search.errors import ConfigError, SweepError
 from search.space import Space
+from search.trial.dense import load_dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +63,7 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
     """
     training = config.model.training
     torch.manual_seed(0 if training is None else training.seed)  # of the weights that no file gives
-    model = create_model(
-        config.model.name,
-        args=config.model.args,
-        checkpoint=config.model.checkpoint,
-        pretrained=config.model.pretrained,
-    )
+    model, notes = load_dense(config.model)
     anatomy = examine(model)
     space = Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows)
     spec = input_spec(config, default_input(model), anatomy.image_size, anatomy.in_channels)
@@ -90,7 +86,8 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
     noisy = _noisy(splits.training, splits.num_calibration, config.data.noise, config.data.seed)
     return Inputs(
         model=model, trained=trained, spec=spec, splits=replace(splits, training=noisy), space=space,
-        fingerprints=fingerprints, cache=cache, notes=(f"pixels: {spec.summary()}", *loaded.notes, *remarks),
+        fingerprints=fingerprints, cache=cache,
+        notes=(*notes, f"pixels: {spec.summary()}", *loaded.notes, *remarks),
     )  # fmt: skip
 
 

@@ -214,7 +214,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "args that are none": (edit(lambda record: record["model"].update(args=None)), "plan.json"),
     "an unknown model": (edit(lambda record: record["model"].update(name="vit_nowhere")), "vit_nowhere"),
     "an unknown argument": (edit(lambda record: record["model"]["args"].update(colour=3)), "colour"),
-    "another family": (edit(lambda record: record["model"].update(name="resnet10t", args={})), "ResNet"),
+    "another family": (edit(lambda record: record["model"].update(name="resnet10t", args={})), "timm.models.resnet"),
     "an unknown input": (edit(lambda record: record["input"].update(sound=1)), "sound"),
     "no input size": (edit(lambda record: record["input"].pop("size") and None), "size"),
     "a mean out of range": (

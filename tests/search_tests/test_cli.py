@@ -107,11 +107,15 @@ def nothing(folder: Path) -> None:
     [
         pytest.param(nothing, ["model.name=vit_tiny_patch16_225"], ["vit_tiny_patch16_224"], id="unknown model"),
         pytest.param(
-            nothing, ["model={name: resnet18}"], ["ResNet", "supported", "deit_"], id="not a ViT"
+            nothing, ["model={name: resnet18, untrained: true}"], ["timm.models.resnet", "supported", "deit_"],
+            id="not a ViT",
         ),
-        pytest.param(nothing, ["model.checkpoint=gone.safetensors"], ["gone.safetensors"], id="no checkpoint"),
         pytest.param(
-            with_other_weights, ["model.checkpoint=other.safetensors"],
+            nothing, ["model.checkpoint=gone.safetensors", "model.untrained=false"], ["gone.safetensors"],
+            id="no checkpoint",
+        ),
+        pytest.param(
+            with_other_weights, ["model.checkpoint=other.safetensors", "model.untrained=false"],
             ["head.weight is [9, 32], not [4, 32]", "other.safetensors"], id="weights that do not fit",
         ),
         pytest.param(without_images, [], ["images/val"], id="empty image folder"),
@@ -141,7 +145,7 @@ def nothing(folder: Path) -> None:
         pytest.param(with_images_outside_classes, [], ["outside", "images/train"], id="images outside class folders"),
         pytest.param(nothing, ["data.dataset=folders"], ["'folders'", "folder, digits"], id="unknown data set"),
         pytest.param(nothing, ["data.interpolation=cubic"], ["data.interpolation", "bicubic"], id="interpolation"),
-        pytest.param(nothing, ["model.args.depth=0"], ["no block"], id="model without blocks"),
+        pytest.param(nothing, ["model.args.depth=0"], ["depth is 0"], id="model without blocks"),
         pytest.param(nothing, ["model.args.num_classes=2"], ["2 classes"], id="more classes than the model has"),
         pytest.param(nothing, ["space.exit_block=[1, 9]"], ["space.exit_block: 9", "3 blocks"], id="exit too deep"),
         pytest.param(nothing, ["space.target_ratio=[0.9, 0.2]"], ["space.target_ratio", "upside down"], id="bounds"),
@@ -402,7 +406,9 @@ def write_swin(folder: Path) -> None:
     args = tiny.SWIN_ARGS | {"img_size": 8, "patch_size": 1, "in_chans": 1, "num_classes": 10}
     data = {"dataset": "digits", "calibration_images": 60, "probe_images": 40, "val_images": 30}
     tiny.write_recipe(
-        folder / "swin.yaml", model={"name": tiny.SWIN, "args": args}, data=data | {"mean": [0.3], "std": [0.38]}
+        folder / "swin.yaml",
+        model={"name": tiny.SWIN, "args": args, "untrained": True},
+        data=data | {"mean": [0.3], "std": [0.38]},
     )
 
 

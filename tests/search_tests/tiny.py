@@ -36,7 +36,7 @@ def record(**changes: Any) -> dict[str, Any]:
     """A recipe; `changes` as `section__key=value`."""
     fields: dict[str, Any] = {
         "name": "tiny",
-        "model": {"name": NAME, "args": dict(ARGS)},
+        "model": {"name": NAME, "args": dict(ARGS), "untrained": "model__checkpoint" not in changes},
         "data": {"root": "images", "calibration_images": 8, "probe_images": 8},
         "exits": {"epochs": 2},
         "search": {"trials": 1},

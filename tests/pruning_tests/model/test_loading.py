@@ -1,17 +1,18 @@
-"""The dense model by name and checkpoint, and the error where one does not fit."""
+"""The dense model by name and arguments, and the error where they or its weights do not fit."""
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
-from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, resolve_data_config
 
+from pruning.artifact import save_weights
 from pruning.errors import CheckpointError, ModelError
+from pruning.model.anatomy import examine
 from pruning.model.loading import create_model, default_input, load_weights, read_weights
 from tests.pruning_tests import builders
 
@@ -66,24 +67,6 @@ def test_timm_tells_the_input() -> None:
     assert settings["crop_mode"] == "squash" and settings["mean"] == IMAGENET_DEFAULT_MEAN
 
 
-@pytest.mark.parametrize("wrapped", [None, "state_dict", "model"])
-def test_a_checkpoint_gives_its_weights(wrapped: str | None, tmp_path: Path) -> None:
-    source = builders.model(seed=4)
-    weights = source.state_dict()
-    torch.save(weights if wrapped is None else {wrapped: weights, "epoch": 3}, tmp_path / "weights.pth")
-    assert builders.same_state(create(checkpoint=tmp_path / "weights.pth"), weights)
-
-
-def test_half_precision_weights_load_into_float32(tmp_path: Path) -> None:
-    weights = {name: tensor.half() for name, tensor in builders.model(seed=4).state_dict().items()}
-    save_file(weights, tmp_path / "weights.safetensors")
-    model = create(checkpoint=tmp_path / "weights.safetensors")
-    for name, tensor in model.state_dict().items():
-        assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, weights[name].float())
-    assert model(builders.batch()).isfinite().all()
-
-
 def test_weights_that_do_not_fit_are_named_and_none_is_loaded() -> None:
     model = builders.model()
     before = builders.state(model)
@@ -103,40 +86,94 @@ def test_weights_that_do_not_fit_are_named_and_none_is_loaded() -> None:
     assert builders.same_state(model, good)
 
 
-def test_weights_of_another_depth_are_refused(tmp_path: Path) -> None:
-    torch.save(builders.model(depth=4).state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(CheckpointError, match=r"weights.pth .*blocks\.3\..* is unknown to the model"):
-        create(checkpoint=tmp_path / "weights.pth")
+def test_saved_weights_come_back_bit_equal_and_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    weights = builders.model(seed=4).state_dict()
+    save_weights(weights, tmp_path / "weights.safetensors")
+    model = create()
+    load_weights(model, read_weights(tmp_path / "weights.safetensors"), "it")
+    assert builders.same_state(model, weights)
+    (tmp_path / "broken.safetensors").write_bytes(b"not weights")
+    for name in ("nowhere.safetensors", "broken.safetensors"):
+        with pytest.raises(CheckpointError, match=f"cannot read weights .*{name}"):
+            read_weights(tmp_path / name)
 
 
-def test_a_missing_or_broken_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no checkpoint .*nowhere\.pth"):
-        create(checkpoint=tmp_path / "nowhere.pth")
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        read_weights(tmp_path)
-    for name in ("broken.pth", "broken.safetensors"):
-        (tmp_path / name).write_bytes(b"not weights")
-        with pytest.raises(CheckpointError, match=f"cannot read checkpoint .*{name}"):
-            create(checkpoint=tmp_path / name)
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"depth": "6"}, "depth is '6'; give whole numbers of at least 1"),
+        ({"depth": 0}, "depth is 0;"),
+        ({"num_heads": -3}, "num_heads is -3;"),
+        ({"num_heads": 5}, "should be divisible by num_heads"),
+        ({"num_classes": True}, "num_classes is True;"),
+        ({"embed_dim": 24.0}, r"embed_dim is 24\.0;"),
+        ({"img_size": [32, "32"]}, r"img_size is \[32, '32'\];"),
+        ({"global_pool": "mean"}, "Only avg, .* is supported"),
+        ({"global_pool": ""}, "global_pool='' gives an answer for each token; give 'token' or 'avg'"),
+        ({"img_size": 30}, "img_size 30 is no multiple of the patch size 8; give e.g. 32"),
+        ({"img_size": (32, 4)}, "img_size 4 is no multiple of the patch size 8; give e.g. 8"),
+        ({"img_size": 30, "dynamic_img_pad": True}, "img_size 30 is no multiple"),
+        ({"checkpoint_path": "my.pth"}, "have checkpoint_path; give the file as model.checkpoint"),
+        ({"pretrained": True}, "have pretrained; give model.pretrained"),
+        ({"dtype": "float16"}, "have dtype; models are made in float32"),
+        ({"device": "meta"}, "have device; models are made on the CPU"),
+        ({"features_only": True}, "FeatureGetterNet is not a model that can be pruned"),
+        ({"drop_path_rate": "much"}, "cannot create vit_tiny_patch16_224 with .*'drop_path_rate': 'much'"),
+    ],
+)
+def test_an_argument_that_gives_another_model_than_meant_is_named(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        create_model("vit_tiny_patch16_224", args=builders.ARGS | args)
+    assert "\n" not in str(caught.value)
 
 
-class Trap:
-    """Writes a file when it is unpickled."""
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"img_size": 30}, "img_size 30 is no multiple of the patch size 4; give e.g. 32"),
+        ({"img_size": 2}, "img_size 2 is no multiple of the patch size 4; give e.g. 4"),
+        ({"img_size": 100}, "pads its grid of 25 x 25 tokens to windows of 7 x 7"),
+        ({"depths": 3}, "cannot create swin_tiny_patch4_window7_224"),
+        ({"window_size": "7"}, "window_size is '7'"),
+        ({"global_pool": ""}, "global_pool=''"),
+    ],
+)
+def test_sizes_of_a_swin_that_do_not_fit_are_refused(args: dict[str, Any], message: str) -> None:
+    small = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+    with pytest.raises(ModelError, match=message):
+        create_model("swin_tiny_patch4_window7_224", args=small | args)
 
-    def __init__(self, path: str) -> None:
-        self.path = path
 
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return open, (self.path, "w")
+def test_the_family_is_refused_before_its_arguments_are() -> None:
+    with pytest.raises(ModelError, match=r"resnet18 \(timm.models.resnet\) is not a model that can be pruned"):
+        create_model("resnet18", args={"img_size": 8, "patch_size": 2})
 
 
-@pytest.mark.parametrize("how", ["torch", "pickle"])
-def test_a_checkpoint_runs_no_code(how: str, tmp_path: Path) -> None:
-    path, sprung = tmp_path / "weights.pth", tmp_path / "sprung"
-    if how == "torch":
-        torch.save({"state_dict": Trap(str(sprung))}, path)
-    else:
-        path.write_bytes(pickle.dumps({"state_dict": Trap(str(sprung))}))
-    with pytest.raises(CheckpointError, match="cannot read checkpoint"):
-        create(checkpoint=path)
-    assert not sprung.exists()
+def test_a_name_of_the_hub_is_told_timms_name() -> None:
+    with pytest.raises(ModelError, match=r"did you mean vit_tiny_patch16_224\.augreg_in21k\?"):
+        create_model("hf-hub:timm/vit_tiny_patch16_224.augreg_in21k")
+
+
+def refusal(name: str) -> str:
+    """Creates a model of timm by name without its tensors; why it is refused, or nothing."""
+    try:
+        with torch.device("meta"):
+            create_model(name)
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+def test_a_stem_of_convolutions_is_refused() -> None:
+    with torch.device("meta"), pytest.raises(ModelError, match="a model with HybridEmbed cannot be pruned"):
+        examine(timm.create_model("vit_base_mci_224"))
+    assert refusal("vit_base_r50_s16_384").startswith("vit_base_r50_s16_384 (timm.models.vision_transformer_hybrid)")
+
+
+@pytest.mark.slow
+def test_every_vision_transformer_of_timm_is_supported_or_refused_in_one_line() -> None:
+    patterns = ("vit*", "deit*", "swin*", "eva*", "beit*", "flexivit*", "test_vit*")
+    refusals = {name: refusal(name) for pattern in patterns for name in timm.list_models(pattern)}
+    assert not any("\n" in text or text.startswith("cannot create") for text in refusals.values())
+    assert sum(not text for text in refusals.values()) > 100
+    assert not refusals["vit_tiny_patch16_224"] and not refusals["swin_tiny_patch4_window7_224"]

@@ -271,9 +271,10 @@ def test_exchanged_class_folders_preprocessing_and_weights_change_their_fingerpr
 def test_a_recipe_with_fingerprints_refuses_other_inputs_and_says_what_changed(folder: Path) -> None:
     plain = config(folder)
     save_weights(tiny.model().state_dict(), folder / "weights.safetensors")
-    trained = config(folder, model__checkpoint=str(folder / "weights.safetensors"))
+    given: dict[str, Any] = {"model__checkpoint": str(folder / "weights.safetensors")}
+    trained = config(folder, **given)
     fingerprints = load_inputs(trained, folder / "runs").fingerprints.model_dump()
-    pinned = config(folder, model__checkpoint=str(folder / "weights.safetensors"), fingerprints=fingerprints)
+    pinned = config(folder, **given, fingerprints=fingerprints)
     load_inputs(pinned, folder / "runs")
     save_weights(tiny.model(seed=1).state_dict(), folder / "weights.safetensors")
     overwrite(folder / "images/train/a/0.png")

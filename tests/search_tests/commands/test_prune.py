@@ -37,9 +37,14 @@ def config(tmp_path: Path) -> Config:
 
 
 def prune(
-    config: Config, tmp_path: Path, to: Path | None = None, run: Any = run_to_end, **changes: Any
+    config: Config,
+    tmp_path: Path,
+    to: Path | None = None,
+    run: Any = run_to_end,
+    say: Any = lambda _: None,
+    **changes: Any,
 ) -> tuple[Outcome, Measurement, list[dict[str, Any]]]:
-    return prune_once(config, tmp_path / "runs", to, replace(SETTINGS, **changes), prepare=prepare, run=run)
+    return prune_once(config, tmp_path / "runs", to, replace(SETTINGS, **changes), say, prepare=prepare, run=run)
 
 
 def never(*_: Any) -> Ended:

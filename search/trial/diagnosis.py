@@ -94,7 +94,8 @@ def diagnose(
         )
     return ModelError(
         f"{head}, and renumbering the labels does not help (at best {share:.3f}): the weights or the pixels are wrong; "
-        "check model.checkpoint, model.checkpoint_key, model.args, data.mean and data.std, or give model.untrained=true"
+        "check model.checkpoint, model.checkpoint_key, model.args, data.mean and data.std; "
+        "model.expected_top1=0 takes the model as it is"
     )
 
 

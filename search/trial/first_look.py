@@ -83,7 +83,7 @@ def judge(
     """Finds what is wrong with a model's answers on val.
 
     A model that is untrained on purpose, or searched by retrieval and so perhaps without a classifier, is held to
-    `model.expected_top1` alone.
+    `model.expected_top1` alone; if that is 0, any model is right.
 
     Args:
         answer_training: gives the answers to training images; called only if those on val are wrong.
@@ -93,7 +93,8 @@ def judge(
         Remarks, and the reason why the model is not to be pruned, or None.
     """
     notes: list[str] = []
-    if not config.model.untrained and config.search.accuracy == "top1":
+    expected = config.model.expected_top1
+    if not config.model.untrained and expected != 0 and config.search.accuracy == "top1":
         if len(val.labels.unique()) == 1:
             only = name_of(names, int(val.labels[0]))
             return notes, DataError(f"all {len(val)} val images are of one class, {only}; give images of several")
@@ -101,7 +102,7 @@ def judge(
         if fault is not None:
             return notes, fault
         notes = _remarks(val, num_classes, names)
-    expected, (low, high) = config.model.expected_top1, wilson_interval(val.top1, len(val))
+    low, high = wilson_interval(val.top1, len(val))
     if expected is not None and high < expected:
         return notes, ModelError(
             f"dense top-1 on val is {val.top1:.3f} ({low:.3f} to {high:.3f}), below model.expected_top1, {expected:g}; "

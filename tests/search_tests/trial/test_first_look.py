@@ -25,7 +25,7 @@ from tests.search_tests.trial.trials import accuracy
 
 CIFAR = Path(__file__).parents[3].parent / "shared" / "data" / "cifar10-mini"
 
-TRUSTED = tiny.config(model__untrained=False)
+TRUSTED = tiny.config(model__untrained=False, model__expected_top1=None)
 """A recipe whose model is not untrained on purpose."""
 
 
@@ -75,11 +75,12 @@ def test_guesses_are_refused_unless_the_model_is_untrained_on_purpose() -> None:
     val, training = answers(10, 300, 0.0, seed=1), answers(10, 300, 0.0, seed=2)
     _, fault = judge(TRUSTED, val, lambda: training, 10)
     assert isinstance(fault, ModelError)
-    assert judge(tiny.config(), val, never, 10) == ([], None)
+    for waived in ({"model__untrained": True, "model__expected_top1": None}, {"model__expected_top1": 0.0}):
+        assert judge(tiny.config(**{"model__untrained": False} | waived), val, never, 10) == ([], None)
 
 
 def test_model_that_is_searched_by_retrieval_needs_no_classifier() -> None:
-    config = tiny.config(model__untrained=False, search__accuracy="recall_at_1")
+    config = tiny.config(model__untrained=False, model__expected_top1=None, search__accuracy="recall_at_1")
     assert judge(config, answers(10, 300, 0.0), never, 10) == ([], None)
 
 

@@ -132,6 +132,9 @@ class Clock:
     def stage(self, text: str) -> None:
         print(f"  {text}", file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        print(f"  {text}", file=sys.stderr, flush=True)
+
     def start_trials(self, num_done: int, num_trials: int, deadline: float | None) -> None:
         self.searching = time.monotonic()
 

@@ -50,6 +50,9 @@ class Quiet:
     def stage(self, text: str) -> None:
         print(f"  {text}", file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        print(f"  {text}", file=sys.stderr, flush=True)
+
     def start_trials(self, num_done: int, num_trials: int, deadline: float | None) -> None: ...
 
     def started(self, trial_id: str, candidate: Candidate) -> None: ...

@@ -29,6 +29,7 @@ from search.outcome import Candidate, Outcome
 from search.recipe import load_config
 from search.space import Space
 from search.trial.context import TrialContext
+from search.trial.first_look import look
 from search.trial.inputs import load_inputs
 from search.trial.prepare import prepare
 from search.trial.reuse import WorkerCache, measured_before, shape_key
@@ -111,7 +112,8 @@ def measure(task: str, method: Method, quick: bool) -> list[dict[str, Any]]:
     config = load_config(RECIPES[task], sets=sets)
     torch.set_num_threads(1)
     inputs = load_inputs(config, Path("runs"))
-    context, dense = prepare(config, inputs, device=torch.device("cpu"))
+    first = look(config, inputs, device=torch.device("cpu"))
+    context, dense = prepare(config, inputs, first, device=torch.device("cpu"))
     measured_cache = measured_before(context.anatomy, dense, [])
     cache = WorkerCache(measured_cache=measured_cache)
     chosen = candidates(inputs.space, method)

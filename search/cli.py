@@ -189,7 +189,7 @@ def prune(
     """Prune one model by one plan, without a search."""
     from search.commands.prune import PruneSettings, prune_once
     from search.recipe import load_config
-    from search.views.console import ERR
+    from search.views.console import ERR, say
     from search.views.tables import pruning_report
 
     config = load_config(recipe, sets=sets)
@@ -201,6 +201,7 @@ def prune(
                 cutoff_channel=cutoff_channel, cutoff_token=cutoff_token, token_share=token_share,
                 method=method, criterion=criterion, token_reduction=token_reduction, round_to=round_to,
             ),
+            say,
         )  # fmt: skip
     _print(outcome.to_json(), pruning_report(blocks, outcome, dense), as_json)
 

@@ -112,7 +112,8 @@ class ModelConfig(_Section):
     untrained: bool = False
     """Take random weights, to try something out. Without it a recipe needs a checkpoint, pretrained or training."""
     expected_top1: Share | None = None
-    """Top-1 accuracy that the dense model must reach on val, in [0, 1], before anything else is done."""
+    """Top-1 accuracy that the dense model must reach on val, in [0, 1], before anything else is done. It has failed if
+    the 95 % interval of its accuracy lies below; 0 takes a model whatever its accuracy, even one near chance."""
     training: TrainingConfig | None = None
     """Train the model first; the result is kept in runs/.cache."""
 

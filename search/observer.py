@@ -14,6 +14,9 @@ class Observer(Protocol):
     def stage(self, text: str) -> None:
         """Notes that a stage starts which takes a while."""
 
+    def note(self, text: str) -> None:
+        """Notes a line that the user is to keep."""
+
     def start_trials(self, num_done: int, num_trials: int, deadline: float | None) -> None:
         """Notes that the trials start.
 

@@ -77,6 +77,11 @@ def cluster_resources() -> Mapping[str, float]:
     return resources
 
 
+def share(value: Any) -> Any:
+    """Puts a value where all tasks can take it, written out once; returns a reference to give to `submit`."""
+    return ray.put(value)
+
+
 def submit(function: Callable[..., Any], resources: TrialResources, *args: Any, num_returns: int = 1) -> Any:
     """Starts a task on the cluster, with as many torch threads as it has cores; returns a reference to each result."""
     options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "num_returns": num_returns, "max_retries": 0}

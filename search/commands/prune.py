@@ -50,6 +50,7 @@ def prune_once(
     runs: Path,
     to: Path | None,
     settings: PruneSettings,
+    say: Callable[[str], None],
     *,
     prepare: Callable[..., tuple[TrialContext, Measurement]] = prepare_locally,
     run: Callable[[TrialContext, Candidate, str], Ended] = run_to_end,
@@ -58,6 +59,7 @@ def prune_once(
 
     Args:
         to: folder to save the pruned model in; None for not at all.
+        say: called with each line on the dense model, before it is prepared.
         prepare: makes the context of a recipe and its inputs.
         run: runs the candidate.
 
@@ -74,7 +76,7 @@ def prune_once(
     if inputs.space.token_reduction[0] == "none" and settings.token_share == 1:
         raise ConfigError("token share 1 prunes tokens alone, but the token reduction is none; give less")
     torch.set_num_threads(config.resources.cpus_per_trial)  # as in a sweep: more are slower where cores are busy
-    context, dense = prepare(config, inputs)
+    context, dense = prepare(config, inputs, say)
     ended = run(context, _candidate(settings, inputs.space), "t000")
     outcome = ended.outcomes[0]
     if outcome.state is not State.MEASURED or outcome.plan is None:

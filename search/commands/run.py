@@ -20,8 +20,8 @@ from pruning.artifact import Description, Weights, save
 from pruning.measure.stopwatch import Timing
 from pruning.model.anatomy import examine
 from pruning.model.loading import read_weights
-from search.cluster.session import TrialResources, cluster_resources, fetch, ray_running, submit
-from search.cluster.tasks import confirm_remotely, prepare_remotely, time_remotely
+from search.cluster.session import TrialResources, cluster_resources, fetch, ray_running, share, submit
+from search.cluster.tasks import confirm_remotely, look_remotely, prepare_remotely, time_remotely
 from search.commands.run_search import Prepared, Searched, Sweep, run_search
 from search.config import Config, Fingerprints, flat
 from search.errors import SweepError
@@ -36,6 +36,7 @@ from search.records.ledger import Ledger
 from search.records.profiles import ProfileCache
 from search.records.tracking import Tracker, default_uri
 from search.trial.context import TrialContext
+from search.trial.first_look import FirstLook, tell
 from search.trial.inputs import Inputs, check_unchanged, load_inputs, with_weights
 from search.trial.measure import Confirmation, speed_of
 from search.trial.prepare import keep_trained, profile_splits, profiled_reductions
@@ -59,7 +60,7 @@ def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | 
     """
     folder = Folder(runs, config.name)
     _check_same_settings(config, folder)
-    observer.stage("loading the model and the images")
+    observer.stage("loading the model and the images for a first look")
     inputs = load_inputs(config, runs)
     if folder.config.is_file():
         _check_same_inputs(folder, inputs.fingerprints)
@@ -101,24 +102,35 @@ def read_finished(folder: Folder, config: Config) -> Front | None:
 
 
 def _prepare(sweep: Sweep, inputs: Inputs) -> Prepared:
-    """Trains the dense model if need be, and measures it; new weights and profiles are kept for other sweeps."""
+    """Trains the dense model if need be, looks at it, and measures it; new weights and profiles are kept.
+
+    Raises:
+        VitfrontError: the dense model is not to be pruned; nothing was measured but its accuracy.
+    """
     # Everything gets a trial's share of the machine. More threads would not pay: on two cores of which another
     # process takes one, digits train in 65 s with one thread and in 220 s with two.
     resources = TrialResources.of(sweep.config, cluster_resources())
-    sweep.observer.stage("preparing the dense model" if inputs.trained else "training the dense model")
+    if not inputs.trained:
+        sweep.observer.stage("training the dense model")
+    inputs_ref = share(inputs)
+    first_ref, trained_ref = submit(look_remotely, resources, sweep.config, inputs_ref, num_returns=2)
+    first: FirstLook = fetch(first_ref)
+    fingerprints = inputs.fingerprints
+    if not inputs.trained:
+        trained: nn.Module = fetch(trained_ref)
+        keep_trained(inputs, trained)
+        fingerprints = with_weights(fingerprints, trained)
+    tell(first, inputs.notes, sweep.observer.note)
+    sweep.observer.stage("preparing the dense model")
     kinds, images = profiled_reductions(inputs.space), profile_splits(inputs.space, inputs.splits)
-    cache = ProfileCache(inputs.cache.parent, sweep.config, inputs.fingerprints, images)
-    fingerprints, profiles = inputs.fingerprints, cache.read(kinds) if inputs.trained else {}
+    cache = ProfileCache(inputs.cache.parent, sweep.config, fingerprints, images)
+    profiles = cache.read(kinds)
     context_ref, dense_ref, proposed_ref = submit(
-        prepare_remotely, resources, sweep.config, inputs, profiles, num_returns=3
+        prepare_remotely, resources, sweep.config, inputs_ref, trained_ref, first, profiles, num_returns=3
     )
     dense: Measurement = fetch(dense_ref)
-    if not inputs.trained or len(profiles) < len(kinds):
+    if len(profiles) < len(kinds):
         context: TrialContext = fetch(context_ref)
-        if not inputs.trained:
-            keep_trained(inputs, context)
-            fingerprints = with_weights(inputs.fingerprints, context.model)
-            cache = ProfileCache(inputs.cache.parent, sweep.config, fingerprints, images)
         cache.write(context.profiles)
     anatomy = examine(inputs.model)
     return Prepared(

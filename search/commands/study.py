@@ -92,7 +92,7 @@ def _run_variants(
         if not unfinished:
             continue
         say(f"preparing the dense model for {len(unfinished)} of {len(variants)} variants")
-        context, dense = _prepare_for(unfinished, base, runs)
+        context, dense = _prepare_for(unfinished, base, runs, say)
         outcome = _dense_outcome(context, dense, f"dense-{context_id}")
         if outcome.id not in outcomes:
             yield outcome, "dense"
@@ -119,11 +119,14 @@ def _outcomes_of(variant: Variant, outcomes: Mapping[str, Outcome]) -> list[Outc
     return [outcome for key, outcome in outcomes.items() if key.startswith(f"{variant.id}-")][: variant.trials]
 
 
-def _prepare_for(variants: Sequence[Variant], base: Config, runs: Path) -> tuple[TrialContext, Measurement]:
+def _prepare_for(
+    variants: Sequence[Variant], base: Config, runs: Path, say: Callable[[str], None]
+) -> tuple[TrialContext, Measurement]:
     """Prepares the context that variants share, with all that any of them needs, and measures its dense model.
 
     Args:
         base: the study's recipe, with the hashes of its inputs.
+        say: called with each line on the dense model.
 
     Raises:
         SweepError: the inputs changed while the study runs.
@@ -143,7 +146,7 @@ def _prepare_for(variants: Sequence[Variant], base: Config, runs: Path) -> tuple
         "space.round_to": "auto" if with_widths else 1,
         "space.token_reduction": list(dict.fromkeys(reductions)) or "none",
     }
-    return prepare_locally(with_changes(config, union, anatomy), inputs, exit_blocks=exits)
+    return prepare_locally(with_changes(config, union, anatomy), inputs, say, exit_blocks=exits)
 
 
 def _pinned(config: Config, fingerprints: Fingerprints) -> Config:

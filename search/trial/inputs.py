@@ -50,6 +50,8 @@ class Inputs:
     """The hashes of all of these; that of the weights is missing as long as they are to be trained."""
     cache: Path
     """The file for the weights once they are trained."""
+    classes: tuple[str, ...] | None = None
+    """The names of the classes, by index, if they are known."""
     notes: tuple[str, ...] = ()
     """Remarks for the user, one line each: what was taken, what was left out."""
 

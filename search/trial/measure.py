@@ -20,7 +20,9 @@ from pruning.methods.sparsity import sparsity_of
 from pruning.model.exits import truncate
 from pruning.model.surgery import apply_plan
 from pruning.plan import Plan
+from pruning.precision import Precision
 from pruning.repair.compensation import RepairedModel, repaired_model
+from search.config import Config
 from search.outcome import Measurement
 from search.trial.context import TrialContext
 from search.trial.reuse import Cache, plan_key, shape_key
@@ -72,14 +74,20 @@ def measure(
     return measurement
 
 
-def measurement_of(context: TrialContext, model: nn.Module, plan: Plan, timing: Timing | Measurement) -> Measurement:
+def measurement_of(
+    context: TrialContext, model: nn.Module, plan: Plan, timing: Timing | Measurement, *,
+    known_top1: float | None = None,
+) -> Measurement:  # fmt: skip
     """Measures all of a model but its speed, which is given.
+
+    Args:
+        known_top1: its top-1 accuracy on val, if that was measured before.
 
     Raises:
         VitfrontError: the model's answers are not finite.
     """
     images = context.splits.val
-    accuracy = _top1(context, model, images)
+    accuracy = _top1(context, model, images) if known_top1 is None else known_top1
     low, high = wilson_interval(accuracy, len(images))
     return Measurement(
         top1=accuracy,
@@ -192,8 +200,22 @@ def _features(context: TrialContext, model: nn.Module, images: Images) -> Tensor
     return rows
 
 
+def finite_logits(config: Config, model: nn.Module, images: Images, precision: Precision) -> Tensor:
+    """Gives a model's answers, (B, K).
+
+    Raises:
+        VitfrontError: they are not finite.
+    """
+    logits = predict(model, images, batch_size=config.cascade.batch_size, precision=precision)
+    num_broken = int((~logits.isfinite()).any(dim=1).sum())
+    if num_broken:
+        hint = "" if precision == "float32" else ", or set measure.precision=float32"
+        raise VitfrontError(
+            f"the model's logits are not finite for {num_broken} of {len(images)} images in {precision}; "
+            f"check its weights{hint}"
+        )
+    return logits
+
+
 def _top1(context: TrialContext, model: nn.Module, images: Images) -> float:
-    logits = predict(model, images, batch_size=context.config.cascade.batch_size, precision=context.precision)
-    if not logits.isfinite().all():
-        raise VitfrontError("the model's logits are not finite")
-    return top1(logits, images.labels)
+    return top1(finite_logits(context.config, model, images, context.precision), images.labels)

@@ -11,20 +11,19 @@ from torch import nn
 
 from pruning.artifact import save_weights
 from pruning.data import Splits
-from pruning.measure.stopwatch import fastest_precision, keep_freed_memory, time_against_dense
+from pruning.measure.stopwatch import keep_freed_memory, time_against_dense
 from pruning.measure.widths import AllowedWidths, measure_allowed_widths
 from pruning.methods.profile import Profile
 from pruning.methods.profiling import measure_profile
 from pruning.model.exits import fit_exits, truncate
 from pruning.plan import TokenReduction
-from pruning.precision import Precision
 from pruning.repair.sensitivity import BlockSensitivity, measure_sensitivity
-from pruning.training import train
 from search.config import Config
 from search.method import METHODS
 from search.outcome import Measurement
 from search.space import Space
-from search.trial.context import SUBSAMPLE, ModelTimer, TrialContext, lease_on
+from search.trial.context import SUBSAMPLE, ModelTimer, TrialContext
+from search.trial.first_look import FirstLook, local_device, look, tell
 from search.trial.inputs import Inputs
 from search.trial.measure import measurement_of, time_models
 
@@ -33,14 +32,15 @@ WidthTimer = Callable[..., tuple[AllowedWidths, ...]]
 
 
 def prepare(
-    config: Config, inputs: Inputs, *, device: torch.device | None = None, exit_blocks: Sequence[int] | None = None,
-    profiles: Mapping[TokenReduction, Profile] | None = None, timer: ModelTimer = time_against_dense,
-    time_widths: WidthTimer = measure_allowed_widths,
+    config: Config, inputs: Inputs, first: FirstLook, *, device: torch.device | None = None,
+    exit_blocks: Sequence[int] | None = None, profiles: Mapping[TokenReduction, Profile] | None = None,
+    timer: ModelTimer = time_against_dense, time_widths: WidthTimer = measure_allowed_widths,
 ) -> tuple[TrialContext, Measurement]:  # fmt: skip
-    """Trains the dense model if the recipe says so, fits the exits and measures the dense model: once a sweep.
+    """Fits the exits and measures the dense model: once a sweep.
 
     Args:
-        inputs: its model is moved and trained in place.
+        inputs: its model is trained, and moved in place.
+        first: the first look at this model; its top-1 is not measured again.
         device: the device to work on; by default this machine's first GPU, or else the CPU.
         exit_blocks: the exits to fit; by default those of the inputs' space.
         profiles: known ones; if given, all of `profiled_reductions` are there in the end, else those a trial needs.
@@ -51,23 +51,22 @@ def prepare(
         The context, and the dense model's measurement.
 
     Raises:
-        VitfrontError: the training diverged, or the dense model's logits are not finite.
+        VitfrontError: the dense model's features are not finite.
     """
     keep_freed_memory()
-    model = _trained(config, inputs, device or local_device())
-    precision = _precision(config, model, inputs.splits)
+    model = inputs.model.to(device or local_device()).eval().requires_grad_(False)
     exit_blocks = inputs.space.exit_blocks if exit_blocks is None else exit_blocks
     exit_heads = fit_exits(
         model, inputs.splits.training, exit_blocks,
         epochs=config.exits.epochs, learning_rate=config.exits.learning_rate,
-        distillation=config.exits.distillation, precision=precision, seed=config.data.seed,
+        distillation=config.exits.distillation, precision=first.precision, seed=config.data.seed,
     )  # fmt: skip
     context = TrialContext(
-        config=config, model=model, exit_heads=exit_heads, splits=inputs.splits, precision=precision, profiles={},
+        config=config, model=model, exit_heads=exit_heads, splits=inputs.splits, precision=first.precision, profiles={},
         allowed_widths={}, sensitivities={}, timer=timer,
     )  # fmt: skip
     timing, _ = time_models(context, [], config.measure.num_rounds)
-    dense = measurement_of(context, model, context.dense_plan, timing)
+    dense = measurement_of(context, model, context.dense_plan, timing, known_top1=first.top1)
     anatomy = context.anatomy
     space = Space(config.space, anatomy.depth, anatomy.exits, has_windows=anatomy.has_windows)
     context = replace(context, sensitivities=_sensitivities(context, space))
@@ -77,27 +76,29 @@ def prepare(
 
 
 def prepare_locally(
-    config: Config, inputs: Inputs, *, exit_blocks: Sequence[int] | None = None, timer: ModelTimer = time_against_dense,
-    time_widths: WidthTimer = measure_allowed_widths,
+    config: Config, inputs: Inputs, say: Callable[[str], None], *, exit_blocks: Sequence[int] | None = None,
+    timer: ModelTimer = time_against_dense, time_widths: WidthTimer = measure_allowed_widths,
 ) -> tuple[TrialContext, Measurement]:  # fmt: skip
-    """Prepares a context in this process, on this machine's device, and keeps weights that it trained in the cache.
+    """Looks at the dense model and prepares a context in this process, on this machine's device.
 
-    The arguments and what it returns and raises are those of `prepare`.
+    Weights that are trained are kept in the cache. The other arguments and what it returns are those of `prepare`.
+
+    Args:
+        say: called with each line on the dense model, before anything but its accuracy is measured.
+
+    Raises:
+        VitfrontError: what `look` and `prepare` raise, or the dense model is not to be pruned.
     """
-    context, dense = prepare(config, inputs, exit_blocks=exit_blocks, timer=timer, time_widths=time_widths)
-    keep_trained(inputs, context)
-    return context, dense
-
-
-def keep_trained(inputs: Inputs, context: TrialContext) -> None:
-    """Writes the dense model's weights into the cache, unless they were final before."""
+    first = look(config, inputs)
     if not inputs.trained:
-        save_weights(context.model.state_dict(), inputs.cache)
+        keep_trained(inputs, inputs.model)
+    tell(first, inputs.notes, say)
+    return prepare(config, inputs, first, exit_blocks=exit_blocks, timer=timer, time_widths=time_widths)
 
 
-def local_device() -> torch.device:
-    """Gives the device of this machine: its first GPU, or else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def keep_trained(inputs: Inputs, model: nn.Module) -> None:
+    """Writes the weights of the dense model, which are trained now, into the cache."""
+    save_weights(model.state_dict(), inputs.cache)
 
 
 def profiled_reductions(space: Space) -> tuple[TokenReduction, ...]:
@@ -119,23 +120,6 @@ def profile_splits(space: Space, splits: Splits) -> Splits:
 def allocates_by_profile(space: Space) -> bool:
     """Tells whether a method of the space allocates by profiles of the dense model."""
     return any(METHODS[name].needs_profile for name in space.method)
-
-
-def _trained(config: Config, inputs: Inputs, device: torch.device) -> nn.Module:
-    """Gives the dense model on the device, in eval mode, without gradients."""
-    model: nn.Module = inputs.model.to(device)
-    if config.model.training is not None and not inputs.trained:
-        train(model, inputs.splits.training, config.model.training.settings())
-    return model.eval().requires_grad_(False)
-
-
-def _precision(config: Config, model: nn.Module, splits: Splits) -> Precision:
-    if config.measure.precision != "auto":
-        return config.measure.precision
-    device = next(model.parameters()).device
-    batch = splits.val.normalized(slice(0, config.measure.batch_size), device)
-    with lease_on(device).exclusive():
-        return fastest_precision(model, batch)
 
 
 def _sensitivities(context: TrialContext, space: Space) -> dict[int, list[BlockSensitivity]]:

@@ -21,8 +21,8 @@ def show(items: Report) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line about what goes on."""
-    ERR.print(text, markup=False, highlight=False)
+    """Prints a line about what goes on, however long."""
+    ERR.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def fail(text: str) -> None:

@@ -54,6 +54,9 @@ class ProgressLine:
         if not self._console.is_terminal and not is_first:
             self._print(f"{text} ...")
 
+    def note(self, text: str) -> None:
+        self._print(text, soft_wrap=True)
+
     def start_trials(self, num_done: int, num_trials: int, deadline: float | None) -> None:
         self.stage(f"{num_trials - num_done} trials")
         self._num_trials, self._num_before, self._num_done = num_trials, num_done, num_done

@@ -108,6 +108,7 @@ class Watcher:
     ) -> None:
         self._on_started, self._on_finished, self._on_epoch = on_started, on_finished, on_epoch
         self.num_stages = 0
+        self.notes: list[str] = []
         self.started_ids: list[str] = []
         self.finished_ids: list[str] = []
         self.hypervolumes: list[float] = []
@@ -115,6 +116,9 @@ class Watcher:
 
     def stage(self, text: str) -> None:
         self.num_stages += 1
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def start_trials(self, num_done: int, num_trials: int, deadline: float | None) -> None:
         self.num_stages += 1

@@ -41,7 +41,10 @@ def runs(one_node: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # the recipe's paths count from there
         config = load_config("benchmarks/imagenet_mini.yaml", name="short", sets=SHORT)
-    run_sweep(config, folder, Watcher())
+    watcher = Watcher()
+    run_sweep(config, folder, watcher)
+    (line,) = watcher.notes
+    assert line.startswith("dense top-1 on val 0.8")
     return folder
 
 

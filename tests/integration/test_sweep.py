@@ -18,7 +18,7 @@ from mlflow.entities import Run
 
 from pruning.artifact import load
 from pruning.data import Images
-from pruning.errors import VitfrontError
+from pruning.errors import ModelError, VitfrontError
 from pruning.fingerprints import fingerprint_of_weights
 from pruning.measure.cost import count_macs, count_params
 from pruning.model.anatomy import examine
@@ -77,6 +77,13 @@ def test_watcher_is_told_of_every_trial(first: Sweep) -> None:
     assert first.watcher.started_ids == first.watcher.finished_ids == ids
     # Their start is half the accuracy of the dense model, and its speed, which is 1 in every run.
     assert first.watcher.hypervolumes == list(running_hypervolume(first.outcomes, first.front.goal))
+
+
+def test_dense_accuracy_is_told_once_before_the_trials(first: Sweep) -> None:
+    dense = first.outcomes[0].measurement
+    assert dense is not None
+    interval = f"{dense.top1_low:.3f} to {dense.top1_high:.3f}"
+    assert first.watcher.notes == [f"dense top-1 on val {dense.top1:.3f} ({interval}, 64 images)"]
 
 
 def test_dense_model_was_tried_first_and_has_learned(first: Sweep) -> None:
@@ -357,6 +364,21 @@ def test_what_is_wrong_with_the_input_on_a_worker_is_told_as_it_was_raised(flag:
     with pytest.raises(VitfrontError, match="training diverged in step 2: the loss is nan; lower the learning rate"):
         run_sweep(sweeps.config(flag, model={"training": diverging}), tmp_path, Watcher())
     assert not (tmp_path / "tiny").exists()
+
+
+def test_dense_model_that_is_worse_than_expected_ends_a_sweep_before_anything_is_measured(
+    first: Sweep, tmp_path: Path
+) -> None:
+    sweeps.copy_cache(first.runs, tmp_path / "runs")
+    kept = set((tmp_path / "runs" / ".cache").iterdir())
+    watcher = Watcher()
+    model = first.config.model.model_copy(update={"expected_top1": 1.0})
+    with pytest.raises(ModelError, match=r"^dense top-1 on val is .*, below model.expected_top1, 1; "):
+        run_sweep(first.config.model_copy(update={"model": model}), tmp_path / "runs", watcher)
+    assert watcher.notes == first.watcher.notes
+    assert watcher.num_stages == 1  # the model was trained before
+    assert set((tmp_path / "runs" / ".cache").iterdir()) == kept
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 def test_worker_that_dies_before_the_trials_ends_a_sweep_that_leaves_nothing(flag: Path, tmp_path: Path) -> None:

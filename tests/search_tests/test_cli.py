@@ -372,8 +372,11 @@ def test_one_model_is_pruned_globally_with_the_best_reduction_and_widths_measure
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     tiny.write_recipe(folder / "tiny.yaml", space__round_to=5, space__token_reduction="lfe")
-    code, out, _ = call(capsys, "prune", "tiny.yaml", "--to", "out/model", "--json")
+    code, out, err = call(capsys, "prune", "tiny.yaml", "--to", "out/model", "--json")
     assert code == 0
+    line, note = err.splitlines()
+    assert line.startswith("dense top-1 on val 0.")
+    assert note.startswith("note: ") and "val images are in train too" in note
     outcome = Outcome.from_json(json.loads(out))
     candidate = outcome.candidate
     assert (candidate.method, candidate.token_reduction, candidate.round_to) == ("global", "attention-merge", "auto")
@@ -382,6 +385,18 @@ def test_one_model_is_pruned_globally_with_the_best_reduction_and_widths_measure
     assert all(width % 8 == 0 for width, _ in widths_and_dense_widths(outcome))
     check_saved(folder / "out" / "model", outcome)
     assert not (folder / "runs").exists()
+
+
+def test_model_that_is_worse_than_expected_is_one_line_more_and_nothing_is_saved(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    tiny.write_recipe(folder / "tiny.yaml", model__expected_top1=1.0)
+    code, out, err = call(capsys, "prune", "tiny.yaml", "--to", "out")
+    assert (code, out) == (2, "")
+    line, *_, error = err.splitlines()
+    assert line.startswith("dense top-1 on val 0.")
+    assert error.startswith("vitfront: dense top-1 on val is 0.") and "below model.expected_top1, 1; " in error
+    assert not (folder / "out").exists()
 
 
 def test_cascade_prunes_to_the_depth_and_widths_that_are_asked_and_tells_what_each_block_cost(

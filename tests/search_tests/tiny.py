@@ -19,8 +19,12 @@ from pruning.measure.widths import measure_allowed_widths
 from pruning.model.anatomy import examine
 from pruning.model.loading import create_model
 from search.config import Config
+from search.outcome import Measurement
 from search.space import Space
+from search.trial.context import TrialContext
+from search.trial.first_look import look
 from search.trial.inputs import Inputs, fingerprints_of, hash_splits
+from search.trial.prepare import prepare
 
 DEPTH = 3
 NUM_CLASSES = 4
@@ -43,6 +47,7 @@ def record(**changes: Any) -> dict[str, Any]:
         "cascade": {"num_levels": 3},
         "measure": {"batch_size": 8, "num_rounds": 6, "precision": "float32"},
     }
+    fields["model"]["expected_top1"] = 0.0  # its answers are guesses
     for key, value in changes.items():
         *path, last = key.split("__")
         inner = fields
@@ -124,6 +129,11 @@ def inputs(config: Config, **changes: Any) -> Inputs:
         cache=Path("nowhere"),
     )
     return replace(loaded, **changes)
+
+
+def prepared(config: Config, inputs: Inputs, **options: Any) -> tuple[TrialContext, Measurement]:
+    """The context of a recipe, with its first look; `options` are arguments of `search.trial.prepare.prepare`."""
+    return prepare(config, inputs, look(config, inputs), **options)
 
 
 def timer(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pruning.artifact import load, save_weights
-from pruning.errors import ArtifactError, VitfrontError
+from pruning.errors import ArtifactError, ModelError, VitfrontError
 from search.commands.prune import PruneSettings, block_rows, prune_once
 from search.config import Config
 from search.errors import ConfigError, SweepError
@@ -37,9 +37,14 @@ def config(tmp_path: Path) -> Config:
 
 
 def prune(
-    config: Config, tmp_path: Path, to: Path | None = None, run: Any = run_to_end, **changes: Any
+    config: Config,
+    tmp_path: Path,
+    to: Path | None = None,
+    run: Any = run_to_end,
+    say: Any = lambda _: None,
+    **changes: Any,
 ) -> tuple[Outcome, Measurement, list[dict[str, Any]]]:
-    return prune_once(config, tmp_path / "runs", to, replace(SETTINGS, **changes), prepare=prepare, run=run)
+    return prune_once(config, tmp_path / "runs", to, replace(SETTINGS, **changes), say, prepare=prepare, run=run)
 
 
 def never(*_: Any) -> Ended:
@@ -93,6 +98,28 @@ def test_settings_that_are_wrong_are_refused_before_anything_is_run(
 ) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
         prune(config, tmp_path, run=never, **changes)
+
+
+def test_dense_accuracy_is_told_before_anything_is_timed(config: Config, tmp_path: Path) -> None:
+    events: list[str] = []
+
+    def timer(*arguments: Any, **options: Any) -> Any:
+        events.append("timed")
+        return tiny.timer(*arguments, **options)
+
+    prepare = partial(prepare_locally, timer=timer, time_widths=tiny.time_widths)
+    prune_once(config, tmp_path / "runs", None, SETTINGS, events.append, prepare=prepare)
+    assert events[0].startswith("dense top-1 on val 0.") and events[0].endswith(", 16 images)")
+    assert events[1].startswith("note: 16 of the 16 val images are in train too")
+    assert events[2:] and set(events[2:]) == {"timed"}
+
+
+def test_dense_model_that_is_worse_than_expected_is_not_pruned(config: Config, tmp_path: Path) -> None:
+    said: list[str] = []
+    model = config.model.model_copy(update={"expected_top1": 1.0})
+    with pytest.raises(ModelError, match=r"^dense top-1 on val is .*, below model.expected_top1, 1; "):
+        prune(config.model_copy(update={"model": model}), tmp_path, run=never, say=said.append)
+    assert [line.split()[0] for line in said] == ["dense", "note:"]
 
 
 def test_trial_that_fails_is_told_with_its_reason_and_nothing_is_saved(config: Config, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from search.config import Fingerprints
 from search.errors import SweepError
 from search.records.profiles import ProfileCache
 from search.trial.context import TrialContext
-from search.trial.prepare import prepare
 from tests.search_tests import tiny
 
 FINGERPRINTS = Fingerprints(weights="weights", preprocessing="as timm", train="images", val="more images")
@@ -23,7 +22,7 @@ FINGERPRINTS = Fingerprints(weights="weights", preprocessing="as timm", train="i
 @pytest.fixture(scope="module")
 def context() -> TrialContext:
     config = tiny.config(space={"token_reduction": "lfe"})
-    return prepare(config, tiny.inputs(config), profiles={}, timer=tiny.timer)[0]
+    return tiny.prepared(config, tiny.inputs(config), profiles={}, timer=tiny.timer)[0]
 
 
 def cache(folder: Path, context: TrialContext, **changes: Any) -> ProfileCache:

@@ -6,7 +6,6 @@ import pytest
 
 from search.outcome import Measurement
 from search.trial.context import TrialContext
-from search.trial.prepare import prepare
 from tests.search_tests import tiny
 from tests.search_tests.trial import trials
 
@@ -16,7 +15,7 @@ def prepared() -> tuple[TrialContext, Measurement]:
     """A model that knows its noise by heart, so that pruning costs accuracy on the probe images; and what it does."""
     config = trials.config(model__training={"epochs": 30, "max_shift": 0, "max_turn": 0, "batch_size": 8})
     inputs = tiny.inputs(config, trained=False)
-    return prepare(config, inputs, timer=tiny.timer, time_widths=tiny.time_widths)
+    return tiny.prepared(config, inputs, timer=tiny.timer, time_widths=tiny.time_widths)
 
 
 @pytest.fixture(scope="session")

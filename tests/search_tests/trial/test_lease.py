@@ -286,6 +286,7 @@ def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
     from pruning.model.anatomy import examine
     from pruning.model.surgery import keep_all_plan
     from search.cluster.tasks import run_task
+    from search.trial.first_look import look
     from search.trial.measure import confirm, measure
     from search.trial.prepare import prepare
     from tests.search_tests import tiny
@@ -298,7 +299,8 @@ def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
     config, cpus = tiny.config(), torch.get_num_threads()
     inputs = tiny.inputs(config)
     in_preparation = watch(inputs.model.blocks[1], leases)
-    context, _ = run_task(partial(prepare, timer=timer), cpus, config, inputs)
+    first = run_task(look, cpus, config, inputs)
+    context, _ = run_task(partial(prepare, timer=timer), cpus, config, inputs, first)
     assert in_preparation == {"shared", "exclusive"}
     while_timed = watch(context.model, leases)
     other = tiny.model(1).eval()

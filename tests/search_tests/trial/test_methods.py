@@ -18,7 +18,6 @@ from search.outcome import Candidate, Outcome, State
 from search.trial.context import TrialContext
 from search.trial.measure import build
 from search.trial.methods import PRUNERS, TRAINERS
-from search.trial.prepare import prepare
 from search.trial.progress import Epoch, Rung
 from search.trial.trial import Ended, run_to_end, start_trial
 from tests.search_tests import tiny
@@ -161,7 +160,7 @@ def test_swin_is_pruned_up_to_either_of_its_stages() -> None:
     space = {"method": list(methods), "token_reduction": "auto", "round_to": "auto", "exit_block": [1, 4]}
     config = tiny.config(space=space)
     inputs = tiny.inputs(config, model=tiny.swin(), splits=tiny.splits(test=False))
-    context, dense = prepare(config, inputs, timer=tiny.timer)  # its widths by the clock
+    context, dense = tiny.prepared(config, inputs, timer=tiny.timer)  # its widths by the clock
     assert context.allowed_widths.keys() == {"none"}
     odd = tuple(
         AllowedWidths(attention=((8, 8),), hidden=(10 + block, anatomy.num_hidden))

@@ -21,7 +21,7 @@ from search.config import Config
 from search.outcome import Measurement
 from search.space import Space
 from search.trial.context import TrialContext
-from search.trial.prepare import prepare, prepare_locally, profile_splits, profiled_reductions
+from search.trial.prepare import prepare_locally, profile_splits, profiled_reductions
 from tests.search_tests import tiny
 from tests.search_tests.trial.trials import EXITS, accuracy
 
@@ -29,7 +29,7 @@ from tests.search_tests.trial.trials import EXITS, accuracy
 def prepared(config: Config, **changes: Any) -> TrialContext:
     """The context of a recipe; `changes` are fields of its inputs or arguments of `prepare`."""
     arguments = {name: changes.pop(name) for name in ("exit_blocks", "profiles") if name in changes}
-    return prepare(config, tiny.inputs(config, **changes), timer=tiny.timer, **arguments)[0]
+    return tiny.prepared(config, tiny.inputs(config, **changes), timer=tiny.timer, **arguments)[0]
 
 
 def space_of(**space: Any) -> Space:
@@ -41,7 +41,7 @@ def space_of(**space: Any) -> Space:
 
 def test_dense_model_is_measured_against_itself() -> None:
     config = tiny.config()
-    context, dense = prepare(config, tiny.inputs(config))  # by the clock
+    context, dense = tiny.prepared(config, tiny.inputs(config))  # by the clock
     assert (dense.speedup, dense.speedup_low, dense.speedup_high) == (1.0, 1.0, 1.0)
     assert dense.throughput_img_s == pytest.approx(8 / dense.latency_ms_p50 * 1e3)
     assert dense.macs == context.dense_macs == count_macs(examine(context.model), keep_all_plan(examine(context.model)))
@@ -88,7 +88,7 @@ def test_model_whose_logits_are_no_numbers_fails() -> None:
 def test_weights_that_were_trained_here_are_kept(tmp_path: Path) -> None:
     config = tiny.config(model__training={"epochs": 1})
     inputs = tiny.inputs(config, trained=False, cache=tmp_path / "weights.safetensors")
-    context, _ = prepare_locally(config, inputs, timer=tiny.timer)
+    context, _ = prepare_locally(config, inputs, lambda _: None, timer=tiny.timer)
     kept = read_weights(inputs.cache)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in context.model.state_dict().items())
     assert not torch.equal(kept["head.weight"], tiny.model().head.weight)
@@ -96,7 +96,8 @@ def test_weights_that_were_trained_here_are_kept(tmp_path: Path) -> None:
 
 def test_weights_that_were_final_are_not_written(tmp_path: Path) -> None:
     config = tiny.config()
-    prepare_locally(config, tiny.inputs(config, cache=tmp_path / "weights.safetensors"), timer=tiny.timer)
+    inputs = tiny.inputs(config, cache=tmp_path / "weights.safetensors")
+    prepare_locally(config, inputs, lambda _: None, timer=tiny.timer)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -135,7 +136,7 @@ def test_widths_are_measured_for_the_token_reductions_that_a_candidate_may_have(
     method: Any, reductions: list[str]
 ) -> None:
     config = tiny.config(space={"method": method, "token_reduction": "lfe", "round_to": "auto"})
-    context, _ = prepare(config, tiny.inputs(config), timer=tiny.timer, time_widths=lambda *_, **__: ())
+    context, _ = tiny.prepared(config, tiny.inputs(config), timer=tiny.timer, time_widths=lambda *_, **__: ())
     assert context.allowed_widths == dict.fromkeys(reductions, ())
 
 

@@ -46,6 +46,21 @@ def test_elsewhere_every_stage_but_the_first_is_a_line() -> None:
     assert screen.text.splitlines() == ["training ...", "2 trials ...", "measuring ..."]
 
 
+def test_dense_accuracy_is_the_first_line_where_nothing_is_trained() -> None:
+    screen = Screen(terminal=False)
+    screen.line.stage("loading")
+    screen.line.note("dense top-1 on val 0.773 (0.723 to 0.817, 300 images)")
+    screen.line.stage("preparing")
+    assert screen.text.splitlines() == ["dense top-1 on val 0.773 (0.723 to 0.817, 300 images)", "preparing ..."]
+
+
+def test_long_note_is_one_line_that_a_terminal_keeps() -> None:
+    for terminal in (False, True):
+        screen = Screen(terminal=terminal)
+        screen.line.note("note: " + "word " * 100)
+        assert screen.text == "note: " + "word " * 100 + "\n"
+
+
 def test_elsewhere_every_outcome_is_a_line() -> None:
     screen = Screen(terminal=False)
     screen.line.stage("loading")

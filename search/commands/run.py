@@ -11,8 +11,9 @@ import io
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -36,8 +37,9 @@ from search.records.ledger import Ledger
 from search.records.profiles import ProfileCache
 from search.records.tracking import Tracker, default_uri
 from search.trial.context import TrialContext
+from search.trial.fingerprinting import check_unchanged, with_weights
 from search.trial.first_look import FirstLook, tell
-from search.trial.inputs import Inputs, check_unchanged, load_inputs, with_weights
+from search.trial.inputs import Inputs, load_inputs
 from search.trial.measure import Confirmation, speed_of
 from search.trial.prepare import keep_trained, profile_splits, profiled_reductions
 from search.trial.reuse import finetuned_before, measured_before
@@ -72,17 +74,22 @@ def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | 
         if address is None:
             available = cluster_resources()
             TrialResources.of(config, available).check(available)
+        looked = _look(config, inputs, observer)
+        for other in (folder, *(Folder(runs, name) for name in config.search.earlier)):
+            if other.config.is_file():  # weights that were to be trained are known only now
+                _check_same_inputs(other, looked.fingerprints)
+        config = config.model_copy(update={"fingerprints": looked.fingerprints})
+        write_atomically(folder.config, config.to_yaml())
         tracker = Tracker(
             default_uri(runs), runs / "mlartifacts", config.name, _settings(config),
             run_dir=folder.path, done=[outcome.id for outcome in book.found],
         )  # fmt: skip
         sweep = Sweep(config=config, space=inputs.space, folder=folder, ledger=book, tracker=tracker, observer=observer)
         try:
-            prepared = _prepare(sweep, inputs)
-            _write_config(sweep, prepared.fingerprints)
+            prepared = _prepare(sweep, inputs, looked)
             searched = run_search(sweep, prepared, prior_outcomes)
             candidates, confirmation = _confirm(sweep, prepared, searched.outcomes)
-            return _write(sweep, inputs, prepared, searched, candidates, confirmation)
+            return _write(sweep, inputs, prepared.goal, searched, candidates, confirmation)
         except BaseException:
             tracker.interrupt()
             raise
@@ -101,33 +108,53 @@ def read_finished(folder: Folder, config: Config) -> Front | None:
     return front if is_complete and front.trials == num_done else None
 
 
-def _prepare(sweep: Sweep, inputs: Inputs) -> Prepared:
-    """Trains the dense model if need be, looks at it, and measures it; new weights and profiles are kept.
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    """The dense model of a sweep, trained and found worth pruning."""
+
+    inputs_ref: Any
+    """Ray's reference to the inputs, which lie in the object store once."""
+    trained_ref: Any
+    """Ray's reference to the model if it was trained just now, else to None."""
+    first: FirstLook
+    fingerprints: Fingerprints
+    """Hashes of the inputs, that of the weights included."""
+
+
+def _look(config: Config, inputs: Inputs, observer: Observer) -> Looked:
+    """Trains the dense model if need be, and tells its accuracy on val before anything else is spent.
 
     Raises:
         VitfrontError: the dense model is not to be pruned; nothing was measured but its accuracy.
     """
     # Everything gets a trial's share of the machine. More threads would not pay: on two cores of which another
     # process takes one, digits train in 65 s with one thread and in 220 s with two.
-    resources = TrialResources.of(sweep.config, cluster_resources())
+    resources = TrialResources.of(config, cluster_resources())
     if not inputs.trained:
-        sweep.observer.stage("training the dense model")
+        observer.stage("training the dense model")
     inputs_ref = share(inputs)
-    first_ref, trained_ref = submit(look_remotely, resources, sweep.config, inputs_ref, num_returns=2)
+    first_ref, trained_ref = submit(look_remotely, resources, config, inputs_ref, num_returns=2)
     first: FirstLook = fetch(first_ref)
     fingerprints = inputs.fingerprints
     if not inputs.trained:
         trained: nn.Module = fetch(trained_ref)
         keep_trained(inputs, trained)
         fingerprints = with_weights(fingerprints, trained)
-    tell(first, inputs.notes, sweep.observer.note)
+    tell(first, inputs.notes, observer.note)
+    return Looked(inputs_ref=inputs_ref, trained_ref=trained_ref, first=first, fingerprints=fingerprints)
+
+
+def _prepare(sweep: Sweep, inputs: Inputs, looked: Looked) -> Prepared:
+    """Fits the exits and measures the dense model; new profiles are kept."""
+    resources = TrialResources.of(sweep.config, cluster_resources())
     sweep.observer.stage("preparing the dense model")
     kinds, images = profiled_reductions(inputs.space), profile_splits(inputs.space, inputs.splits)
-    cache = ProfileCache(inputs.cache.parent, sweep.config, fingerprints, images)
+    cache = ProfileCache(inputs.cache.parent, sweep.config, looked.fingerprints, images)
     profiles = cache.read(kinds)
     context_ref, dense_ref, proposed_ref = submit(
-        prepare_remotely, resources, sweep.config, inputs_ref, trained_ref, first, profiles, num_returns=3
-    )
+        prepare_remotely, resources, sweep.config, looked.inputs_ref, looked.trained_ref, looked.first, profiles,
+        num_returns=3,
+    )  # fmt: skip
     dense: Measurement = fetch(dense_ref)
     if len(profiles) < len(kinds):
         context: TrialContext = fetch(context_ref)
@@ -136,25 +163,10 @@ def _prepare(sweep: Sweep, inputs: Inputs) -> Prepared:
     return Prepared(
         context_ref=context_ref,
         goal=Goal.of(dense, sweep.config.search.accuracy, sweep.config.search.limits),
-        fingerprints=fingerprints,
         proposed=fetch(proposed_ref),
         measurements=measured_before(anatomy, dense, sweep.ledger.found),
         finetunes=finetuned_before(anatomy, sweep.ledger.found),
     )
-
-
-def _write_config(sweep: Sweep, fingerprints: Fingerprints) -> None:
-    """Writes the recipe with the hashes of its inputs into the folder and into MLflow.
-
-    Raises:
-        SweepError: the sweep, or one that it learns from, had other weights: they are trained only now.
-    """
-    for folder in (sweep.folder, *(Folder(sweep.folder.path.parent, name) for name in sweep.config.search.earlier)):
-        if folder.config.is_file():
-            _check_same_inputs(folder, fingerprints)
-    config = sweep.config.model_copy(update={"fingerprints": fingerprints})
-    write_atomically(sweep.folder.config, config.to_yaml())
-    sweep.tracker.log_settings(_settings(config))
 
 
 def _settings(config: Config) -> dict[str, object]:
@@ -184,7 +196,7 @@ def _confirm(sweep: Sweep, prepared: Prepared, outcomes: Sequence[Outcome]) -> t
 
 
 def _write(
-    sweep: Sweep, inputs: Inputs, prepared: Prepared, searched: Searched, confirmed: Sequence[Outcome],
+    sweep: Sweep, inputs: Inputs, goal: Goal, searched: Searched, confirmed: Sequence[Outcome],
     confirmation: Confirmation,
 ) -> Front:  # fmt: skip
     """Writes the front into the folder and into MLflow.
@@ -192,10 +204,12 @@ def _write(
     Args:
         confirmed: the outcomes that may be on the front, as they were confirmed.
     """
+    fingerprints = sweep.config.fingerprints
+    assert fingerprints is not None
     front = Front.of(
-        sweep.config.name, confirmed, replace(prepared.goal, dense=confirmation.dense),
+        sweep.config.name, confirmed, replace(goal, dense=confirmation.dense),
         trials=num_trials(searched.outcomes), ended_by=searched.ended_by, idle_share=idle_share(searched.outcomes),
-        conditions=confirmation.conditions, fingerprints=prepared.fingerprints.model_dump(exclude_none=True),
+        conditions=confirmation.conditions, fingerprints=fingerprints.model_dump(exclude_none=True),
     )  # fmt: skip
     models = {outcome.id: model for outcome, model in zip(confirmed, confirmation.models, strict=True)}
     _write_front(sweep, inputs, front, models)

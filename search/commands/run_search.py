@@ -18,7 +18,7 @@ from search.cluster.searcher import RaySearcher
 from search.cluster.session import TrialResources, cluster_resources
 from search.cluster.tune import TrialWork, run_trials
 from search.cluster.worker import StartTrial
-from search.config import Config, Fingerprints, SearchConfig
+from search.config import Config, SearchConfig
 from search.front import front_of
 from search.goal import Goal
 from search.observer import Observer
@@ -57,8 +57,6 @@ class Prepared:
     """Ray's reference to the `TrialContext`."""
     goal: Goal
     """Objectives and limits, with the dense model as it was measured."""
-    fingerprints: Fingerprints = field(default_factory=Fingerprints)
-    """Hashes of the inputs, that of the weights included."""
     proposed: Sequence[Candidate] = ()
     """Candidates to begin with, from the profile of the dense model."""
     measurements: Mapping[str, Measurement] = field(default_factory=dict)

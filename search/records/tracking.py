@@ -94,7 +94,7 @@ class Tracker:
                 self._client = MlflowClient(tracking_uri=uri)
                 self._experiment = self._find_experiment(None if _is_server(uri) else artifact_root.absolute().as_uri())
             self._parent, self._children = self._find_sweep(sweep, str(run_dir.absolute()), frozenset(done))
-            self.log_settings(params)
+            self._log_settings(params)
         except (MlflowException, SQLAlchemyError, OSError) as error:
             reason = first_line_of(error)
             raise SweepError(f"MLflow cannot be used at {uri} ({reason}); set MLFLOW_TRACKING_URI") from error
@@ -104,16 +104,6 @@ class Tracker:
         """MLflow's id of the sweep's run."""
         run_id: str = self._parent.info.run_id
         return run_id
-
-    def log_settings(self, params: Mapping[str, object]) -> None:
-        """Writes settings, flat, as params; MLflow never changes one, so a resume's new values are tags."""
-        texts = {key: str(value)[:MAX_PARAM_CHARS] for key, value in params.items()}
-        params_there = self._parent.data.params
-        new = [Param(key, text) for key, text in texts.items() if key not in params_there]
-        self._client.log_batch(self.run_id, params=new)
-        for key, text in texts.items():
-            if params_there.get(key, text) != text:
-                self._client.set_tag(self.run_id, f"vitfront.resumed.{key}", text)
 
     def sync(self, outcomes: Sequence[Outcome], hypervolumes: Sequence[float]) -> None:
         """Writes the outcomes that MLflow lacks, after a resume or an outage.
@@ -190,6 +180,16 @@ class Tracker:
     def _find_children(self, parent: Run) -> dict[str, Run]:
         runs = all_runs(self._client, self._experiment, "mlflow.parentRunId", parent.info.run_id)
         return {run.data.tags["vitfront.trial"]: run for run in runs}
+
+    def _log_settings(self, params: Mapping[str, object]) -> None:
+        """Writes the settings as params; MLflow never changes a param, so what a resume sets anew stands in a tag."""
+        texts = {key: str(value)[:MAX_PARAM_CHARS] for key, value in params.items()}
+        params_there = self._parent.data.params
+        new = [Param(key, text) for key, text in texts.items() if key not in params_there]
+        self._client.log_batch(self.run_id, params=new)
+        for key, text in texts.items():
+            if params_there.get(key, text) != text:
+                self._client.set_tag(self.run_id, f"vitfront.resumed.{key}", text)
 
     @contextmanager
     def _tolerant(self, *, last: bool = False) -> Iterator[None]:

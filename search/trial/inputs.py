@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,19 @@ from pruning.data import Images, InputSpec, Splits
 from pruning.dataset.sharing import check_shared
 from pruning.dataset.splits import LoadedSplit, check_splits_differ, load_split, open_dataset
 from pruning.errors import DataError
-from pruning.fingerprints import fingerprint_of_images, fingerprint_of_text, fingerprint_of_weights, image_hashes
 from pruning.model.anatomy import examine
 from pruning.model.loading import default_input, load_weights, read_weights
 from search.config import Config, Fingerprints
-from search.errors import ConfigError, SweepError
+from search.errors import ConfigError
 from search.space import Space
 from search.trial.dense import load_dense
+from search.trial.fingerprinting import (
+    check_unchanged,
+    fingerprints_of,
+    hash_splits,
+    training_hash,
+    with_weights,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +78,8 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
     hashes = hash_splits(splits)
     of_val = [*hashes["val"], *hashes.get("confirm", [])]
     remarks = check_shared({**hashes, "val": of_val}, config.data.shared_images)
-    fingerprints = fingerprints_of(config, model, spec, splits, hashes)
-    cache = runs / ".cache" / f"{_training_hash(config, fingerprints)}.safetensors"
+    fingerprints = fingerprints_of(config, model, spec, splits, hashes, loaded.class_names)
+    cache = runs / ".cache" / f"{training_hash(config, fingerprints)}.safetensors"
     trained = config.model.training is None
     if not trained and cache.is_file():
         load_weights(model, read_weights(cache), str(cache))
@@ -88,61 +92,9 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
     noisy = _noisy(splits.training, splits.num_calibration, config.data.noise, config.data.seed)
     return Inputs(
         model=model, trained=trained, spec=spec, splits=replace(splits, training=noisy), space=space,
-        fingerprints=fingerprints, cache=cache,
+        fingerprints=fingerprints, cache=cache, classes=loaded.class_names or None,
         notes=(*notes, f"pixels: {spec.summary()}", *loaded.notes, *remarks),
     )  # fmt: skip
-
-
-def fingerprints_of(
-    config: Config, model: nn.Module, spec: InputSpec, splits: Splits, hashes: Mapping[str, list[bytes]]
-) -> Fingerprints:
-    """Hashes the inputs of a sweep.
-
-    Args:
-        model: with its final weights, or with those that its training starts from if the recipe has one.
-        splits: the images, without noise.
-        hashes: split -> hash of each of its images.
-    """
-    weights = fingerprint_of_weights(model.state_dict())
-    has_training = config.model.training is not None
-    return Fingerprints(
-        weights=None if has_training else weights,
-        first_weights=weights if has_training else None,
-        preprocessing=fingerprint_of_text(repr(spec)),
-        **{name: fingerprint_of_images(hashes[name], images.labels) for name, images in _by_name(splits).items()},
-    )
-
-
-def hash_splits(splits: Splits) -> dict[str, list[bytes]]:
-    """Hashes each image of the splits that there are, by the splits' names in `Fingerprints`."""
-    return {name: image_hashes(images.pixels) for name, images in _by_name(splits).items()}
-
-
-def _by_name(splits: Splits) -> dict[str, Images]:
-    """Gives the splits that there are by their names in `Fingerprints`."""
-    of_name = {"train": splits.training, "val": splits.val, "confirm": splits.confirm, "test": splits.test}
-    return {name: images for name, images in of_name.items() if images is not None}
-
-
-def with_weights(fingerprints: Fingerprints, model: nn.Module) -> Fingerprints:
-    """Adds the hash of the dense model's weights, once they are final."""
-    return fingerprints.model_copy(update={"weights": fingerprint_of_weights(model.state_dict())})
-
-
-def check_unchanged(before: Fingerprints, now: Fingerprints, what: str) -> None:
-    """Compares the inputs of an earlier run with those of now.
-
-    Args:
-        what: beginning of the message.
-
-    Raises:
-        SweepError: they differ; the message says in what.
-    """
-    changes = before.changes(now)
-    if changes:
-        raise SweepError(
-            f"{what}: {', '.join(changes)} changed meanwhile; put back what was there, or take another --name"
-        )
 
 
 def input_spec(
@@ -222,10 +174,3 @@ def _noisy(images: Images, count: int, std: float, seed: int) -> Images:
     noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(seed))
     noisy = (first + 255 * std * noise).round().clamp(0, 255).to(torch.uint8)
     return replace(images, pixels=torch.cat([noisy, later]))
-
-
-def _training_hash(config: Config, fingerprints: Fingerprints) -> str:
-    """Hashes all that the trained weights depend on."""
-    model = config.model.model_dump(mode="json", include={"name", "args", "training"})
-    inputs = fingerprints.model_dump(include={"first_weights", "preprocessing", "train"})
-    return fingerprint_of_text(json.dumps([model, inputs], sort_keys=True))[:16]

@@ -22,8 +22,9 @@ from search.config import Config
 from search.outcome import Measurement
 from search.space import Space
 from search.trial.context import TrialContext
+from search.trial.fingerprinting import fingerprints_of, hash_splits
 from search.trial.first_look import look
-from search.trial.inputs import Inputs, fingerprints_of, hash_splits
+from search.trial.inputs import Inputs
 from search.trial.prepare import prepare
 
 DEPTH = 3

@@ -20,6 +20,7 @@ from pruning.dataset.splits import open_dataset, open_split
 from pruning.errors import DataError
 from pruning.measure.accuracy import predict, top1
 from pruning.model.loading import create_model
+from pruning.model.weights import load_checkpoint
 from search.trial.inputs import LoadedSplits, load_splits
 from tests.search_tests import tiny
 
@@ -59,9 +60,8 @@ def reference() -> Reference:
     about = json.loads((DATA / "vit_cifar10.json").read_text())
     spec = InputSpec(size=(32, 32), mean=tuple(about["mean"]), std=tuple(about["std"]), crop_pct=1.0)
     names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
-    model = create_model(
-        about["model"], args={name: about[name] for name in names}, checkpoint=DATA / "vit_cifar10.safetensors"
-    )
+    model = create_model(about["model"], args={name: about[name] for name in names})
+    load_checkpoint(model, DATA / "vit_cifar10.safetensors")
     val = load(DATA, spec).splits.val
     source = open_split(open_dataset("folder", root=DATA, num_classes=10), "val")
     drawn = balanced_subset(source.labels, 300, seed=0).tolist()

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.utils.misc import natural_key
 from torch import Tensor
 
+from pruning.dataset.files import natural_key
 from pruning.errors import DataError, ModelError, VitfrontError
 from pruning.measure.accuracy import wilson_interval
 from pruning.measure.relabelling import UNSEEN, Answers, best_relabelling, best_shift, moved_classes

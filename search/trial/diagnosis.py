@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.utils.misc import natural_key
 from torch import Tensor
 
+from pruning.dataset.files import natural_key
 from pruning.errors import DataError, ModelError, VitfrontError
 from pruning.measure.accuracy import wilson_interval
 from pruning.measure.relabelling import UNSEEN, Answers, best_relabelling, best_shift, moved_classes
@@ -149,7 +149,9 @@ def name_of(names: Sequence[str], label: int) -> str:
 
 def _orders(num_classes: int, config: Config, names: Sequence[str]) -> list[Cause]:
     """Lists the orders in which torchvision and timm sort classes, where these stand in another one."""
-    causes = []
+    causes: list[Cause] = []
+    if len(names) > num_classes:  # classes that the model does not have: no label is one of them
+        return causes
     for library, key in (("torchvision", None), ("timm", natural_key)):
         order = sorted(names, key=key)
         place = {name: index for index, name in enumerate(order)}

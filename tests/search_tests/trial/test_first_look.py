@@ -6,6 +6,7 @@ import json
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,25 @@ def test_folders_that_another_library_sorts_otherwise_are_told_with_the_key(cifa
         r"1, 2, 3 \.\.\. \(as torchvision sorts\): set data\.class_order=torchvision$",
     ):
         told(first)
+
+
+def test_wrong_class_order_is_told_with_the_right_one_from_the_folders_on(
+    cifar: tuple[Config, Inputs], tmp_path: Path
+) -> None:
+    config, _ = cifar
+    classes = sorted(path.name for path in (CIFAR / "train").iterdir())
+    for split, number in product(("train", "val"), range(10)):
+        name = sorted(map(str, range(1, 11)))[number]
+        (tmp_path / split / name).mkdir(parents=True)
+        for image in sorted((CIFAR / split / classes[number]).iterdir())[:30]:
+            (tmp_path / split / name / image.name).symlink_to(image)
+    right, wrong = (
+        config.model_copy(update={"data": config.data.model_copy(update={"root": tmp_path, "class_order": order})})
+        for order in ("torchvision", "timm")
+    )
+    with pytest.raises(DataError, match=r"your folders 10, 2, 3 \.\.\. .*: set data\.class_order=torchvision$"):
+        told(look(wrong, load_inputs(wrong, tmp_path / "runs")))
+    assert told(look(right, load_inputs(right, tmp_path / "runs")))[0].startswith("dense top-1 on val 0.773 ")
 
 
 def test_missing_class_folder_is_told_with_its_place(cifar: tuple[Config, Inputs]) -> None:

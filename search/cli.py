@@ -28,7 +28,12 @@ Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipp
 Sweep = Annotated[str, typer.Argument(help="Name of the sweep.")]
 Runs = Annotated[Path, typer.Option(help="Folder that holds all sweeps.", envvar="VITFRONT_RUNS")]
 Sets = Annotated[
-    list[str], typer.Option("--set", metavar="A.B=C", help="Change a key of the recipe, such as search.trials=50.")
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="A.B=C",
+        help="Change a key of the recipe, such as search.trials=50. A text is taken as it stands, up to its end.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 AtLeast = Annotated[

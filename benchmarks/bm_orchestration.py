@@ -37,7 +37,8 @@ from search.outcome import Candidate, Measurement, Outcome, State
 from search.recipe import load_config
 from search.records.folder import Folder
 from search.records.ledger import Ledger
-from search.records.tracking import Tracker, default_uri
+from search.records.store import default_uri
+from search.records.tracking import Tracker
 from search.space import Space
 from search.trial.context import lease_on
 from search.trial.lease import Lease

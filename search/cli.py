@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,11 +25,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _local_path(text: str) -> Path:
+    """Reads a path, with `~` for the home folder, which a shell leaves alone in `--runs=~/x`."""
+    if not str(text):
+        raise typer.BadParameter("it is empty; give a path, or leave the option out")
+    return Path(os.path.expanduser(text))  # leaves a user that there is not, where pathlib raises
+
+
+AS_PATH: dict[str, Any] = {"parser": _local_path, "metavar": "PATH"}
+
 Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe: digits, imagefolder.")]
 Sweep = Annotated[str, typer.Argument(help="Name of the sweep.")]
-Runs = Annotated[Path, typer.Option(help="Folder that holds all sweeps.", envvar="VITFRONT_RUNS")]
+Runs = Annotated[Path, typer.Option(help="Folder that holds all sweeps.", envvar="VITFRONT_RUNS", **AS_PATH)]
 Sets = Annotated[
-    list[str], typer.Option("--set", metavar="A.B=C", help="Change a key of the recipe, such as search.trials=50.")
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="A.B=C",
+        help="Change a key of the recipe, such as search.trials=50. A text is taken as it stands, up to its end.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 AtLeast = Annotated[
@@ -56,7 +72,9 @@ def run(
     ] = [],  # noqa: B006
     replay: Annotated[
         Path | None,
-        typer.Option(help="Folder of a finished sweep: search its recorded outcomes, without running a model."),
+        typer.Option(
+            help="Folder of a finished sweep: search its recorded outcomes, without running a model.", **AS_PATH
+        ),
     ] = None,
     sets: Sets = [],  # noqa: B006
     runs: Runs = Path("runs"),
@@ -82,7 +100,7 @@ def run(
 @app.command()
 def compare(
     names: Annotated[list[str], typer.Argument(help="Sweep names; X-0, X-1, ... are averaged as seeds of X.")],
-    to: Annotated[Path | None, typer.Option(help="HTML file to write a figure to.")] = None,
+    to: Annotated[Path | None, typer.Option(help="HTML file to write a figure to.", **AS_PATH)] = None,
     runs: Runs = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
@@ -118,7 +136,7 @@ def front(
 @app.command()
 def export(
     name: Sweep,
-    to: Annotated[Path, typer.Option(help="Folder to create for the model.")],
+    to: Annotated[Path, typer.Option(help="Folder to create for the model.", **AS_PATH)],
     pick: Annotated[str, typer.Option(help=f"Model to copy: {PICKS}")] = "knee",
     format: Annotated[list[str], typer.Option(help="File format of the weights: safetensors.")] = ["safetensors"],  # noqa: B006
     runs: Runs = Path("runs"),
@@ -181,7 +199,7 @@ def prune(
             "one on this device."
         ),
     ] = "auto",
-    to: Annotated[Path | None, typer.Option(help="Folder to create for the pruned model.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to create for the pruned model.", **AS_PATH)] = None,
     sets: Sets = [],  # noqa: B006
     runs: Runs = Path("runs"),
     as_json: AsJson = False,
@@ -268,7 +286,8 @@ def ui(
     runs: Runs = Path("runs"),
 ) -> None:
     """Serve MLflow's pages of all sweeps, on this machine alone."""
-    from search.records.tracking import default_uri, serve_ui
+    from search.records.store import default_uri
+    from search.records.tracking import serve_ui
 
     raise typer.Exit(serve_ui(default_uri(runs), runs / "mlartifacts", port))
 

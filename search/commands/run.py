@@ -35,7 +35,8 @@ from search.records.files import write_atomically
 from search.records.folder import Folder
 from search.records.ledger import Ledger
 from search.records.profiles import ProfileCache
-from search.records.tracking import Tracker, default_uri
+from search.records.store import default_uri
+from search.records.tracking import Tracker
 from search.trial.context import TrialContext
 from search.trial.fingerprinting import check_unchanged, with_weights
 from search.trial.first_look import FirstLook, tell

@@ -15,7 +15,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pruning.model.anatomy import Anatomy
@@ -23,6 +22,7 @@ from search.config import Config
 from search.errors import ConfigError
 from search.outcome import Candidate
 from search.space import Space
+from search.values import read_yaml
 
 STUDY_DEFAULTS: dict[str, Any] = {
     "space.method": "cascade",
@@ -140,9 +140,9 @@ def load_study(name: str) -> Study:
     if not source.is_file():
         raise ConfigError(f"no study {name!r}; give a YAML file or one of: {', '.join(shipped_studies())}")
     try:
-        return Study.model_validate(yaml.safe_load(source.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {name}: {' '.join(str(error).split())}") from None
+        return Study.model_validate(read_yaml(source.read_text(encoding="utf-8"), name, Study))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {name}: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import unquote
 
 # Before mlflow is imported, which reads them then; values that the user has set stay.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a sweep needs no network, and reports to nobody
@@ -27,7 +29,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # 7 of 120 s hold
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError  # mlflow lets some through
 
@@ -37,6 +39,7 @@ from search.front import Front
 from search.goal import metric_of
 from search.outcome import Outcome, State
 from search.records.files import alone_in
+from search.records.store import follow_moved_artifacts, is_store_of, sqlite_uri, without_stray_folders
 
 # A new SQLite store is announced at INFO, a failed statement at ERROR with its traceback; both reach us as well.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
@@ -44,11 +47,6 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 EXPERIMENT = "vitfront"
 MAX_REASON_CHARS = 5000  # MLflow's limit for a tag
 MAX_PARAM_CHARS = 6000  # MLflow's limit for a param
-
-
-def default_uri(runs: Path) -> str:
-    """Returns the store that sweeps are tracked in: `MLFLOW_TRACKING_URI`, or else a SQLite file among the sweeps."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.absolute()}/mlflow.db"
 
 
 class Tracker:
@@ -77,7 +75,8 @@ class Tracker:
             artifact_root: folder for the artifacts; a tracking server has a folder of its own and ignores this one.
             sweep: name of the sweep, and of its run.
             params: the settings, flat.
-            run_dir: folder of the sweep; one name in two folders is two sweeps.
+            run_dir: folder of the sweep; one name in two folders is two sweeps. One that was moved together with its
+                store, the SQLite file beside it, is the same sweep still.
             done: ids of the ledger's outcomes. A run of this sweep with other ids belongs to an earlier sweep whose
                 folder was deleted; it is left as it is.
             retry_seconds: seconds for which a server that is down is left alone.
@@ -90,14 +89,19 @@ class Tracker:
         self._waiting: deque[tuple[Outcome, float, int]] = deque()
         try:
             run_dir.parent.mkdir(parents=True, exist_ok=True)
-            with alone_in(run_dir.parent):  # two sweeps that make mlflow's tables at once break them
+            # One sweep at a time: two that make mlflow's tables at once break them.
+            with alone_in(run_dir.parent), without_stray_folders(uri):
+                self._moves_with_store = is_store_of(run_dir.parent, uri)
+                if self._moves_with_store:
+                    follow_moved_artifacts(run_dir.parent, artifact_root)
                 self._client = MlflowClient(tracking_uri=uri)
-                self._experiment = self._find_experiment(None if _is_server(uri) else artifact_root.absolute().as_uri())
-            self._parent, self._children = self._find_sweep(sweep, str(run_dir.absolute()), frozenset(done))
+                found = self._find_sweep(sweep, run_dir.absolute(), frozenset(done))
+                self._parent, self._children = found or (self._begin_sweep(sweep, run_dir, uri, artifact_root), {})
+            self._experiment: str = self._parent.info.experiment_id
             self._log_settings(params)
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            reason = first_line_of(error)
-            raise SweepError(f"MLflow cannot be used at {uri} ({reason}); set MLFLOW_TRACKING_URI") from error
+        # SQLite's own from moved artifacts, an ImportError where a database has no driver
+        except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError, UnicodeError) as error:
+            raise SweepError(_why_unusable(uri, run_dir.parent, error)) from error
 
     @property
     def run_id(self) -> str:
@@ -156,29 +160,50 @@ class Tracker:
             self._write_waiting()
             self._client.set_terminated(self.run_id, "KILLED")
 
-    def _find_experiment(self, artifact_location: str | None) -> str:
+    def _find_sweep(self, sweep: str, run_dir: Path, done: frozenset[str]) -> tuple[Run, dict[str, Run]] | None:
+        """Returns the sweep's run, made to run again, and its child runs by trial id; None if it has none."""
+        experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        if experiment is not None and experiment.lifecycle_stage == LifecycleStage.DELETED:
+            self._client.restore_experiment(experiment.experiment_id)
+            warnings.warn(f"MLflow's experiment {EXPERIMENT!r} was deleted; it is restored with its runs", stacklevel=3)
+        own = [] if experiment is None else [experiment.experiment_id]
+        found = self._find_run(own, sweep, run_dir, done)
+        if found is None and done:  # its experiment may have another name now
+            others = [other.experiment_id for other in self._client.search_experiments()]
+            found = self._find_run([other for other in others if other not in own], sweep, run_dir, done)
+        if found is not None:
+            run_id = found[0].info.run_id
+            self._client.set_tag(run_id, "vitfront.run_dir", self._place_of(run_dir))
+            self._client.update_run(run_id, status="RUNNING")
+        return found
+
+    def _find_run(
+        self, experiments: Sequence[str], sweep: str, run_dir: Path, done: frozenset[str]
+    ) -> tuple[Run, dict[str, Run]] | None:
+        for run in all_runs(self._client, experiments, "vitfront.sweep", sweep):
+            if run.data.tags["vitfront.run_dir"] in (self._place_of(run_dir), str(run_dir)):
+                children = self._find_children(run)
+                return (run, children) if children.keys() <= done else None  # the earlier ones are not ours either
+        return None
+
+    def _place_of(self, run_dir: Path) -> str:
+        """Returns what tells a sweep from others of its name: in a store that is moved with it, not the whole path."""
+        return run_dir.name if self._moves_with_store else str(run_dir.absolute())
+
+    def _begin_sweep(self, sweep: str, run_dir: Path, uri: str, artifact_root: Path) -> Run:
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             # The pages open on runs and metrics then, not on prompts and traces.
             kind = {"mlflow.experimentKind": "custom_model_development"}
-            return self._client.create_experiment(EXPERIMENT, artifact_location, kind)
-        experiment_id: str = experiment.experiment_id
-        return experiment_id
-
-    def _find_sweep(self, sweep: str, run_dir: str, done: frozenset[str]) -> tuple[Run, dict[str, Run]]:
-        """Returns the sweep's run, which is begun if there is none, and its child runs by trial id."""
-        tags = {"vitfront.sweep": sweep, "vitfront.run_dir": run_dir}
-        for run in all_runs(self._client, self._experiment, "vitfront.sweep", sweep):
-            if run.data.tags["vitfront.run_dir"] == run_dir:
-                children = self._find_children(run)
-                if not children.keys() <= done:
-                    break  # newest first: the earlier ones are not ours either
-                self._client.update_run(run.info.run_id, status="RUNNING")
-                return run, children
-        return self._client.create_run(self._experiment, tags=tags, run_name=sweep), {}
+            location = None if _is_server(uri) else artifact_root.absolute().as_uri()
+            experiment_id = self._client.create_experiment(EXPERIMENT, location, kind)
+        else:
+            experiment_id = experiment.experiment_id
+        tags = {"vitfront.sweep": sweep, "vitfront.run_dir": self._place_of(run_dir)}
+        return self._client.create_run(experiment_id, tags=tags, run_name=sweep)
 
     def _find_children(self, parent: Run) -> dict[str, Run]:
-        runs = all_runs(self._client, self._experiment, "mlflow.parentRunId", parent.info.run_id)
+        runs = all_runs(self._client, [parent.info.experiment_id], "mlflow.parentRunId", parent.info.run_id)
         return {run.data.tags["vitfront.trial"]: run for run in runs}
 
     def _log_settings(self, params: Mapping[str, object]) -> None:
@@ -264,12 +289,14 @@ class Tracker:
                 self._client.log_batch(run.info.run_id, metrics=_metrics(changed, _now_ms()), tags=new_tags)
 
 
-def all_runs(client: MlflowClient, experiment: str, tag: str, value: str, page_size: int = 1000) -> Iterator[Run]:
-    """Yields every run that has a tag with a value, the newest first."""
+def all_runs(
+    client: MlflowClient, experiments: Sequence[str], tag: str, value: str, page_size: int = 1000
+) -> Iterator[Run]:
+    """Yields every run of these experiments that has a tag with a value, the newest first, without deleted ones."""
     page_token = None
-    while True:
+    while experiments:
         page = client.search_runs(
-            [experiment],
+            list(experiments),
             f'tags.`{tag}` = "{value}"',
             max_results=page_size,
             order_by=["start_time DESC"],
@@ -292,9 +319,17 @@ def serve_ui(uri: str, artifact_root: Path, port: int) -> int:
     """
     if _is_server(uri):
         raise SweepError(f"{uri} is a tracking server and shows its own pages: open it in a browser")
+    if is_store_of(artifact_root.parent, uri):
+        try:
+            follow_moved_artifacts(artifact_root.parent, artifact_root)
+        except sqlite3.Error as error:
+            raise SweepError(_why_unusable(uri, artifact_root.parent, error)) from error
     store = ["--backend-store-uri", uri, "--default-artifact-root", artifact_root.absolute().as_uri()]
     where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with subprocess.Popen([sys.executable, "-m", "mlflow", "server", *store, *where]) as server:
+    with (
+        without_stray_folders(uri),
+        subprocess.Popen([sys.executable, "-m", "mlflow", "server", *store, *where]) as server,
+    ):
         try:
             return server.wait()
         except KeyboardInterrupt:  # the terminal has sent it to the server as well
@@ -304,6 +339,23 @@ def serve_ui(uri: str, artifact_root: Path, port: int) -> int:
 
 def _is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://", "databricks"))
+
+
+def _why_unusable(uri: str, runs: Path, error: Exception) -> str:
+    scheme, colon, path = uri.partition(":")
+    if not colon or scheme == "file":
+        folder = Path(unquote(path.removeprefix("//")) if colon else uri)
+        database = sqlite_uri(folder.absolute() / "mlflow.db")
+        return (
+            f"MLFLOW_TRACKING_URI={uri} is a folder, which MLflow no longer takes; give a database "
+            f"({database}) or a server (http://host:port), or unset it for {runs.absolute()}/mlflow.db"
+        )
+    ways = "a database (sqlite:////folder/mlflow.db) or a server (http://host:port)"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, sqlite3.Error):  # SQLAlchemy talks of its own doings first
+        cause = cause.__cause__ or cause.__context__
+    reason = first_line_of(cause if isinstance(cause, sqlite3.Error) else error)
+    return f"MLflow cannot be used at {uri} ({reason}); set MLFLOW_TRACKING_URI to {ways}"
 
 
 def _scalars(outcome: Outcome) -> dict[str, float]:

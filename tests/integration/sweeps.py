@@ -28,7 +28,7 @@ from search.front import Front
 from search.outcome import Candidate, Outcome
 from search.records import ledger
 from search.records.folder import Folder
-from search.records.tracking import default_uri
+from search.records.store import default_uri
 
 ROOT = Path(__file__).parents[2]
 DEPTH = 3

@@ -20,7 +20,7 @@ from search.config import Config
 from search.errors import SweepError
 from search.records import ledger
 from search.records.folder import Folder
-from search.records.tracking import default_uri
+from search.records.store import default_uri
 from tests.integration import sweeps
 from tests.integration.sweeps import Watcher
 

@@ -16,7 +16,7 @@ from search.front import contenders
 from search.outcome import Outcome, State
 from search.records import ledger
 from search.records.folder import Folder
-from search.records.tracking import default_uri
+from search.records.store import default_uri
 from search.trial.inputs import load_inputs
 from tests.integration import sweeps
 from tests.integration.sweeps import Sweep, Watcher, copy_cache, record_of

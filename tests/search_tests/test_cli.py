@@ -237,6 +237,33 @@ def test_finished_sweep_is_shown_without_running_anything(capsys: pytest.Capture
     assert files(sweep) == before
 
 
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_tilde_in_a_path_is_the_home_folder(
+    capsys: pytest.CaptureFixture[str], sweep: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setenv("HOME", str(sweep))
+    monkeypatch.chdir("/")
+    if how == "environment":
+        monkeypatch.setenv("VITFRONT_RUNS", "~/runs")
+    code, out, _ = call(capsys, "front", "mine", "--json", *(["--runs=~/runs"] if how == "option" else []))
+    assert (code, json.loads(out)["name"]) == (0, "mine")
+
+
+def test_empty_path_is_refused(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
+    code, out, err = call(capsys, "front", "mine", "--runs", "")
+    assert (code, out) == (2, "")
+    assert "it is empty; give a" in err
+
+
+@pytest.mark.parametrize("name", ["set #2", "a: b", "[x]", "100%", "yes"])
+def test_folder_of_images_of_any_name_is_the_one_that_is_read(
+    capsys: pytest.CaptureFixture[str], folder: Path, name: str
+) -> None:
+    tiny.write_recipe(folder / "tiny.yaml")
+    (folder / name / "train").mkdir(parents=True)
+    check_refused(capsys, folder, "run", "tiny.yaml", "--set", f"data.root={name}", says=[f"{name}/val"])
+
+
 def test_front_is_a_table_of_the_dense_model_and_every_point(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
     code, out, _ = call(capsys, "front", "mine")
     rows = [line for line in out.splitlines() if line.startswith("│")]

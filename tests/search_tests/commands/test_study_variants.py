@@ -60,6 +60,16 @@ def test_a_key_that_no_recipe_has_is_named(tmp_path: Path) -> None:
             expand(load_study(path), tiny.config(), tiny_anatomy())
 
 
+def test_study_that_gives_a_key_twice_is_refused_and_its_patterns_stay_text(tmp_path: Path) -> None:
+    path = Path(write_study(tmp_path))
+    text = path.read_text().replace("each:", "each:\n  space.pattern: [2:4, 4:8]", 1)
+    path.write_text(text)
+    assert load_study(str(path)).each["space.pattern"] == ["2:4", "4:8"]
+    path.write_text(text + "question: How fast?\n")
+    with pytest.raises(ConfigError, match="'question' is given twice, first in line 1; keep one"):
+        load_study(str(path))
+
+
 def tiny_anatomy() -> Anatomy:
     return examine(tiny.model())
 

@@ -22,7 +22,8 @@ from search.errors import SweepError
 from search.front import Front, running_hypervolume
 from search.outcome import Outcome, State
 from search.records.files import alone_in
-from search.records.tracking import Tracker, all_runs, default_uri, serve_ui
+from search.records.store import default_uri
+from search.records.tracking import Tracker, all_runs, serve_ui
 from tests.search_tests import builders
 
 # mlflow 3.17 calls what SQLAlchemy 2.1 deprecates.
@@ -55,11 +56,11 @@ class Store:
         return Tracker(self.uri, self.artifacts, sweep, done=done_ids, **settings | other)
 
     def parents(self, sweep: str) -> list[Run]:
-        return list(all_runs(self.client, self.experiment, "vitfront.sweep", sweep))
+        return list(all_runs(self.client, [self.experiment], "vitfront.sweep", sweep))
 
     def children(self, tracker: Tracker) -> dict[str, Run]:
         """By run name; each name once, or the test fails here."""
-        runs = list(all_runs(self.client, self.experiment, "mlflow.parentRunId", tracker.run_id))
+        runs = list(all_runs(self.client, [self.experiment], "mlflow.parentRunId", tracker.run_id))
         by_name = {run.info.run_name: run for run in runs}
         assert len(by_name) == len(runs), "a trial was written twice"
         return by_name
@@ -436,7 +437,7 @@ def test_settings_changed_on_resume_stand_beside_the_first(store: Store) -> None
 
 def test_all_pages_of_runs_are_read(store: Store) -> None:
     tracker = finished(store, "pages")
-    runs = all_runs(store.client, store.experiment, "mlflow.parentRunId", tracker.run_id, page_size=1)
+    runs = all_runs(store.client, [store.experiment], "mlflow.parentRunId", tracker.run_id, page_size=1)
     assert sorted(run.info.run_name for run in runs) == ["t000", "t001", "t002", "t003"]
 
 

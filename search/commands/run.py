@@ -71,29 +71,32 @@ def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | 
     if finished is not None:
         return finished
     prior_outcomes = _read_prior_outcomes(config, runs, inputs)
-    with _opened_ledger(folder) as book, ray_running(address):
-        if address is None:
-            available = cluster_resources()
-            TrialResources.of(config, available).check(available)
-        looked = _look(config, inputs, observer)
-        for other in (folder, *(Folder(runs, name) for name in config.search.earlier)):
-            if other.config.is_file():  # weights that were to be trained are known only now
-                _check_same_inputs(other, looked.fingerprints)
-        config = config.model_copy(update={"fingerprints": looked.fingerprints})
-        write_atomically(folder.config, config.to_yaml())
-        tracker = Tracker(
-            default_uri(runs), runs / "mlartifacts", config.name, _settings(config),
-            run_dir=folder.path, done=[outcome.id for outcome in book.found],
-        )  # fmt: skip
-        sweep = Sweep(config=config, space=inputs.space, folder=folder, ledger=book, tracker=tracker, observer=observer)
-        try:
-            prepared = _prepare(sweep, inputs, looked)
-            searched = run_search(sweep, prepared, prior_outcomes)
-            candidates, confirmation = _confirm(sweep, prepared, searched.outcomes)
-            return _write(sweep, inputs, prepared.goal, searched, candidates, confirmation)
-        except BaseException:
-            tracker.interrupt()
-            raise
+    with _opened_ledger(folder) as book:
+        if not folder.config.is_file():  # now: a disk that is full shows before the dense model is trained
+            _write_config(folder, config, inputs.fingerprints)
+        with ray_running(address):
+            if address is None:
+                available = cluster_resources()
+                TrialResources.of(config, available).check(available)
+            looked = _look(config, inputs, observer)
+            for other in (folder, *(Folder(runs, name) for name in config.search.earlier)):
+                _check_same_inputs(other, looked.fingerprints)  # weights that were to be trained are known only now
+            config = _write_config(folder, config, looked.fingerprints)
+            tracker = Tracker(
+                default_uri(runs), runs / "mlartifacts", config.name, _settings(config),
+                run_dir=folder.path, done=[outcome.id for outcome in book.found],
+            )  # fmt: skip
+            sweep = Sweep(
+                config=config, space=inputs.space, folder=folder, ledger=book, tracker=tracker, observer=observer
+            )
+            try:
+                prepared = _prepare(sweep, inputs, looked)
+                searched = run_search(sweep, prepared, prior_outcomes)
+                candidates, confirmation = _confirm(sweep, prepared, searched.outcomes)
+                return _write(sweep, inputs, prepared.goal, searched, candidates, confirmation)
+            except BaseException:
+                tracker.interrupt()
+                raise
 
 
 def read_finished(folder: Folder, config: Config) -> Front | None:
@@ -168,6 +171,13 @@ def _prepare(sweep: Sweep, inputs: Inputs, looked: Looked) -> Prepared:
         measurements=measured_before(anatomy, dense, sweep.ledger.found),
         finetunes=finetuned_before(anatomy, sweep.ledger.found),
     )
+
+
+def _write_config(folder: Folder, config: Config, fingerprints: Fingerprints) -> Config:
+    """Writes config.yaml, with the hashes of the inputs, and returns what it holds."""
+    config = config.model_copy(update={"fingerprints": fingerprints})
+    write_atomically(folder.config, config.to_yaml())
+    return config
 
 
 def _settings(config: Config) -> dict[str, object]:

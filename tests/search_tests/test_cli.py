@@ -24,6 +24,7 @@ from search.outcome import Outcome
 from search.records import ledger
 from search.records.folder import Folder
 from search.space import Space
+from search.trial.inputs import load_inputs
 from tests.search_tests import builders, tiny
 from tests.search_tests.command_line import call, check_refused, files
 from tests.search_tests.disk import largest_file
@@ -196,8 +197,7 @@ def sweep(folder: Path) -> Path:
     place.config.write_text(yaml.safe_dump(tiny.record(name="mine") | {"search": {"trials": 3}}))
     place.front.write_text(json.dumps(record(OUTCOMES)))
     for outcome in OUTCOMES:
-        (place.models / outcome.id).mkdir(parents=True)
-        (place.models / outcome.id / "plan.json").write_text(outcome.id)
+        tiny.save_model(place.models / outcome.id, seed=int(outcome.id[1:]))
     return folder
 
 
@@ -230,6 +230,9 @@ def test_wrong_question_about_a_sweep_is_one_line(
 
 def test_finished_sweep_is_shown_without_running_anything(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
     tiny.write_recipe(sweep / "tiny.yaml")
+    place = Folder(sweep / "runs", "mine")
+    fingerprints = load_inputs(tiny.config(), sweep / "runs").fingerprints
+    place.config.write_text(place.read_config().model_copy(update={"fingerprints": fingerprints}).to_yaml())
     before = files(sweep)
     code, out, err = call(capsys, "run", "tiny.yaml", "--name", "mine", "--trials", "3", "--json")
     assert (code, err) == (0, "")
@@ -261,7 +264,7 @@ def test_folder_of_images_of_any_name_is_the_one_that_is_read(
 ) -> None:
     tiny.write_recipe(folder / "tiny.yaml")
     (folder / name / "train").mkdir(parents=True)
-    check_refused(capsys, folder, "run", "tiny.yaml", "--set", f"data.root={name}", says=[f"{name}/val"])
+    check_refused(capsys, folder, "run", "tiny.yaml", "--set", f"data.root={name}", says=[f"{name}/train"])
 
 
 def test_front_is_a_table_of_the_dense_model_and_every_point(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
@@ -368,7 +371,7 @@ def test_export_copies_the_picked_model(capsys: pytest.CaptureFixture[str], swee
     code, out, _ = call(capsys, "export", "mine", "--pick", "fastest", "--to", "new/model")
     assert code == 0
     assert "t002" in out
-    assert (sweep / "new" / "model" / "plan.json").read_text() == "t002"
+    assert files(sweep / "new" / "model") == files(sweep / "runs" / "mine" / "models" / "t002")
 
 
 def shapes_of(outcome: Outcome) -> list[BlockShape]:

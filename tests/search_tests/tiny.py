@@ -12,12 +12,14 @@ import torch
 import yaml
 from PIL import Image
 
+from pruning.artifact import Description, save
 from pruning.data import Images, InputSpec, Splits
 from pruning.measure.cost import count_params
 from pruning.measure.stopwatch import Timing
 from pruning.measure.widths import measure_allowed_widths
 from pruning.model.anatomy import examine
 from pruning.model.loading import create_model
+from pruning.model.surgery import keep_all_plan
 from search.config import Config
 from search.outcome import Measurement
 from search.space import Space
@@ -150,6 +152,15 @@ def timer(
         )  # fmt: skip
 
     return timing(dense), [timing(model) for model in models]
+
+
+def save_model(folder: Path, seed: int = 0) -> None:
+    """Saves a model that keeps all of the dense one, as a sweep saves those of its front."""
+    dense = model(seed)
+    description = Description(
+        name=NAME, args=ARGS, input=InputSpec(size=(16, 16)), plan=keep_all_plan(examine(dense))
+    )  # fmt: skip
+    save(dense, description, folder)
 
 
 def write_images(folder: Path, classes: str = "abcd", count: int = 4, *, blue: int = 5) -> Path:

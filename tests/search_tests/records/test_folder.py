@@ -24,12 +24,10 @@ FRONT = Front.of("digits", POINTS, builders.GOAL, trials=5)
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Holds one sweep, whose models are a few bytes each."""
+    """Holds one sweep with a model for each of its points."""
     folder = Folder(tmp_path / "runs", "digits")
     for outcome in POINTS:
-        (folder.models / outcome.id).mkdir(parents=True)
-        (folder.models / outcome.id / "plan.json").write_text(json.dumps(outcome.id))
-        (folder.models / outcome.id / "model.safetensors").write_bytes(b"w" * 5000)
+        tiny.save_model(folder.models / outcome.id, seed=int(outcome.id[1:]))
     folder.config.write_text(tiny.config().to_yaml())
     folder.write_front(FRONT)
     return tmp_path / "runs"

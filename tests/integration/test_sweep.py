@@ -83,7 +83,9 @@ def test_dense_accuracy_is_told_once_before_the_trials(first: Sweep) -> None:
     dense = first.outcomes[0].measurement
     assert dense is not None
     interval = f"{dense.top1_low:.3f} to {dense.top1_high:.3f}"
-    assert first.watcher.notes == [f"dense top-1 on val {dense.top1:.3f} ({interval}, 64 images)"]
+    line, *notes = first.watcher.notes
+    assert line == f"dense top-1 on val {dense.top1:.3f} ({interval}, 64 images)"
+    assert all(note.startswith("note: ") for note in notes)
 
 
 def test_dense_model_was_tried_first_and_has_learned(first: Sweep) -> None:

@@ -15,15 +15,17 @@ import torch
 from torch import nn
 
 from pruning.data import Splits
+from pruning.fingerprints import fingerprint_of_weights
 from pruning.measure.stopwatch import device_name
 from pruning.methods.lottery import Arm, LotteryRow, LotterySettings, run_lottery
 from pruning.model.loading import create_model
 from pruning.precision import Precision
-from search.config import Config
+from search.config import Config, Fingerprints
 from search.errors import ConfigError
 from search.records.files import write_atomically
 from search.trial.context import lease_on
 from search.trial.dense import load_dense
+from search.trial.fingerprinting import check_unchanged
 from search.trial.inputs import load_inputs
 from search.views.lottery_plot import lottery_html
 
@@ -119,11 +121,20 @@ def seeded_model(config: Config, seed: int, *, untouched: bool = False) -> nn.Mo
     Args:
         seed: draws the weights that the recipe does not give.
         untouched: draws all weights by the seed, even where the recipe starts from given ones.
+
+    Raises:
+        SweepError: the recipe has fingerprints, and its checkpoint was overwritten since.
     """
     torch.manual_seed(seed)
     if untouched:
         return create_model(config.model.name, args=config.model.args)
-    return load_dense(config.model)[0]
+    model, _ = load_dense(config.model)
+    if config.fingerprints is not None and config.model.checkpoint is not None:  # which gives all weights
+        first_weights = fingerprint_of_weights(model.state_dict())
+        check_unchanged(
+            config.fingerprints, Fingerprints(first_weights=first_weights), "the lottery was begun with other inputs"
+        )
+    return model
 
 
 def summaries(rows: Sequence[LotteryRow]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from pruning.methods.lottery import Arm, LotteryRow
 from pruning.training import train
 from search.commands.lottery import lottery_csv, run_lottery_seeds, seeded_model, summaries
 from search.config import Config
+from search.errors import SweepError
 from search.trial.inputs import load_inputs
 from tests.search_tests import tiny
 from tests.search_tests.command_line import call, check_refused, files
@@ -213,3 +214,15 @@ def test_a_lottery_says_which_weights_and_images_it_was_run_on(tmp_path: Path) -
     assert first["first_weights"] != second["first_weights"]
     assert first["train"] == second["train"] is not None
     assert records[0]["rows"] != records[1]["rows"]
+
+
+def test_a_checkpoint_that_is_overwritten_while_a_lottery_runs_ends_it(tmp_path: Path) -> None:
+    path = tmp_path / "first.safetensors"
+    save_file(seeded_model(config(), 0).state_dict(), path)
+
+    def overwrite(stage: str) -> None:
+        if stage.startswith("seed 1"):
+            save_file(seeded_model(config(), 1).state_dict(), path)
+
+    with pytest.raises(SweepError, match="begun with other inputs: the weights that training starts from changed"):
+        run(config(model__checkpoint=str(path)), tmp_path / "runs", seeds=2, on_stage=overwrite)

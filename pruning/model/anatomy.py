@@ -23,6 +23,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from pruning.errors import ModelError
+from pruning.model.features import SwinOfBlocks, with_features
 from pruning.model.windows import Downsample, GridBlock, Windows
 
 SUPPORTED = (
@@ -108,7 +109,7 @@ def examine(model: nn.Module) -> Anatomy:
     Raises:
         ModelError: the model is of no supported family, or has a part that pruning does not know.
     """
-    if type(model) is SwinTransformer:
+    if type(model) in (SwinTransformer, SwinOfBlocks):  # the latter where it is cut after a stage
         return _examine_swin(model)
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         raise ModelError(f"{type(model).__name__} is not a model that can be pruned; supported is {SUPPORTED}")
@@ -318,7 +319,7 @@ def with_blocks(model: nn.Module, blocks: list[nn.Module]) -> nn.Module:
     """
     if not isinstance(model, SwinTransformer):
         assert isinstance(model.blocks, nn.Module)
-        return _copied(model, model.blocks, nn.Sequential(*blocks))
+        return with_features(_copied(model, model.blocks, nn.Sequential(*blocks)), len(blocks))
     last: Any = blocks_of(model)[len(blocks) - 1]
     grid: Any = last.block.input_resolution
     copied: Any = _copied(model, model.layers, nn.Sequential(nn.Flatten(1, 2), *blocks, nn.Unflatten(1, grid)))
@@ -330,8 +331,7 @@ def with_blocks(model: nn.Module, blocks: list[nn.Module]) -> nn.Module:
         copied.head.fc = nn.Linear(width, fc.out_features).to(fc.weight).requires_grad_(fc.weight.requires_grad)
         nn.init.zeros_(copied.head.fc.weight)
         nn.init.zeros_(copied.head.fc.bias)
-    assert isinstance(copied, nn.Module)
-    return copied
+    return with_features(copied, len(blocks))
 
 
 def _copied(model: nn.Module, blocks: nn.Module, around: nn.Sequential) -> nn.Module:

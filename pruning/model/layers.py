@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pruning.errors import PlanError
 from pruning.model.tokens import AttentionState, Reduced, Reducer
 from pruning.model.windows import Downsample, Windows
 
@@ -136,8 +137,14 @@ class SlimBlock(nn.Module):
         self.norm2, self.mlp, self.ls2 = norm2, mlp, ls2
         self.width, self.is_last = attn.qkv.in_features, is_last
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Runs the block: (B, N, C), or (B, N, C + 1) with sizes, to N' tokens, those that the reduction leaves."""
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Runs the block: (B, N, C), or (B, N, C + 1) with sizes, to N' tokens, those that the reduction leaves.
+
+        Raises:
+            PlanError: an attention mask, which timm's blocks take, or images of another number of patches than planned.
+        """
+        if attn_mask is not None or is_causal:
+            raise PlanError("a pruned block takes no attention mask; use the dense model, or leave attn_mask out")
         x, size = self.enter(x)
         mixed, state = self.attend(x, size)
         x, size, _ = self.reduce(x + self.ls1(self.attn.proj(mixed)), state)
@@ -165,6 +172,7 @@ class SlimBlock(nn.Module):
         """Returns the tokens that go on (B, N', C), their sizes (B, N', 1) if any, and the reduction that was made."""
         if self.reducer is None:
             return x, state.size, None
+        self.reducer.check(x)
         reduced = self.reducer.choose(x, state)
         return reduced.apply(x), reduced.size, reduced
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pruning.errors import PlanError
 from pruning.model.lfe import low_frequency_energy, score_tokens
 from pruning.plan import TokenReduction
 from pruning.spectrum import token_filter
@@ -99,6 +100,15 @@ class Reducer(nn.Module, ABC):
         self.num_prefix_tokens, self.has_class_token = num_prefix_tokens, has_class_token
         if self.has_filter:
             self.register_buffer("token_filter", token_filter(num_patches, cutoff), persistent=False)
+
+    def check(self, x: Tensor) -> None:
+        """Raises PlanError if tokens (B, N, C) are not as many as planned, as those of images of another size are."""
+        found = x.shape[1] - self.num_prefix_tokens
+        if found != self.num_patches:
+            raise PlanError(
+                f"the model was pruned for images of {self.num_patches} patches, and got {found}; resize the images, "
+                "or prune it for their size (model.args.img_size)"
+            )
 
     @abstractmethod
     def choose(self, x: Tensor, state: AttentionState) -> Reduced:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import t
 
 from search.errors import SweepError
-from search.front import running_hypervolume
+from search.front import Front, running_hypervolume
 from search.outcome import Measurement
 from search.records import ledger
 from search.records.folder import Folder
@@ -70,9 +70,12 @@ def compare_sweeps(runs: Path, names: Sequence[str]) -> dict[str, Any]:
         `by_trial` and `by_second`: the curves, a dict each; `milestones`: numbers of trials to read them at.
 
     Raises:
-        SweepError: there is no such sweep, it has no front yet, or it was recorded before times were.
+        SweepError: there is no such sweep, it has no front yet, it was recorded before times were, or its accuracies
+            are those of other val images than the first sweep's.
     """
-    dense = Folder(runs, names[0]).read_front().goal.dense
+    fronts = [Folder(runs, name).read_front() for name in names]
+    _check_same_val(fronts)
+    dense = fronts[0].goal.dense
     lines: dict[str, list[SweepTrace]] = {}
     for name in names:
         trace = read_trace(runs, name, dense)
@@ -90,6 +93,19 @@ def compare_sweeps(runs: Path, names: Sequence[str]) -> dict[str, Any]:
         "by_second": [asdict(curve) for curve in by_second],
         "milestones": [count for count in MILESTONES if count <= most_trials],
     }
+
+
+def _check_same_val(fronts: Sequence[Front]) -> None:
+    """Raises SweepError if the accuracies of sweeps do not compare.
+
+    Images that were prepared otherwise have another hash though they may be the same, so they are not compared.
+    """
+    first = fronts[0].fingerprints or {}
+    for front in fronts[1:]:
+        other = front.fingerprints or {}
+        same = {key: first.get(key) == other.get(key) for key in ("preprocessing", "val")}
+        if "val" in first and "val" in other and same["preprocessing"] and not same["val"]:
+            raise SweepError(f"sweeps {fronts[0].name!r} and {front.name!r} do not compare: their val images differ")
 
 
 def read_trace(runs: Path, name: str, dense: Measurement | None = None) -> SweepTrace:

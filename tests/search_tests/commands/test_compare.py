@@ -96,3 +96,23 @@ def test_a_sweep_without_times_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_sweep_is_named(runs: Path) -> None:
     with pytest.raises(SweepError, match="no sweep 'tpe'"):
         compare_sweeps(runs, ["gp-0", "tpe"])
+
+
+@pytest.mark.parametrize(
+    ("other", "compares"),
+    [
+        ({"val": "a", "preprocessing": "p"}, True),
+        ({"val": "b", "preprocessing": "p"}, False),
+        ({"val": "b", "preprocessing": "q"}, True),  # the same images may look otherwise
+        ({}, True),  # of an older version
+    ],
+)
+def test_accuracies_on_other_val_images_are_not_compared(runs: Path, other: dict[str, str], compares: bool) -> None:
+    for name, fingerprints in (("gp-0", {"val": "a", "preprocessing": "p"}), ("random", other)):
+        folder = Folder(runs, name)
+        folder.write_front(replace(folder.read_front(), fingerprints=fingerprints or None))
+    if compares:
+        assert len(compare_sweeps(runs, ["gp-0", "random"])["by_trial"]) == 2
+    else:
+        with pytest.raises(SweepError, match="'gp-0' and 'random' do not compare: their val images differ"):
+            compare_sweeps(runs, ["gp-0", "random"])

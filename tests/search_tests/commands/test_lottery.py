@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from pruning.measure.accuracy import predict, top1
@@ -214,6 +215,16 @@ def test_a_lottery_says_which_weights_and_images_it_was_run_on(tmp_path: Path) -
     assert first["first_weights"] != second["first_weights"]
     assert first["train"] == second["train"] is not None
     assert records[0]["rows"] != records[1]["rows"]
+
+
+def test_a_lottery_of_an_overwritten_image_says_so(tmp_path: Path) -> None:
+    for split, blue in (("train", 5), ("val", 90)):
+        tiny.write_images(tmp_path / "images" / split, blue=blue)
+    of_images = tiny.config(data__root=str(tmp_path / "images"), model__training={"epochs": 1, "warmup_epochs": 0})
+    before = run(of_images, tmp_path / "runs")["config"]["fingerprints"]
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(tmp_path / "images/train/a/0.png")
+    after = run(of_images, tmp_path / "runs")["config"]["fingerprints"]
+    assert [key for key in before if before[key] != after[key]] == ["train"]
 
 
 def test_a_checkpoint_that_is_overwritten_while_a_lottery_runs_ends_it(tmp_path: Path) -> None:

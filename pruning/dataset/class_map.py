@@ -49,7 +49,12 @@ def read_class_map(path: Path) -> tuple[str, ...]:
         raise DataError(f"cannot read class map {path}: it may be UTF-16; save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
+        if not re.search(rb"[\0-\x08\x0e-\x1f]", content):
+            place = content.count(b"\n", 0, error.start) + 1
+            raise DataError(
+                f"cannot read class map {path}: line {place} is not UTF-8; save the file as UTF-8"
+            ) from error
         text = "\0"
     if "\0" in text:
         raise DataError(f"cannot read class map {path}: it is not a text file; {WANTED}")

@@ -166,11 +166,10 @@ def label_images(listing: Listing, classes: Classes) -> list[int]:
     _check_names(listing.folder, found)
     unknown = sorted(name for name in found if composed(name) not in index)
     if unknown:
-        nested = classes.order is None and None not in by_inner
-        hint = "; data.class_order=timm takes the innermost folder of an image for its class" if nested else ""
+        hint = _hint_at_unknown(listing, classes, unknown, nested=classes.order is None and None not in by_inner)
         raise DataError(
             f"{len(unknown)} of {len(found)} folders in {listing.folder} are no class of {classes.origin}: "
-            f"{shown(unknown)}{hint}"
+            f"{shown(unknown)}; {hint}"
         )
     labels = by_inner if classes.order == "timm" else by_outer
     if classes.order is None:
@@ -182,6 +181,25 @@ def label_images(listing: Listing, classes: Classes) -> list[int]:
                     "data.class_order=torchvision"
                 )
     return [label for label in labels if label is not None]  # each one is an index: the unknown were refused
+
+
+def _hint_at_unknown(listing: Listing, classes: Classes, unknown: list[str], *, nested: bool) -> str:
+    """Says what to do about folders of no class.
+
+    Args:
+        unknown: at least one.
+        nested: True if the innermost folder of every image is a class.
+    """
+    if not {*unknown} & {part for image in listing.images for part in image.split("/")[:-1]}:
+        return "no image is in them, so remove them"
+    if nested:
+        return "data.class_order=timm takes the innermost folder of an image for its class"
+    similar = {name.strip().casefold(): name for name in reversed(classes.names)}
+    pairs = [(name, similar[key]) for name in unknown if (key := composed(name).strip().casefold()) in similar]
+    if pairs:
+        there, meant = pairs[0]
+        return f"{there!r} is not {meant!r}: write both alike"
+    return f"the classes are {shown(classes.names, 3)}"
 
 
 def _check_names(folder: Path, names: set[str]) -> None:

@@ -17,6 +17,11 @@ NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "FITS"}
 """Formats that PIL recognises, but that are left out: it cannot decode the first five by itself, EPS is a program that
 Ghostscript runs, and FITS holds measurements of any range."""
 
+SYSTEM_FOLDERS = {
+    "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
+}  # fmt: skip
+"""Folders that operating systems and unpackers leave among others; the thumbnails in some are images to PIL."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
@@ -60,7 +65,7 @@ def list_images(folder: Path) -> Listing:
             raise DataError(f"{place} is a link to a folder that it lies in; remove the link")
         for name, is_folder, is_file in entries:
             path = f"{inside}/{name}" if inside else name
-            if name.startswith("."):
+            if is_hidden(name):
                 hidden += [name] if is_folder and not inside else []
             elif is_folder:
                 folders += [] if inside else [name]
@@ -79,6 +84,11 @@ def list_images(folder: Path) -> Listing:
     return Listing(
         folder=folder, images=tuple(images), others=tuple(sorted(others)), folders=tuple(folders), hidden=tuple(hidden)
     )
+
+
+def is_hidden(name: str) -> bool:
+    """Tells whether a file or folder is left out for its name: one with a dot at its begin, or of `SYSTEM_FOLDERS`."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def image_extensions() -> frozenset[str]:
@@ -113,6 +123,6 @@ def skipped_note(listing: Listing, split: str) -> tuple[str, ...]:
 
 
 def shown(names: Iterable[str], count: int = 5) -> str:
-    """Gives the first few names, for messages."""
-    first = list(names)
+    """Gives the first few names, for messages; those with blanks at an end are quoted, as they would not show."""
+    first = [name if name == name.strip() else repr(name) for name in names]
     return ", ".join(first[:count]) + (", ..." if len(first) > count else "")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pruning.dataset.classes import Classes, label_images
-from pruning.dataset.files import image_extensions, list_images, shown, skipped_note
+from pruning.dataset.files import image_extensions, is_hidden, list_images, shown, skipped_note
 from pruning.dataset.sources import Source, checked_labels
 from pruning.errors import DataError
 
@@ -25,8 +25,11 @@ def split_folder(root: Path | None, split: str) -> Path:
     if not os.path.isdir(root):
         problem = "is a file; unpack it into a folder" if os.path.isfile(root) else "is no folder"
         raise DataError(f"no folder {folder}: data.root={root} {problem}")
-    inside = [name for name in sorted(_names_in(root)) if os.path.isdir(root / name) and not name.startswith(".")]
-    if any(_holds_images(root / name) for name in inside[:5]):
+    inside = [name for name in sorted(_names_in(root)) if os.path.isdir(root / name) and not is_hidden(name)]
+    deeper = [place for place in _two_levels_below(root, inside) if os.path.isdir(place / split)]
+    if deeper:
+        way_out = f"it lies deeper: give data.root={deeper[0]}"
+    elif any(_holds_images(root / name) for name in inside[:5]):
         way_out = f"data.root holds class folders itself ({shown(inside)}); name the folder above it as data.root"
         if os.path.isdir(root.parent / split):
             way_out += f", data.root={root.parent}"
@@ -41,10 +44,16 @@ def split_folder(root: Path | None, split: str) -> Path:
     raise DataError(f"no folder {folder}; {way_out}")
 
 
+def _two_levels_below(root: Path, names: list[str]) -> list[Path]:
+    """Lists the first few folders of a folder, and those in them: unpacking often puts one around a data set."""
+    below = [root / name for name in names[:5]]
+    return below + [place / name for place in below for name in sorted(_names_in(place))[:5] if not is_hidden(name)]
+
+
 def _holds_images(folder: Path) -> bool:
     extensions = image_extensions()
     names = _names_in(folder)
-    return any(os.path.splitext(name)[1].lower() in extensions and not name.startswith(".") for name in names)
+    return any(os.path.splitext(name)[1].lower() in extensions and not is_hidden(name) for name in names)
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -1,8 +1,11 @@
-"""Finds images that two splits share, by their pixels: what is tested on must not have been seen before."""
+"""Finds images that are there twice, by their pixels: in two splits, or in one of them under two labels.
+
+What is tested on must not have been seen before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from pruning.errors import DataError
@@ -38,3 +41,21 @@ def check_shared(hashes: Mapping[str, Collection[bytes]], shared: Literal["refus
             )
         remarks.append(f"{text}: accuracy on {second} is too high")
     return remarks
+
+
+def contradictory_labels(name: str, hashes: Sequence[bytes], labels: Sequence[int]) -> list[str]:
+    """Finds images of a split that are there under two labels or more, one of which must be wrong.
+
+    Args:
+        name: the split's name, for the remark.
+        hashes: of each image.
+        labels: its class index.
+
+    Returns:
+        A remark, one line, if there are such images.
+    """
+    labels_of: dict[bytes, set[int]] = {}
+    for image, label in zip(hashes, labels, strict=True):
+        labels_of.setdefault(image, set()).add(label)
+    count = sum(len(labels_of[image]) > 1 for image in hashes)
+    return [f"{count} of the {len(hashes)} {name} images are there under two labels, as copies"] if count else []

@@ -32,16 +32,16 @@ def fingerprints_of(
         first_weights=weights if has_training else None,
         classes=fingerprint_of_text("\n".join(class_names)) if class_names else None,
         preprocessing=fingerprint_of_text(repr(spec)),
-        **{name: fingerprint_of_images(hashes[name], images.labels) for name, images in _by_name(splits).items()},
+        **{name: fingerprint_of_images(hashes[name], images.labels) for name, images in by_name(splits).items()},
     )
 
 
 def hash_splits(splits: Splits) -> dict[str, list[bytes]]:
     """Hashes each image of the splits that there are, by the splits' names in `Fingerprints`."""
-    return {name: image_hashes(images.pixels) for name, images in _by_name(splits).items()}
+    return {name: image_hashes(images.pixels) for name, images in by_name(splits).items()}
 
 
-def _by_name(splits: Splits) -> dict[str, Images]:
+def by_name(splits: Splits) -> dict[str, Images]:
     """Gives the splits that there are by their names in `Fingerprints`."""
     of_name = {"train": splits.training, "val": splits.val, "confirm": splits.confirm, "test": splits.test}
     return {name: images for name, images in of_name.items() if images is not None}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pruning.data import Images, InputSpec, Splits
-from pruning.dataset.sharing import check_shared
+from pruning.dataset.sharing import check_shared, contradictory_labels
 from pruning.dataset.splits import LoadedSplit, check_splits_differ, load_split, open_dataset
 from pruning.errors import DataError
 from pruning.model.anatomy import examine
@@ -20,6 +20,7 @@ from search.errors import ConfigError
 from search.space import Space
 from search.trial.dense import load_dense
 from search.trial.fingerprinting import (
+    by_name,
     check_unchanged,
     fingerprints_of,
     hash_splits,
@@ -78,6 +79,8 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
     hashes = hash_splits(splits)
     of_val = [*hashes["val"], *hashes.get("confirm", [])]
     remarks = check_shared({**hashes, "val": of_val}, config.data.shared_images)
+    for name, images in by_name(splits).items():
+        remarks += contradictory_labels(name, hashes[name], images.labels.tolist())
     fingerprints = fingerprints_of(config, model, spec, splits, hashes, loaded.class_names)
     cache = runs / ".cache" / f"{training_hash(config, fingerprints)}.safetensors"
     trained = config.model.training is None
@@ -147,7 +150,11 @@ def load_splits(config: Config, spec: InputSpec, num_classes: int) -> LoadedSpli
     count = len(train.images)
     num_calibration = round(count * data.calibration_images / wanted)
     if min(num_calibration, count - num_calibration) < 1:
-        raise DataError(f"{count} training images are too few: some are for calibration, others for probing")
+        raise DataError(
+            f"{count} training images are too few: data.calibration_images={data.calibration_images} and "
+            f"data.probe_images={data.probe_images} would get {num_calibration} and {count - num_calibration} of them; "
+            "give numbers that leave some to both"
+        )
     val = load(data.val, data.val_images)
     confirm = None if data.confirm_images is None else load(data.val, data.confirm_images)
     test = None if data.test is None else load(data.test, data.test_images)
@@ -159,6 +166,11 @@ def load_splits(config: Config, spec: InputSpec, num_classes: int) -> LoadedSpli
         test=None if test is None else test.images,
     )
     notes = [note for part in (train, val, confirm, test) if part is not None for note in part.notes]
+    if count < wanted:
+        notes.append(
+            f"{count} training images are fewer than data.calibration_images + data.probe_images: "
+            f"{num_calibration} are for calibration, {count - num_calibration} to probe"
+        )
     return LoadedSplits(splits=splits, class_names=train.class_names, notes=tuple(dict.fromkeys(notes)))
 
 

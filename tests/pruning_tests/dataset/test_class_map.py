@@ -97,9 +97,11 @@ def test_a_pickle_is_never_unpickled(name: str, tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    for content in (b"\x89PNG\r\n\x1a\n", b"cat\n\x00dog\n", "café".encode("latin-1")):
+    for content in (b"\x89PNG\r\n\x1a\n", b"cat\n\x00dog\n", b"\x80\x02}q\x00."):
         with pytest.raises(DataError, match="it is not a text file"):
             read_class_map(file(tmp_path, content))
+    with pytest.raises(DataError, match="line 2 is not UTF-8; save the file as UTF-8"):
+        read_class_map(file(tmp_path, "cat\ncafé\n".encode("latin-1")))
     with pytest.raises(DataError, match="it may be UTF-16; save it as UTF-8"):
         read_class_map(file(tmp_path, "cat\ndog".encode("utf-16")))
     for path in (tmp_path / "nowhere.txt", tmp_path):

@@ -296,15 +296,35 @@ def test_a_class_map_takes_the_outermost_folder_and_says_where_the_innermost_is_
 def test_folders_of_no_class_name_where_the_classes_come_from(tmp_path: Path) -> None:
     touch(tmp_path / "val", ["a/1.jpg", "cow/1.jpg", "ewe/1.jpg"])
     dataset = opened(tmp_path, ["a/1.jpg", "b/1.jpg"], 2)
-    with pytest.raises(DataError, match=r"2 of 3 folders in .*val are no class of .*train: cow, ewe$"):
+    with pytest.raises(
+        DataError, match=r"2 of 3 folders in .*val are no class of .*train: cow, ewe; the classes are a, b$"
+    ):
         open_split(dataset, "val")
-    with pytest.raises(DataError, match=r"2 of 3 folders in .*val are no class of the class map: cow, ewe$"):
+    with pytest.raises(
+        DataError, match=r"2 of 3 folders in .*val are no class of the class map: cow, ewe; the classes are a, b$"
+    ):
         open_split(open_dataset("folder", root=tmp_path, num_classes=2, class_map={"a": 0, "b": 1}), "val")
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("bee /1.jpg", r"no class of .*: 'bee '; 'bee ' is not 'bee': write both alike"),
+        ("Bee/1.jpg", r"no class of .*: Bee; 'Bee' is not 'bee': write both alike"),
+        ("other/notes.txt", r"no class of .*: other; no image is in them, so remove them"),
+    ],
+    ids=["blank at its end", "another case", "no image"],
+)
+def test_a_folder_of_no_class_says_what_to_do(file: str, says: str, tmp_path: Path) -> None:
+    touch(tmp_path / "val", ["ant/1.jpg", file])
+    dataset = opened(tmp_path, ["ant/1.jpg", "bee/1.jpg"], 2)
+    with pytest.raises(DataError, match=rf"1 of 2 folders in .*{says}$"):
+        open_split(dataset, "val")
 
 
 def test_of_many_unknown_class_folders_the_first_five_are_named(tmp_path: Path) -> None:
     touch(tmp_path / "val", [f"n{index}/1.jpg" for index in range(7)])
-    with pytest.raises(DataError, match=r"7 of 7 .* n0, n1, n2, n3, n4, \.\.\.$"):
+    with pytest.raises(DataError, match=r"7 of 7 .* n0, n1, n2, n3, n4, \.\.\.; the classes are cat$"):
         open_split(open_dataset("folder", root=tmp_path, num_classes=1, class_map={"cat": 0}), "val")
 
 

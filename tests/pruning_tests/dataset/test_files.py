@@ -29,6 +29,14 @@ def test_hidden_files_and_folders_are_left_out_at_every_level(tmp_path: Path) ->
     assert (listing.images, listing.others, listing.folders, listing.hidden) == (("a/1.jpg",), (), ("a",), (".cache",))
 
 
+@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"])
+def test_folders_of_the_system_are_left_out_at_every_level(name: str, tmp_path: Path) -> None:
+    listing = list_images(
+        touch(tmp_path, ["a/1.jpg", f"{name}/a/._1.jpg", f"{name}/x.jpg", f"a/{name}/1.jpg/thumb.jpg"])
+    )
+    assert (listing.images, listing.folders, listing.hidden) == (("a/1.jpg",), ("a",), (name,))
+
+
 def test_every_format_that_pil_writes_and_reads_is_an_image(tmp_path: Path) -> None:
     picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     left_out = set()

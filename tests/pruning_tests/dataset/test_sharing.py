@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pruning.dataset.sharing import check_shared
+from pruning.dataset.sharing import check_shared, contradictory_labels
 from pruning.errors import DataError
 
 A, B, C, D = b"a", b"b", b"c", b"d"
@@ -32,3 +32,9 @@ def test_test_images_that_were_seen_before_are_refused_or_allowed(splits: dict[s
 def test_val_images_among_the_training_images_are_told_with_their_number() -> None:
     remarks = check_shared({"train": [A, B], "val": [A, B, C], "test": [D]})
     assert remarks == ["2 of the 3 val images are in train too: accuracy on val is too high"]
+
+
+def test_copies_of_an_image_under_two_labels_are_told_with_their_number() -> None:
+    assert contradictory_labels("val", [A, B, C, A], [0, 1, 2, 0]) == []
+    remarks = contradictory_labels("val", [A, B, C, A, A, D], [0, 1, 2, 1, 0, 0])
+    assert remarks == ["3 of the 6 val images are there under two labels, as copies"]

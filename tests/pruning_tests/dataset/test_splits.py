@@ -89,6 +89,12 @@ def test_a_folder_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.parametrize("around", ["birds", "birds/birds"])
+def test_a_folder_around_the_splits_is_told(around: str, tmp_path: Path) -> None:
+    root = touch(tmp_path / "root", [f"{around}/{split}/cat/1.jpg" for split in ("train", "val")] + ["__MACOSX/x"])
+    assert no_split(root, "train") == f"no folder ROOT/train; it lies deeper: give data.root=ROOT/{around}"
+
+
 def test_a_root_that_holds_class_folders_is_told(tmp_path: Path) -> None:
     root = touch(tmp_path / "all", ["cat/1.jpg", "dog/1.jpg"])
     assert no_split(root, "train").endswith(

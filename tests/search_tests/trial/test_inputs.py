@@ -68,8 +68,23 @@ def test_few_training_images_are_dealt_in_the_shares_that_were_asked_for(folder:
     assert (len(splits.calibration), len(splits.probe)) == (4, 12)
 
 
+def test_fewer_training_images_than_were_asked_for_are_told(folder: Path) -> None:
+    inputs = load_inputs(config(folder, data__calibration_images=100, data__probe_images=300), folder)
+    said = "16 training images are fewer than data.calibration_images + data.probe_images: 4 are for calibration, 12 to"
+    assert [note for note in inputs.notes if note.startswith(said)]
+    assert not [note for note in load_inputs(config(folder), folder).notes if "fewer" in note]
+
+
+def test_copies_of_images_under_two_labels_are_told(folder: Path) -> None:
+    first, second = (sorted(place.iterdir())[0] for place in sorted((folder / "images" / "val").iterdir())[:2])
+    shutil.copy(first, second)
+    assert "2 of the 8 val images are there under two labels, as copies" in load_inputs(config(folder), folder).notes
+
+
 def test_training_images_that_cannot_be_dealt_are_too_few(folder: Path) -> None:
-    with pytest.raises(DataError, match="16 training images are too few"):
+    with pytest.raises(
+        DataError, match=r"16 training images are too few: .*data.probe_images=10000 would get 0 and 16 of"
+    ):
         load_inputs(config(folder, data__probe_images=10_000), folder)
 
 

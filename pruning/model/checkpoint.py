@@ -112,6 +112,8 @@ def _fault_of_file(path: Path, head: bytes) -> str | None:
         return _fault_of_archive(path)
     if head.startswith(b"\x1f\x8b"):
         return "it is compressed (gzip); unpack it first"
+    if head[257:262] == b"ustar":
+        return f"it is a tar archive; unpack it, or if torch wrote it (before 0.2), {WAY_OUT}"
     if head.startswith((b"\x93NUMPY", b"\x89HDF")):
         return f"it is a file of {'NumPy' if head[1:2] == b'N' else 'HDF5 (Keras)'}, not of PyTorch or safetensors"
     return None if _is_safetensors(head) else _fault_of_text(path, head)
@@ -178,9 +180,14 @@ def _read_torch(path: Path) -> Any:
             raise CheckpointError(f"cannot read checkpoint {path}: {_unsafe(path)}; {WAY_OUT}") from error
         except Exception as error:
             raise CheckpointError(
-                f"cannot read checkpoint {path}: {first_line_of(error)}; it may be damaged, or neither of torch.save "
+                f"cannot read checkpoint {path}: {_told(error)}; it may be damaged, or neither of torch.save "
                 "nor of safetensors: copy or download it again"
             ) from error
+
+
+def _told(error: Exception) -> str:
+    """Gives the first sentence of an error of torch; the others tell how to run the file's code."""
+    return first_line_of(error).split(". ", 1)[0]
 
 
 def _unsafe(path: Path) -> str:

@@ -62,12 +62,19 @@ def _check_name(name: str) -> None:
     """Refuses unknown names, and timm's other families before their arguments are blamed."""
     if not timm.is_model(name):
         last = name.rsplit("/", 1)[-1]  # of hf-hub:timm/...
-        close = [last] if timm.is_model(last) else difflib.get_close_matches(name, timm.list_models(), n=3)
+        close = [last] if timm.is_model(last) else _close_names(name)
         hint = f"did you mean {', '.join(close)}?" if close else f"supported is {SUPPORTED}"
         raise ModelError(f"timm {timm.__version__} has no model {name!r}; {hint}")
     module = model_entrypoint(name).__module__
     if module.startswith("timm.models.") and module not in FAMILIES:  # models of others are known once they are made
         raise ModelError(f"{name} ({module}) is not a model that can be pruned; supported is {SUPPORTED}")
+
+
+def _close_names(name: str) -> list[str]:
+    """Gives up to three of timm's names that may be meant, of models that can be pruned."""
+    names = timm.list_models(module=[family.rsplit(".", 1)[-1] for family in FAMILIES])
+    longer = [each for each in names if each.startswith(name)]
+    return longer[:3] or difflib.get_close_matches(name, names, n=3)
 
 
 def _check_args(args: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import re
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,13 @@ def npz() -> bytes:
     return file.getvalue()
 
 
+def tar() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as content:
+        content.addfile(tarfile.TarInfo("w.safetensors"))
+    return file.getvalue()
+
+
 INDEX = json.dumps({"metadata": {}, "weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}).encode()
 
 
@@ -134,6 +142,7 @@ INDEX = json.dumps({"metadata": {}, "weight_map": {"a": "m-1.safetensors", "b": 
         (b"\x93NUMPY\x01\x00", "it is a file of NumPy"),
         (b"\x89HDF\r\n\x1a\n", "it is a file of HDF5"),
         (gzip.compress(b"weights", mtime=0), "it is compressed"),
+        (tar(), r"it is a tar archive; unpack it, or if torch wrote it \(before 0\.2\), where it was made"),
         (archive("w/data.pkl", "w/constants.pkl", "w/code/a.py"), r"a TorchScript archive; torch.save\(torch.jit.load"),
         (archive("weights.pt", "readme"), "it is a zip archive, but not of torch.save; where it was made"),
         (saved(WEIGHTS)[:300], "it is cut off or damaged"),

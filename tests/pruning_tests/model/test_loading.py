@@ -33,6 +33,8 @@ def test_a_model_is_ready_to_run(family: str) -> None:
 def test_an_unknown_name_suggests_close_ones() -> None:
     with pytest.raises(ModelError, match=r"no model 'vit_tinny_patch16_224'; did you mean .*vit_tiny_patch16_224"):
         create_model("vit_tinny_patch16_224")
+    with pytest.raises(ModelError, match=r"no model 'vit_tiny'; did you mean vit_tiny_[^?]*\?$"):
+        create_model("vit_tiny")  # not gcvit_tiny, which cannot be pruned
     with pytest.raises(ModelError, match="no model '~~~~'; supported is timm's VisionTransformer"):
         create_model("~~~~")
 

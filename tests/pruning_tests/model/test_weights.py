@@ -214,7 +214,15 @@ def one_bad(value: Any, name: str = "head.bias") -> dict[str, Any]:
         (builders.model(depth=4).state_dict(), r"blocks\.3\..* is unknown to the model, .*; try depth=4 in model.args"),
         (builders.model(depth=2).state_dict(), r"blocks\.2\..* is missing, .*; try depth=2 in model.args"),
         (builders.model(num_classes=9).state_dict(), r"head.weight is \[9, 24\], not \[7, 24\].*; try num_classes=9"),
-        (builders.model(embed_dim=48).state_dict(), r"is \[1, 1, 48\], not \[1, 1, 24\]"),
+        (builders.model(embed_dim=48).state_dict(), r"is \[1, 1, 48\], not \[1, 1, 24\].*; try embed_dim=48 with its"),
+        (builders.model(embed_dim=48, patch_size=2).state_dict(), "try embed_dim=48 .*, patch_size=2, img_size="),
+        (builders.model(in_chans=1).state_dict(), "try in_chans=1 in model.args"),
+        ({k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v for k, v in some().items()},
+         "norm.weight is missing; .*; try global_pool=avg in model.args"),
+        ({**some(), "blocks.0.attn.qkv.SCB": torch.ones(72)}, "it is quantised: save the weights before that"),
+        ({**some(), "blocks.0.attn.qkv.lora_A.weight": torch.ones(2)}, "it has LoRA layers: merge them"),
+        ({"vit.embeddings.cls_token": torch.ones(1, 1, 24)}, "its names are those of Hugging Face's"),
+        ({"encoder.layers.encoder_layer_0.ln_1.weight": torch.ones(24)}, "its names are those of torchvision"),
         (builders.model("distilled").state_dict(), "dist_token is unknown"),
         (builders.model("registers").state_dict(), "reg_token is unknown"),
         (builders.model("average_pooling").state_dict(), "cls_token is missing"),
@@ -230,6 +238,12 @@ def one_bad(value: Any, name: str = "head.bias") -> dict[str, Any]:
 def test_what_is_no_weight_of_the_model_is_named(weights: Any, message: str, legacy: bool, tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "weights.pth", _use_new_zipfile_serialization=not legacy)
     assert re.search(rf"weights\.pth.* {message}", refusal(tmp_path / "weights.pth"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize", "ignore:TypedStorage")
+def test_a_model_that_was_quantised_dynamically_is_told_so(tmp_path: Path) -> None:
+    model = torch.ao.quantization.quantize_dynamic(builders.model(), {torch.nn.Linear}, dtype=torch.qint8)
+    assert "; it is quantised: save the weights before that" in refusal(write(tmp_path, model.state_dict()))
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:Validating sparse", "ignore:TypedStorage")

@@ -449,6 +449,8 @@ def _one_line(error: ValidationError) -> str:
         message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing" and isinstance(item["loc"][-1], int):
             message = "needs two values, [low, high]"
+        elif item["type"] == "tuple_type":
+            message = "input should be a list, [a, b, ...]"
         given = "" if item["type"] in ("extra_forbidden", "missing", "value_error") else f" (given: {item['input']!r})"
         lines.setdefault(key, message[0].lower() + message[1:] + given)
     return "; ".join(f"{key}: {message}" for key, message in lines.items())

@@ -184,6 +184,8 @@ def test_value_is_read_by_the_type_of_its_key(text: str, value: Any) -> None:
         ("search.trials=1:30", "search.trials: .* unable to parse string as an integer .given: '1:30'"),
         ("search.trials=true", "search.trials: .* unable to parse string as an integer .given: 'true'"),
         ("search.trials=" + "9" * 5000, "a number has too many digits"),
+        ("data.mean=0.5", r"data.mean: input should be a list, \[a, b, \.\.\.\] .given: 0\.5"),
+        ("data.mean=0.5,0.5,0.5", r"data.mean: input should be a list, \[a, b, \.\.\.\] .given: '0\.5,0\.5,0\.5'"),
         ("data.noise=inf", "data.noise: input should be a finite number"),
         ("data.noise=.inf", "data.noise: input should be a finite number"),
         ("data.noise=nan", "data.noise: input should be a finite number"),

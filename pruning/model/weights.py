@@ -364,7 +364,7 @@ def _sizes(model: Any, weights: Mapping[str, Any]) -> list[str]:
         hints.append(f"patch_size={given.shape[2]}")
     position = weights.get("pos_embed")
     if isinstance(position, Tensor) and position.ndim == 3 and position.shape[1] != model.pos_embed.shape[1]:
-        side = math.isqrt(position.shape[1] - model.num_prefix_tokens)
+        side = math.isqrt(max(0, position.shape[1] - model.num_prefix_tokens))
         hints.append(f"img_size={side * given.shape[2]}")
     return hints
 

@@ -160,7 +160,7 @@ def skeleton(description: Description) -> nn.Module:
 
 
 def save_weights(weights: Weights, path: Path) -> None:
-    """Saves a model's weights alone, completely or not at all.
+    """Saves a model's weights alone, completely or not at all; `pruning.model.loading.read_weights` reads them.
 
     Raises:
         ArtifactError: the file cannot be written.
@@ -168,7 +168,8 @@ def save_weights(weights: Weights, path: Path) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_contiguous(weights), draft)
+        whole = _contiguous(weights)
+        save_file(whole, draft, metadata={"fingerprint": fingerprint_of_weights(whole)})
         os.replace(draft, path)
     except Exception as error:  # safetensors has an error type of its own for a full disk
         with contextlib.suppress(OSError):  # where its folder could not be made, there is no draft

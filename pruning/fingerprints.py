@@ -25,6 +25,11 @@ def fingerprint_of_text(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=NUM_BYTES).hexdigest()
 
 
+def fingerprint_of_record(record: object) -> str:
+    """Returns the hash of a dataclass's name and plain values, 32 hexadecimal digits."""
+    return fingerprint_of_text(repr(record))
+
+
 def fingerprint_of_weights(weights: Mapping[str, Tensor]) -> str:
     """Returns the hash of a model's tensors, 32 hexadecimal digits: names, types, shapes and values, in any order."""
     hasher = hashlib.blake2b(digest_size=NUM_BYTES)

@@ -376,6 +376,8 @@ class Fingerprints(_Section):
     def changes(self, now: Fingerprints) -> list[str]:
         """Gives the names of what is known in both and differs: `the weights`, `the val images`, ..."""
         mine, theirs = self.model_dump(), now.model_dump()
+        if mine["first_weights"] is None and theirs["first_weights"] is not None:  # trained further now
+            mine |= {"first_weights": mine["weights"], "weights": None}
         return [
             name for key, name in FINGERPRINTED.items()
             if None not in (mine[key], theirs[key]) and mine[key] != theirs[key]

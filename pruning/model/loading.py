@@ -10,11 +10,13 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 from pruning.errors import CheckpointError, ModelError, first_line_of
+from pruning.fingerprints import fingerprint_of_weights
 from pruning.model.anatomy import SUPPORTED, examine
 
 FAMILIES = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.swin_transformer")
@@ -103,12 +105,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Reads weights that vitfront wrote itself: the file of `pruning.artifact.save_weights`.
 
     Raises:
-        CheckpointError: the file is missing or cannot be read.
+        CheckpointError: the file is missing, cannot be read, or was overwritten since.
     """
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            fingerprint = (file.metadata() or {}).get("fingerprint")
+        weights = load_file(path)
     except Exception as error:  # safetensors has its own error type
         raise CheckpointError(f"cannot read weights {path}: {first_line_of(error)}") from error
+    if fingerprint_of_weights(weights) != fingerprint:
+        raise CheckpointError(f"{path} is not what vitfront wrote there: its weights changed since")
+    return weights
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

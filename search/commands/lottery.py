@@ -132,7 +132,10 @@ def seeded_model(config: Config, seed: int, *, untouched: bool = False) -> nn.Mo
     if config.fingerprints is not None and config.model.checkpoint is not None:  # which gives all weights
         first_weights = fingerprint_of_weights(model.state_dict())
         check_unchanged(
-            config.fingerprints, Fingerprints(first_weights=first_weights), "the lottery was begun with other inputs"
+            config.fingerprints,
+            Fingerprints(first_weights=first_weights),
+            "the lottery was begun with other inputs",
+            "begin again",
         )
     return model
 

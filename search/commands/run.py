@@ -284,7 +284,7 @@ def _check_same_inputs(folder: Folder, fingerprints: Fingerprints) -> None:
             f"{folder.path} was started by an older vitfront, without fingerprints of its inputs, so it cannot be told "
             "whether they are the same now; take another --name, and leave it out of --from"
         )
-    check_unchanged(recorded, fingerprints, f"{folder.path} was run with other inputs")
+    check_unchanged(recorded, fingerprints, f"{folder.path} was run with other inputs", "take another --name")
 
 
 def _with_timing(outcome: Outcome, timing: Timing) -> Outcome:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import yaml
 
-from pruning.artifact import copy_to
+from pruning.artifact import copy_to, read_description
+from pruning.fingerprints import fingerprint_of_record
 from search.config import Config
-from search.errors import SweepError
+from search.errors import ConfigError, SweepError
 from search.front import Front
 from search.outcome import Outcome
 from search.records.files import write_atomically
@@ -41,9 +42,14 @@ class Folder:
             SweepError: there is no such sweep, or its settings cannot be read.
         """
         try:
-            return Config.from_dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+            record = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            if not isinstance(record, dict):
+                raise SweepError(f"cannot read {self.config}: it is not a recipe")
+            return Config.from_dict(record)
         except FileNotFoundError:
             raise SweepError(f"no sweep {self.path.name!r} in {self.path.parent}{self._names_there()}") from None
+        except ConfigError as error:  # of another version, or edited
+            raise SweepError(f"cannot use {self.config}: {error}") from error
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise SweepError(f"cannot read {self.config}: {' '.join(str(error).split())}") from error
 
@@ -84,10 +90,27 @@ def export(runs: Path, name: str, how: str, target: Path) -> Outcome:
         target: folder to create for the model.
 
     Raises:
-        SweepError: no such sweep or point.
-        ArtifactError: the folder is there already, or cannot be written.
+        SweepError: no such sweep or point, or its plan.json is not what the sweep wrote.
+        ArtifactError: the model is missing or was overwritten; the folder is there already, or cannot be written.
     """
     folder = Folder(runs, name)
-    point = folder.read_front().pick(how)
+    front = folder.read_front()
+    point = front.pick(how)
+    _check_description(folder, front, point)
     copy_to(folder.models / point.id, target)
     return point
+
+
+def _check_description(folder: Folder, front: Front, point: Outcome) -> None:
+    """Raises SweepError if a model's plan.json is not of this point and of the inputs of the sweep."""
+    path, model = folder.models / point.id, folder.read_config().model
+    found = read_description(path)
+    preprocessing = (front.fingerprints or {}).get("preprocessing")  # older sweeps have none
+    wrong = {
+        "model": (found.name, found.args) != (model.name, model.args),
+        "input": preprocessing not in (None, fingerprint_of_record(found.input)),
+        "plan": found.plan != point.plan,
+    }
+    if any(wrong.values()):
+        what = ", ".join(key for key, is_wrong in wrong.items() if is_wrong)
+        raise SweepError(f"{path / 'plan.json'} is not what its sweep wrote: its {what} changed since")

@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from pruning.data import Images, InputSpec, Splits
-from pruning.fingerprints import fingerprint_of_images, fingerprint_of_text, fingerprint_of_weights, image_hashes
+from pruning.fingerprints import (
+    fingerprint_of_images,
+    fingerprint_of_record,
+    fingerprint_of_text,
+    fingerprint_of_weights,
+    image_hashes,
+)
 from search.config import Config, Fingerprints
 from search.errors import SweepError
 
@@ -31,7 +37,7 @@ def fingerprints_of(
         weights=None if has_training else weights,
         first_weights=weights if has_training else None,
         classes=fingerprint_of_text("\n".join(class_names)) if class_names else None,
-        preprocessing=fingerprint_of_text(repr(spec)),
+        preprocessing=fingerprint_of_record(spec),
         **{name: fingerprint_of_images(hashes[name], images.labels) for name, images in by_name(splits).items()},
     )
 
@@ -52,20 +58,19 @@ def with_weights(fingerprints: Fingerprints, model: nn.Module) -> Fingerprints:
     return fingerprints.model_copy(update={"weights": fingerprint_of_weights(model.state_dict())})
 
 
-def check_unchanged(before: Fingerprints, now: Fingerprints, what: str) -> None:
+def check_unchanged(before: Fingerprints, now: Fingerprints, what: str, way_out: str) -> None:
     """Compares the inputs of an earlier run with those of now.
 
     Args:
         what: beginning of the message.
+        way_out: end of the message: what to do where the change is meant.
 
     Raises:
         SweepError: they differ; the message says in what.
     """
     changes = before.changes(now)
     if changes:
-        raise SweepError(
-            f"{what}: {', '.join(changes)} changed meanwhile; put back what was there, or take another --name"
-        )
+        raise SweepError(f"{what}: {', '.join(changes)} changed meanwhile; put back what was there, or {way_out}")
 
 
 def training_hash(config: Config, fingerprints: Fingerprints) -> str:

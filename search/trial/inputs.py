@@ -12,7 +12,7 @@ from torch import nn
 from pruning.data import Images, InputSpec, Splits
 from pruning.dataset.sharing import check_shared, contradictory_labels
 from pruning.dataset.splits import LoadedSplit, check_splits_differ, load_split, open_dataset
-from pruning.errors import DataError
+from pruning.errors import CheckpointError, DataError
 from pruning.model.anatomy import examine
 from pruning.model.loading import default_input, load_weights, read_weights
 from search.config import Config, Fingerprints
@@ -85,11 +85,14 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
     cache = runs / ".cache" / f"{training_hash(config, fingerprints)}.safetensors"
     trained = config.model.training is None
     if not trained and cache.is_file():
-        load_weights(model, read_weights(cache), str(cache))
+        load_weights(model, _read_cached(cache), str(cache))
         trained = True
         fingerprints = with_weights(fingerprints, model)
     if config.fingerprints is not None:
-        check_unchanged(config.fingerprints, fingerprints, "the recipe's fingerprints are of other inputs")
+        check_unchanged(
+            config.fingerprints, fingerprints, "the recipe's fingerprints are of other inputs",
+            "take these with --set fingerprints=null",
+        )  # fmt: skip
     if config.data.noise and not trained:  # it would learn from the noisy images
         raise ConfigError("data.noise needs a dense model that is trained; run the recipe once without noise")
     noisy = _noisy(splits.training, splits.num_calibration, config.data.noise, config.data.seed)
@@ -98,6 +101,13 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
         fingerprints=fingerprints, cache=cache, classes=loaded.class_names or None,
         notes=(*notes, f"pixels: {spec.summary()}", *loaded.notes, *remarks),
     )  # fmt: skip
+
+
+def _read_cached(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return read_weights(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; remove it, and the model is trained again") from error
 
 
 def input_spec(

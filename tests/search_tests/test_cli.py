@@ -30,7 +30,10 @@ from tests.search_tests.command_line import call, check_refused, files
 from tests.search_tests.disk import largest_file
 from tests.search_tests.test_space import Chooser
 
-OUTCOMES = [builders.outcome("t000", 0.9, 1.0), builders.outcome("t001", 0.88, 2.0), builders.outcome("t002", 0.5, 2.5)]
+OUTCOMES = [
+    tiny.kept_whole(builders.outcome(*measured))
+    for measured in (("t000", 0.9, 1.0), ("t001", 0.88, 2.0), ("t002", 0.5, 2.5))
+]
 
 
 @pytest.fixture(scope="module")

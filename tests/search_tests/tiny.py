@@ -21,7 +21,7 @@ from pruning.model.anatomy import examine
 from pruning.model.loading import create_model
 from pruning.model.surgery import keep_all_plan
 from search.config import Config
-from search.outcome import Measurement
+from search.outcome import Measurement, Outcome
 from search.space import Space
 from search.trial.context import TrialContext
 from search.trial.fingerprinting import fingerprints_of, hash_splits
@@ -152,6 +152,11 @@ def timer(
         )  # fmt: skip
 
     return timing(dense), [timing(model) for model in models]
+
+
+def kept_whole(outcome: Outcome) -> Outcome:
+    """The outcome with the plan of the model that `save_model` saves."""
+    return replace(outcome, plan=keep_all_plan(examine(model())))
 
 
 def save_model(folder: Path, seed: int = 0) -> None:

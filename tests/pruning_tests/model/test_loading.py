@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, resolve_data_config
 
 from pruning.artifact import save_weights
@@ -98,6 +99,17 @@ def test_saved_weights_come_back_bit_equal_and_a_missing_or_broken_file_is_named
     for name in ("nowhere.safetensors", "broken.safetensors"):
         with pytest.raises(CheckpointError, match=f"cannot read weights .*{name}"):
             read_weights(tmp_path / name)
+
+
+def test_saved_weights_that_were_overwritten_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_weights(builders.model(seed=4).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is not what vitfront wrote there: its weights"):
+        read_weights(path)
+    save_file(builders.model(seed=5).state_dict(), path)
+    with pytest.raises(CheckpointError, match="is not what vitfront wrote there"):
+        read_weights(path)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from pruning.artifact import save_weights
 from pruning.measure.accuracy import predict, top1
 from pruning.methods.lottery import Arm, LotteryRow
 from pruning.training import train
@@ -151,8 +152,7 @@ def test_dense_arm_is_the_model_that_a_sweep_would_train(tmp_path: Path, lottery
 
 def test_lottery_starts_untrained_even_where_a_sweep_has_left_trained_weights(tmp_path: Path, lottery: Lottery) -> None:
     cache = load_inputs(config(), tmp_path).cache
-    cache.parent.mkdir()
-    save_file(seeded_model(config(), 99).state_dict(), cache)
+    save_weights(seeded_model(config(), 99).state_dict(), cache)
     assert load_inputs(config(), tmp_path).trained
     first_seed = [row for row in lottery.record["rows"] if row["seed"] == 3]
     assert run(config(), tmp_path)["rows"] == first_seed

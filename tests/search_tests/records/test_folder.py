@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from pruning.artifact import Description, read_description, save
+from pruning.data import InputSpec
 from pruning.errors import ArtifactError
-from search.errors import ConfigError, SweepError
+from pruning.fingerprints import fingerprint_of_record
+from pruning.model.exits import truncate
+from search.errors import SweepError
 from search.front import Front
 from search.records.folder import Folder, export
 from tests.search_tests import builders, tiny
 from tests.search_tests.disk import largest_file
 
 POINTS = [
-    builders.outcome("t003", 0.90, 1.2),
-    builders.outcome("t001", 0.85, 2.0, top1_test=0.84),
-    builders.outcome("t004", 0.60, 3.0),
+    tiny.kept_whole(outcome)
+    for outcome in (
+        builders.outcome("t003", 0.90, 1.2),
+        builders.outcome("t001", 0.85, 2.0, top1_test=0.84),
+        builders.outcome("t004", 0.60, 3.0),
+    )
 ]
-FRONT = Front.of("digits", POINTS, builders.GOAL, trials=5)
+PREPROCESSING = fingerprint_of_record(InputSpec(size=(16, 16)))
+FRONT = Front.of("digits", POINTS, builders.GOAL, trials=5, fingerprints={"preprocessing": PREPROCESSING})
 
 
 @pytest.fixture
@@ -71,7 +82,7 @@ def test_broken_front_is_named_in_one_line(runs: Path, content: bytes) -> None:
 def test_broken_settings_are_one_line(runs: Path, content: bytes) -> None:
     folder = Folder(runs, "digits")
     folder.config.write_bytes(content)
-    with pytest.raises((SweepError, ConfigError)) as raised:
+    with pytest.raises(SweepError, match=r"cannot (read|use) .*digits/config\.yaml: .") as raised:
         folder.read_config()
     assert "\n" not in str(raised.value)
 
@@ -117,3 +128,32 @@ def test_export_of_a_model_that_was_deleted_leaves_nothing(runs: Path, tmp_path:
     with pytest.raises(ArtifactError):
         export(runs, "digits", "knee", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def _half_of_the_blocks(description: Description) -> tuple[nn.Module, Description]:
+    plan = description.plan
+    return truncate(tiny.model(), 2), replace(description, plan=replace(plan, blocks=plan.blocks[:2]))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda found: (tiny.model(), replace(found, input=InputSpec(size=(16, 16), mean=(0.4,) * 3))), "input"),
+        (lambda found: (tiny.model(), replace(found, args={**found.args, "drop_rate": 0.1})), "model"),
+        (_half_of_the_blocks, "plan"),
+    ],
+)
+def test_a_model_with_the_description_of_another_is_not_exported(
+    runs: Path, tmp_path: Path, change: Callable[[Description], tuple[nn.Module, Description]], what: str
+) -> None:
+    path = Folder(runs, "digits").models / "t001"
+    save(*change(read_description(path)), path)  # whole in itself
+    with pytest.raises(SweepError, match=rf"t001/plan\.json is not what its sweep wrote: its {what} changed since"):
+        export(runs, "digits", "t001", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_without_fingerprints_is_exported(runs: Path, tmp_path: Path) -> None:
+    Folder(runs, "digits").write_front(replace(FRONT, fingerprints=None))
+    export(runs, "digits", "t001", tmp_path / "out")
+    assert (tmp_path / "out" / "plan.json").is_file()

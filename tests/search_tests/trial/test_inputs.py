@@ -12,7 +12,7 @@ from PIL import Image
 
 from pruning.artifact import save_weights
 from pruning.data import Images
-from pruning.errors import DataError
+from pruning.errors import CheckpointError, DataError
 from pruning.fingerprints import fingerprint_of_weights
 from search.config import Config
 from search.errors import ConfigError, SweepError
@@ -295,7 +295,32 @@ def test_a_recipe_with_fingerprints_refuses_other_inputs_and_says_what_changed(f
     overwrite(folder / "images/train/a/0.png")
     with pytest.raises(SweepError, match="other inputs: the weights, the training images changed meanwhile; put back"):
         load_inputs(pinned, folder / "runs")
+    with pytest.raises(SweepError, match=r"or take these with --set fingerprints=null$"):
+        load_inputs(pinned, folder / "runs")
     assert plain.fingerprints is None
+
+
+def test_pinned_weights_are_where_an_added_training_starts(folder: Path) -> None:
+    path = folder / "weights.safetensors"
+    save_weights(tiny.model().state_dict(), path)
+    fingerprints = load_inputs(config(folder, model__checkpoint=str(path)), folder / "runs").fingerprints.model_dump()
+    further = config(folder, model__checkpoint=str(path), model__training={"epochs": 1}, fingerprints=fingerprints)
+    save_weights(tiny.model(seed=2).state_dict(), load_inputs(further, folder / "runs").cache)
+    load_inputs(further, folder / "runs")  # its trained weights are others, as they should be
+    save_weights(tiny.model(seed=1).state_dict(), path)
+    with pytest.raises(SweepError, match="other inputs: the weights that training starts from changed"):
+        load_inputs(further, folder / "runs")
+
+
+def test_trained_weights_that_were_overwritten_are_refused_with_a_way_out(folder: Path) -> None:
+    plain = config(folder, model__training={"epochs": 1})
+    cache = load_inputs(plain, folder / "runs").cache
+    save_weights(tiny.model(seed=3).state_dict(), cache)
+    whole = cache.read_bytes()
+    for content, what in ((whole[:-1] + b"?", "is not what vitfront wrote there"), (whole[:900], "cannot read")):
+        cache.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{what}.*; remove it, and the model is trained again$"):
+            load_inputs(plain, folder / "runs")
 
 
 def test_trained_weights_are_taken_only_for_the_images_that_they_were_trained_on(folder: Path) -> None:

@@ -24,6 +24,7 @@ from search.fields import (
     Points,
     PositiveShare,
     Reduction,
+    Seed,
     Share,
     SparsityPattern,
     auto_alone,
@@ -87,7 +88,7 @@ class TrainingConfig(_Training):
     """Number of epochs in which the learning rate rises."""
     max_turn: Annotated[float, Field(ge=0, le=1)] = 0.15
     """Training images are turned by up to this many radians, and scaled by up to this share, each way."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the first weights, the order of the images and their jitter."""
 
     def settings(self) -> TrainSettings:
@@ -168,7 +169,7 @@ class DataConfig(_Section):
     scores and repair cope with bad images: all other images stay clean, and the dense model is trained without."""
     download: bool = False
     """Let timm download a torch/... data set that is missing; a hfds/... one is always fetched."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the choice of images."""
 
 
@@ -242,7 +243,7 @@ class SearchConfig(_Section):
     accuracy: Accuracy = "top1"
     """Accuracy to optimise: classification (top1), or retrieval, in which val images query the sweep's training
     images."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sampler."""
 
     @property
@@ -443,12 +444,21 @@ class Config(_Section):
         return [key for key in keys if not key.startswith(free)]
 
 
+MESSAGES = {
+    "extra_forbidden": "unknown key",
+    "tuple_type": "needs a list, [a, b, ...]",
+    "dict_type": "needs keys and values, {key: value, ...}",
+    "model_type": "needs keys and values, {key: value, ...}",
+}
+"""Kind of pydantic's errors -> message, where pydantic speaks of Python."""
+
+
 def _one_line(error: ValidationError) -> str:
     """Gives all that is wrong, the key first; a union tells the message of the branch that fits best."""
     lines: dict[str, str] = {}
     for item in sorted(error.errors(), key=lambda item: -len(item["loc"])):
         key = ".".join(str(part) for part in item["loc"] if not _is_branch(part))
-        message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        message = MESSAGES.get(item["type"]) or item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing" and isinstance(item["loc"][-1], int):
             message = "needs two values, [low, high]"
         elif item["type"] == "tuple_type":

@@ -104,5 +104,7 @@ SparsityPattern = Annotated[str, AfterValidator(_known_pattern)]
 LimitText = Annotated[str, AfterValidator(_known_limit)]
 Multiple = Annotated[int | str, AfterValidator(_multiple_or_auto)]
 """A width to round to, or `auto`."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A seed, as NumPy takes it."""
 LocalPath = Annotated[Path | None, AfterValidator(_absolute)]
 """A path on this machine, made absolute."""

@@ -32,7 +32,7 @@ def load_config(
     record.setdefault("name", Path(recipe).stem)
     for change in sets:
         key, equals, text = change.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise ConfigError(f"--set {change!r} is not of the form a.b=c")
         _set(record, key, parse_value(text, _kind_of(key), f"--set {change!r}"))
     options: dict[str, Any] = {"name": name, "search.trials": trials, "search.time_budget": time_budget}

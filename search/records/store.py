@@ -19,7 +19,7 @@ def default_uri(runs: Path) -> str:
     Raises:
         SweepError: the path of the file cannot be written as an address.
     """
-    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(_database_of(runs))
+    return os.environ.get("MLFLOW_TRACKING_URI", "").strip() or sqlite_uri(_database_of(runs))
 
 
 def sqlite_uri(path: Path) -> str:

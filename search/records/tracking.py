@@ -48,6 +48,9 @@ EXPERIMENT = "vitfront"
 MAX_REASON_CHARS = 5000  # MLflow's limit for a tag
 MAX_PARAM_CHARS = 6000  # MLflow's limit for a param
 
+# SQLite's own from moved artifacts, an ImportError where a database has no driver
+_UNUSABLE = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError, UnicodeError)
+
 
 class Tracker:
     """Writes a sweep to MLflow; only the driver has a tracker.
@@ -99,8 +102,7 @@ class Tracker:
                 self._parent, self._children = found or (self._begin_sweep(sweep, run_dir, uri, artifact_root), {})
             self._experiment: str = self._parent.info.experiment_id
             self._log_settings(params)
-        # SQLite's own from moved artifacts, an ImportError where a database has no driver
-        except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError, UnicodeError) as error:
+        except _UNUSABLE as error:
             raise SweepError(_why_unusable(uri, run_dir.parent, error)) from error
 
     @property
@@ -315,15 +317,17 @@ def serve_ui(uri: str, artifact_root: Path, port: int) -> int:
         Exit code of the server; 0 after Ctrl-C.
 
     Raises:
-        SweepError: the store is a tracking server, which has its own pages.
+        SweepError: the store is a tracking server, which has its own pages, or cannot be used.
     """
     if _is_server(uri):
         raise SweepError(f"{uri} is a tracking server and shows its own pages: open it in a browser")
-    if is_store_of(artifact_root.parent, uri):
-        try:
+    try:
+        if is_store_of(artifact_root.parent, uri):
             follow_moved_artifacts(artifact_root.parent, artifact_root)
-        except sqlite3.Error as error:
-            raise SweepError(_why_unusable(uri, artifact_root.parent, error)) from error
+        with without_stray_folders(uri):
+            MlflowClient(tracking_uri=uri).search_experiments(max_results=1)  # the server's own errors are tracebacks
+    except _UNUSABLE as error:
+        raise SweepError(_why_unusable(uri, artifact_root.parent, error)) from error
     store = ["--backend-store-uri", uri, "--default-artifact-root", artifact_root.absolute().as_uri()]
     where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     with (
@@ -343,7 +347,7 @@ def _is_server(uri: str) -> bool:
 
 def _why_unusable(uri: str, runs: Path, error: Exception) -> str:
     scheme, colon, path = uri.partition(":")
-    if not colon or scheme == "file":
+    if (not colon and not _is_server(uri)) or scheme == "file":
         folder = Path(unquote(path.removeprefix("//")) if colon else uri)
         database = sqlite_uri(folder.absolute() / "mlflow.db")
         return (

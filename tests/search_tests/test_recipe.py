@@ -79,9 +79,23 @@ def test_of_two_sets_the_later_wins_and_trials_over_both(tmp_path: Path) -> None
     assert load_config(recipe, time_budget="3m").search.time_budget_s == 180
 
 
-@pytest.mark.parametrize("change", ["search.trials", "=3", "", "search"])
+@pytest.mark.parametrize("change", ["search.trials", "=3", "", "search", ".=3", "search.=3", "search..trials=3"])
 def test_set_of_another_form_is_told_the_form(change: str) -> None:
     with pytest.raises(ConfigError, match=f"^--set '{change}' is not of the form a.b=c$"):
+        load_config("digits", sets=[change])
+
+
+@pytest.mark.parametrize(
+    ("change", "needs"),
+    [
+        ("data.mean=0.5,0.5,0.5", r"data.mean: needs a list, \[a, b, ...\] \(given: '0.5,0.5,0.5'\)"),
+        ("data.std=0.5", r"data.std: needs a list"),
+        ("model.args=num_classes=3", "model.args: needs keys and values, {key: value, ...}"),
+        ("model.training=true", "model.training: needs keys and values"),
+    ],
+)
+def test_list_or_section_of_another_form_is_told_the_form(change: str, needs: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{needs}"):
         load_config("digits", sets=[change])
 
 
@@ -229,7 +243,7 @@ def test_unknown_recipe_is_answered_with_those_there_are(recipe: str) -> None:
         (b"\x89PNG\xff", "cannot read .*utf-8"),
         (b"- 1\n- 2\n", "is not a recipe: it holds list, not keys and values"),
         (b"", "is not a recipe: it holds NoneType"),
-        (b"model: 3\ndata: {}", "model: input should be a valid dictionary"),
+        (b"model: 3\ndata: {}", r"model: needs keys and values, {key: value, ...} \(given: 3\)"),
     ],
 )
 def test_file_that_is_no_recipe_is_one_line(tmp_path: Path, content: bytes, expected: str) -> None:

@@ -278,6 +278,9 @@ def test_store_of_files_is_refused_with_what_to_give(tmp_path: Path, monkeypatch
     uri = uri.format(tmp=tmp_path)
     with pytest.raises(SweepError) as raised:
         track(Path("runs"), (), (), uri)
+    with pytest.raises(SweepError) as pages:
+        serve_ui(uri, Path("runs/mlartifacts"), 5000)
+    assert str(pages.value) == str(raised.value)
     what = f"MLFLOW_TRACKING_URI={uri} is a folder, which MLflow no longer takes"
     database, default = f"sqlite:///{tmp_path}/mlruns/mlflow.db", f"{tmp_path}/runs/mlflow.db"
     ways = f"give a database ({database}) or a server (http://host:port), or unset it for {default}"
@@ -293,6 +296,13 @@ def test_address_that_cannot_be_used_is_answered_with_those_that_can(tmp_path: P
     ) as e:
         track(tmp_path, (), (), uri)
     assert "\n" not in str(e.value)
+    with pytest.raises(SweepError, match=f"^MLflow cannot be used at {uri} "):
+        serve_ui(uri, tmp_path / "mlartifacts", 5000)
+
+
+def test_address_of_blanks_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", " ")
+    assert default_uri(tmp_path) == sqlite_uri(tmp_path / "mlflow.db")
 
 
 def test_artifacts_are_found_by_a_plain_reader_of_the_database(runs: Path, tmp_path: Path) -> None:

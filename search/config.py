@@ -41,7 +41,7 @@ RESUMABLE = ("trials", "time_budget", "earlier", "patience", "min_gain")
 
 FINGERPRINTED_KEYS = (
     "model.checkpoint", "model.checkpoint_key", "model.pretrained", "model.untrained", "model.expected_top1",
-    "data.root", "data.class_map", "data.class_order", "data.download", "data.shared_images",
+    "data.root", "data.class_map", "data.class_order", "data.exif", "data.download", "data.shared_images",
 )  # fmt: skip
 """Keys that say where inputs come from: whether these are the same is told by their fingerprints, not by a path."""
 

@@ -40,7 +40,7 @@ from search.records.tracking import Tracker
 from search.trial.context import TrialContext
 from search.trial.fingerprinting import check_unchanged, with_weights
 from search.trial.first_look import FirstLook, tell
-from search.trial.inputs import Inputs, load_inputs
+from search.trial.inputs import Inputs, check_pinned, load_inputs
 from search.trial.measure import Confirmation, speed_of
 from search.trial.prepare import keep_trained, profile_splits, profiled_reductions
 from search.trial.reuse import finetuned_before, measured_before
@@ -144,6 +144,7 @@ def _look(config: Config, inputs: Inputs, observer: Observer) -> Looked:
         trained: nn.Module = fetch(trained_ref)
         keep_trained(inputs, trained)
         fingerprints = with_weights(fingerprints, trained)
+        check_pinned(config, fingerprints)
     tell(first, inputs.notes, observer.note)
     return Looked(inputs_ref=inputs_ref, trained_ref=trained_ref, first=first, fingerprints=fingerprints)
 

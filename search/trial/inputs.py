@@ -88,11 +88,7 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
         load_weights(model, _read_cached(cache), str(cache))
         trained = True
         fingerprints = with_weights(fingerprints, model)
-    if config.fingerprints is not None:
-        check_unchanged(
-            config.fingerprints, fingerprints, "the recipe's fingerprints are of other inputs",
-            "take these with --set fingerprints=null",
-        )  # fmt: skip
+    check_pinned(config, fingerprints)
     if config.data.noise and not trained:  # it would learn from the noisy images
         raise ConfigError("data.noise needs a dense model that is trained; run the recipe once without noise")
     noisy = _noisy(splits.training, splits.num_calibration, config.data.noise, config.data.seed)
@@ -101,6 +97,19 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
         fingerprints=fingerprints, cache=cache, classes=loaded.class_names or None,
         notes=(*notes, f"pixels: {spec.summary()}", *loaded.notes, *remarks),
     )  # fmt: skip
+
+
+def check_pinned(config: Config, fingerprints: Fingerprints) -> None:
+    """Compares inputs with the recipe's fingerprints, if it has any.
+
+    Raises:
+        SweepError: they differ; the message says in what.
+    """
+    if config.fingerprints is not None:
+        check_unchanged(
+            config.fingerprints, fingerprints, "the recipe's fingerprints are of other inputs",
+            "take these with --set fingerprints=null",
+        )  # fmt: skip
 
 
 def _read_cached(path: Path) -> dict[str, torch.Tensor]:

@@ -23,8 +23,9 @@ from search.method import METHODS
 from search.outcome import Measurement
 from search.space import Space
 from search.trial.context import SUBSAMPLE, ModelTimer, TrialContext
+from search.trial.fingerprinting import with_weights
 from search.trial.first_look import FirstLook, local_device, look, tell
-from search.trial.inputs import Inputs
+from search.trial.inputs import Inputs, check_pinned
 from search.trial.measure import measurement_of, time_models
 
 WidthTimer = Callable[..., tuple[AllowedWidths, ...]]
@@ -92,6 +93,7 @@ def prepare_locally(
     first = look(config, inputs)
     if not inputs.trained:
         keep_trained(inputs, inputs.model)
+        check_pinned(config, with_weights(inputs.fingerprints, inputs.model))
     tell(first, inputs.notes, say)
     return prepare(config, inputs, first, exit_blocks=exit_blocks, timer=timer, time_widths=time_widths)
 

@@ -150,6 +150,7 @@ def test_same_settings_have_no_differences() -> None:
         ("search.time_budget", "1h"),
         ("resources.cpus_per_trial", 7),
         ("resources.gpus_per_trial", 0.5),
+        ("data.exif", "ignore"),  # as it is by default; told by the fingerprint of the preprocessing
     ],
 )
 def test_how_long_and_where_a_sweep_runs_makes_no_difference(key: str, value: Any) -> None:

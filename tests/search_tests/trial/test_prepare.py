@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from pruning.errors import VitfrontError
+from pruning.fingerprints import fingerprint_of_weights
 from pruning.measure.accuracy import wilson_interval
 from pruning.measure.cost import count_macs, count_params
 from pruning.model.anatomy import examine
@@ -18,6 +20,7 @@ from pruning.model.loading import read_weights
 from pruning.model.surgery import keep_all_plan
 from pruning.repair.sensitivity import measure_sensitivity
 from search.config import Config
+from search.errors import SweepError
 from search.outcome import Measurement
 from search.space import Space
 from search.trial.context import TrialContext
@@ -92,6 +95,19 @@ def test_weights_that_were_trained_here_are_kept(tmp_path: Path) -> None:
     kept = read_weights(inputs.cache)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in context.model.state_dict().items())
     assert not torch.equal(kept["head.weight"], tiny.model().head.weight)
+
+
+def test_weights_trained_anew_are_those_that_the_recipe_pins_or_refused(tmp_path: Path) -> None:
+    config = tiny.config(model__training={"epochs": 1})
+    inputs = tiny.inputs(config, trained=False, cache=tmp_path / "weights.safetensors")
+    prepare_locally(config, inputs, lambda _: None, timer=tiny.timer)
+    weights = fingerprint_of_weights(read_weights(inputs.cache))
+    for pinned in (weights, "0" * 32):
+        fingerprints = inputs.fingerprints.model_dump() | {"weights": pinned}
+        config = tiny.config(model__training={"epochs": 1}, fingerprints=fingerprints)
+        inputs = tiny.inputs(config, trained=False, cache=tmp_path / "weights.safetensors")
+        with pytest.raises(SweepError, match="the weights changed") if pinned != weights else nullcontext():
+            prepare_locally(config, inputs, lambda _: None, timer=tiny.timer)
 
 
 def test_weights_that_were_final_are_not_written(tmp_path: Path) -> None:

@@ -446,9 +446,9 @@ class Config(_Section):
 
 MESSAGES = {
     "extra_forbidden": "unknown key",
-    "tuple_type": "needs a list, [a, b, ...]",
-    "dict_type": "needs keys and values, {key: value, ...}",
-    "model_type": "needs keys and values, {key: value, ...}",
+    "tuple_type": "input should be a list, [a, b, ...]",
+    "dict_type": "input should be keys and values, {key: value, ...}",
+    "model_type": "input should be keys and values, {key: value, ...}",
 }
 """Kind of pydantic's errors -> message, where pydantic speaks of Python."""
 
@@ -461,8 +461,6 @@ def _one_line(error: ValidationError) -> str:
         message = MESSAGES.get(item["type"]) or item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing" and isinstance(item["loc"][-1], int):
             message = "needs two values, [low, high]"
-        elif item["type"] == "tuple_type":
-            message = "input should be a list, [a, b, ...]"
         given = "" if item["type"] in ("extra_forbidden", "missing", "value_error") else f" (given: {item['input']!r})"
         lines.setdefault(key, message[0].lower() + message[1:] + given)
     return "; ".join(f"{key}: {message}" for key, message in lines.items())

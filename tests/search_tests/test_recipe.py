@@ -88,10 +88,10 @@ def test_set_of_another_form_is_told_the_form(change: str) -> None:
 @pytest.mark.parametrize(
     ("change", "needs"),
     [
-        ("data.mean=0.5,0.5,0.5", r"data.mean: needs a list, \[a, b, ...\] \(given: '0.5,0.5,0.5'\)"),
-        ("data.std=0.5", r"data.std: needs a list"),
-        ("model.args=num_classes=3", "model.args: needs keys and values, {key: value, ...}"),
-        ("model.training=true", "model.training: needs keys and values"),
+        ("data.mean=0.5,0.5,0.5", r"data.mean: input should be a list, \[a, b, ...\] \(given: '0.5,0.5,0.5'\)"),
+        ("data.std=0.5", r"data.std: input should be a list"),
+        ("model.args=num_classes=3", "model.args: input should be keys and values, {key: value, ...}"),
+        ("model.training=true", "model.training: input should be keys and values"),
     ],
 )
 def test_list_or_section_of_another_form_is_told_the_form(change: str, needs: str) -> None:
@@ -243,7 +243,7 @@ def test_unknown_recipe_is_answered_with_those_there_are(recipe: str) -> None:
         (b"\x89PNG\xff", "cannot read .*utf-8"),
         (b"- 1\n- 2\n", "is not a recipe: it holds list, not keys and values"),
         (b"", "is not a recipe: it holds NoneType"),
-        (b"model: 3\ndata: {}", r"model: needs keys and values, {key: value, ...} \(given: 3\)"),
+        (b"model: 3\ndata: {}", r"model: input should be keys and values, {key: value, ...} \(given: 3\)"),
     ],
 )
 def test_file_that_is_no_recipe_is_one_line(tmp_path: Path, content: bytes, expected: str) -> None:

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from search.errors import SweepError
 
@@ -36,9 +37,26 @@ def sqlite_uri(path: Path) -> str:
     raise SweepError(f"MLflow has no address for {text}; take another --runs, without a question mark in its path")
 
 
+@contextmanager
+def without_half_a_store(runs: Path, uri: str) -> Iterator[None]:
+    """Removes the SQLite file in a folder of sweeps if it is made within this block, and fails: a full disk leaves
+    half of its tables, with which MLflow could never go on."""
+    is_new = is_store_of(runs, uri) and not _database_of(runs).exists()
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                _database_of(runs).unlink()
+        raise
+
+
 def is_store_of(runs: Path, uri: str) -> bool:
     """Tells whether an address is that of the SQLite file in a folder of sweeps, with which it is moved and copied."""
-    return uri.startswith("sqlite") and make_url(uri).database == str(_database_of(runs))
+    try:
+        return uri.startswith("sqlite") and make_url(uri).database == str(_database_of(runs))
+    except ArgumentError:  # no address at all
+        return False
 
 
 def follow_moved_artifacts(runs: Path, artifact_root: Path) -> None:

@@ -39,7 +39,13 @@ from search.front import Front
 from search.goal import metric_of
 from search.outcome import Outcome, State
 from search.records.files import alone_in
-from search.records.store import follow_moved_artifacts, is_store_of, sqlite_uri, without_stray_folders
+from search.records.store import (
+    follow_moved_artifacts,
+    is_store_of,
+    sqlite_uri,
+    without_half_a_store,
+    without_stray_folders,
+)
 
 # A new SQLite store is announced at INFO, a failed statement at ERROR with its traceback; both reach us as well.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
@@ -93,7 +99,7 @@ class Tracker:
         try:
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             # One sweep at a time: two that make mlflow's tables at once break them.
-            with alone_in(run_dir.parent), without_stray_folders(uri):
+            with alone_in(run_dir.parent), without_stray_folders(uri), without_half_a_store(run_dir.parent, uri):
                 self._moves_with_store = is_store_of(run_dir.parent, uri)
                 if self._moves_with_store:
                     follow_moved_artifacts(run_dir.parent, artifact_root)
@@ -324,7 +330,7 @@ def serve_ui(uri: str, artifact_root: Path, port: int) -> int:
     try:
         if is_store_of(artifact_root.parent, uri):
             follow_moved_artifacts(artifact_root.parent, artifact_root)
-        with without_stray_folders(uri):
+        with without_stray_folders(uri), without_half_a_store(artifact_root.parent, uri):
             MlflowClient(tracking_uri=uri).search_experiments(max_results=1)  # the server's own errors are tracebacks
     except _UNUSABLE as error:
         raise SweepError(_why_unusable(uri, artifact_root.parent, error)) from error
@@ -359,7 +365,9 @@ def _why_unusable(uri: str, runs: Path, error: Exception) -> str:
     while cause is not None and not isinstance(cause, sqlite3.Error):  # SQLAlchemy talks of its own doings first
         cause = cause.__cause__ or cause.__context__
     reason = first_line_of(cause if isinstance(cause, sqlite3.Error) else error)
-    return f"MLflow cannot be used at {uri} ({reason}); set MLFLOW_TRACKING_URI to {ways}"
+    move_away = "if the file is broken, move it away: a sweep that is continued writes its trials anew; or "
+    other = f"{move_away if is_store_of(runs, uri) else ''}set MLFLOW_TRACKING_URI to {ways}"
+    return f"MLflow cannot be used at {uri} ({reason}); {other}"
 
 
 def _scalars(outcome: Outcome) -> dict[str, float]:

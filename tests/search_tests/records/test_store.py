@@ -23,6 +23,7 @@ from search.outcome import Outcome
 from search.records.store import default_uri, follow_moved_artifacts, is_store_of, sqlite_uri, without_stray_folders
 from search.records.tracking import Tracker, all_runs, serve_ui
 from tests.search_tests import builders
+from tests.search_tests.disk import largest_file
 
 # mlflow 3.17 calls what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
@@ -261,6 +262,13 @@ def test_store_that_may_only_be_read_is_one_line(runs: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_half_a_store_of_a_full_disk_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with largest_file(300_000), pytest.raises(SweepError, match=r"^MLflow cannot be used at .*full|I/O"):
+        track(tmp_path / "runs", (), OUTCOMES[:1])
+    assert not (tmp_path / "runs" / "mlflow.db").exists()
+
+
 def test_file_that_is_no_store_is_one_line_for_the_pages_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "mlflow.db").write_text("notes, and more notes: no database at all" * 50)
@@ -268,7 +276,10 @@ def test_file_that_is_no_store_is_one_line_for_the_pages_too(tmp_path: Path, mon
         lambda: track(tmp_path, (), OUTCOMES[:1]),
         lambda: serve_ui(default_uri(tmp_path), tmp_path / "mlartifacts", 5000),
     ):
-        with pytest.raises(SweepError, match=r"^MLflow cannot be used at .*file is not a database"):
+        with pytest.raises(
+            SweepError,
+            match=r"^MLflow cannot be used at .*file is not a database.*; if the file is broken, move it away",
+        ):
             use()
 
 

@@ -127,7 +127,10 @@ class Front:
         """
         at_least, at_most = at_least or {}, at_most or {}
         if not self.points:
-            raise SweepError("the front is empty: no trial was measured; run more trials, or look at why they failed")
+            raise SweepError(
+                f"the front is empty: none of {self.trials} trials keeps the limits and differs from the dense model; "
+                "run more trials"
+            )
         points = within(self.points, at_least, at_most)
         if not points:
             raise SweepError(_why_nothing_is_left(self.points, at_least, at_most))

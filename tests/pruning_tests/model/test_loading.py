@@ -187,7 +187,9 @@ def test_a_stem_of_convolutions_is_refused() -> None:
 @pytest.mark.slow
 def test_every_vision_transformer_of_timm_is_supported_or_refused_in_one_line() -> None:
     patterns = ("vit*", "deit*", "swin*", "eva*", "beit*", "flexivit*", "test_vit*")
-    refusals = {name: refusal(name) for pattern in patterns for name in timm.list_models(pattern)}
+    names = [name for pattern in patterns for name in timm.list_models(pattern)]
+    timms_own = [name for name in names if timm.models.model_entrypoint(name).__module__.startswith("timm.")]
+    refusals = {name: refusal(name) for name in timms_own}  # without those that other tests register
     assert not any("\n" in text or text.startswith("cannot create") for text in refusals.values())
     assert sum(not text for text in refusals.values()) > 100
     assert not refusals["vit_tiny_patch16_224"] and not refusals["swin_tiny_patch4_window7_224"]

@@ -7,14 +7,20 @@ hashed where they lie, without a copy; images one by one in parallel, some 2 GB 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 NUM_BYTES = 16
 """Size of a hash."""
@@ -25,9 +31,13 @@ def fingerprint_of_text(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=NUM_BYTES).hexdigest()
 
 
-def fingerprint_of_record(record: object) -> str:
-    """Returns the hash of a dataclass's name and plain values, 32 hexadecimal digits."""
-    return fingerprint_of_text(repr(record))
+def fingerprint_of_record(record: DataclassInstance) -> str:
+    """Returns the hash of a dataclass's plain values, 32 hexadecimal digits.
+
+    A value of None is left out, so that a field which is added later, None as before, keeps the hash.
+    """
+    values = {name: value for name, value in asdict(record).items() if value is not None}
+    return fingerprint_of_text(json.dumps(values, sort_keys=True))
 
 
 def fingerprint_of_weights(weights: Mapping[str, Tensor]) -> str:

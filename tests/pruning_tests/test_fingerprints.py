@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from pruning.fingerprints import fingerprint_of_images, fingerprint_of_text, fingerprint_of_weights, image_hashes
+from pruning.fingerprints import (
+    fingerprint_of_images,
+    fingerprint_of_record,
+    fingerprint_of_text,
+    fingerprint_of_weights,
+    image_hashes,
+)
 
 
 def weights() -> dict[str, Tensor]:
@@ -70,3 +77,28 @@ def test_a_pixel_a_label_or_the_order_changes_the_fingerprint_of_images() -> Non
 
 def test_texts_have_fingerprints_too() -> None:
     assert fingerprint_of_text("ä") == hashlib.blake2b("ä".encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record of today."""
+
+    size: tuple[int, int]
+    name: str
+
+
+@dataclass(frozen=True)
+class LaterRecord:
+    """The record with a field that was added later, its other fields in another order."""
+
+    name: str
+    size: tuple[int, int]
+    later: str | None = None
+
+
+def test_a_record_keeps_its_fingerprint_when_a_field_is_added_that_is_none() -> None:
+    before = fingerprint_of_record(Record(size=(8, 8), name="a"))
+    assert before == hashlib.blake2b(b'{"name": "a", "size": [8, 8]}', digest_size=16).hexdigest()
+    assert fingerprint_of_record(LaterRecord(size=(8, 8), name="a")) == before
+    others = [Record((8, 9), "a"), Record((8, 8), "b"), LaterRecord("a", (8, 8), later="x")]
+    assert before not in {fingerprint_of_record(other) for other in others}

@@ -95,8 +95,13 @@ def load_inputs(config: Config, runs: Path) -> Inputs:
     return Inputs(
         model=model, trained=trained, spec=spec, splits=replace(splits, training=noisy), space=space,
         fingerprints=fingerprints, cache=cache, classes=loaded.class_names or None,
-        notes=(*notes, f"pixels: {spec.summary()}", *loaded.notes, *remarks),
+        notes=(*notes, *_pixel_note(config, spec), *loaded.notes, *remarks),
     )  # fmt: skip
+
+
+def _pixel_note(config: Config, spec: InputSpec) -> tuple[str, ...]:
+    """Gives the remark on how images are made the model's input; none for the digits, which are taken as they are."""
+    return () if config.data.dataset == "digits" else (f"pixels: {spec.summary()}",)
 
 
 def check_pinned(config: Config, fingerprints: Fingerprints) -> None:

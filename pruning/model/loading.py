@@ -151,3 +151,8 @@ def summary(items: Sequence[str], count: int = 4, separator: str = "; ") -> str:
     """Joins the first few items, with the number of the others."""
     more = f", and {len(items) - count} more" if len(items) > count else ""
     return separator.join(items[:count]) + more
+
+
+def few(names: Sequence[str]) -> str:
+    """Joins the first two names, with the number of the others."""
+    return summary(names, 2, ", ")

@@ -1,17 +1,11 @@
-"""Weights for a dense model: from a user's checkpoint or from timm's hub, and a note of what was taken.
-
-The prefix of a set of weights is what stands before the model's own names: `state_dict_ema.module.` where a mapping
-`state_dict_ema` holds `module.cls_token`. The wrappers of a file and those of a model are so found alike.
-"""
+"""Weights for a dense model: from a user's checkpoint or from timm's hub, and a note of what was taken."""
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +16,19 @@ from timm.models import adapt_input_conv, deit, swin_transformer, vision_transfo
 from torch import Tensor, nn
 
 from pruning.errors import CheckpointError, ModelError, first_line_of
+from pruning.model.candidates import (
+    Candidate,
+    are_equal,
+    distinct,
+    find_candidates,
+    keys_of,
+    outer_part,
+    whole_mappings,
+    with_key,
+)
 from pruning.model.checkpoint import Checkpoint, read_checkpoint
-from pruning.model.loading import load_weights, misfits, summary
+from pruning.model.loading import few, load_weights, misfits, summary
+from pruning.model.mismatch import explain_mismatch
 
 Filter = Callable[[dict[str, Any], nn.Module], dict[str, Any]]
 
@@ -35,40 +40,11 @@ FILTERS: dict[type[nn.Module], Filter] = {
 }
 """timm's own conversions: other image and patch sizes, and the names of the models' first authors."""
 
-_few = partial(summary, count=2, separator=", ")
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-HEADS = ("head.weight", "head.fc.weight")
-"""Names of the classifier's weights, of a ViT and of a Swin."""
-
-FOREIGN = {
-    r"(^|\.)_packed_params\b|\.(SCB|qweight|weight_scale|quant_state)\b": "it is quantised: save the "
-    "weights before that",
-    r"(^|\.|_)lora_(A|B|up|down)\b": "it has LoRA layers: merge them into the weights first (peft: merge_and_unload)",
-    r"(^|\.)embeddings\.(cls_token|patch_embeddings|position_embeddings)\b": "its names are those of Hugging Face's "
-    "transformers: copy the weights into timm's model first",
-    r"(^|\.)(encoder_layer_\d+|conv_proj)\.": "its names are those of torchvision: copy the weights into timm's model "
-    "first",
-}
-"""Names in files of weights that are not for timm's models, as regular expressions -> what to do."""
 
 SOURCES = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Arguments of `timm.create_model` that say where timm's own weights come from."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A set of weights of a file, under the names that the model may know."""
-
-    prefix: str
-    mapping: str
-    """The dotted name of the mapping with the weights: the outer part of the prefix."""
-    weights: dict[str, Any]
-    sources: frozenset[str] = frozenset()
-    """The dotted names in the file of what is in `weights`."""
-    changes: tuple[str, ...] = ()
-    """Remarks on the conversion by timm's rules."""
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, key: str | None = None) -> str:
@@ -88,19 +64,19 @@ def load_checkpoint(model: nn.Module, path: str | Path, key: str | None = None) 
     path = Path(path)
     checkpoint = read_checkpoint(path)
     state = model.state_dict()
-    near = _candidates(checkpoint, state)
-    pool = near if key is None else _with_key(near, key)
+    near = find_candidates(checkpoint, state)
+    pool = near if key is None else with_key(near, key)
     fitting = [candidate for candidate in pool if not misfits(state, candidate.weights)]
     if not fitting:
-        mappings = _mappings(checkpoint)
-        others = mappings if key is None else _with_key(mappings, key)
+        mappings = whole_mappings(checkpoint)
+        others = mappings if key is None else with_key(mappings, key)
         if key is not None and not pool + others:
-            keys = _keys(near or mappings, near or mappings)
+            keys = keys_of(near or mappings, near or mappings)
             raise CheckpointError(f"{path} has no weights {key!r} (model.checkpoint_key); it has {keys}")
-        converted = [new for old in _distinct(pool + others) if (new := _converted(model, old)) is not None]
+        converted = [new for old in distinct(pool + others) if (new := _converted(model, old)) is not None]
         fitting = [candidate for candidate in converted if not misfits(state, candidate.weights)]
         if not fitting:
-            raise CheckpointError(_why_not(model, path, pool + converted, others, checkpoint.values))
+            raise CheckpointError(explain_mismatch(model, path, pool + converted, others, checkpoint.values))
     chosen = _choose(path, fitting, near)
     _check_values(chosen.weights, str(path))
     load_weights(model, chosen.weights, str(path))
@@ -171,57 +147,6 @@ def _adapted(
     return weights, changes
 
 
-def _candidates(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> list[Candidate]:
-    """Finds the prefixes under which the file has at least half of the model's names, the fullest first."""
-    counts: Counter[str] = Counter()
-    for name in checkpoint.values:
-        start = 0
-        while start >= 0:
-            if name[start:] in state:
-                counts[name[:start]] += 1
-            start = name.find(".", start) + 1 or -1
-    prefixes = [prefix for prefix, count in counts.most_common() if 2 * count >= len(state)]
-    return [_candidate(checkpoint, state, prefix) for prefix in prefixes]
-
-
-def _candidate(checkpoint: Checkpoint, state: Mapping[str, Tensor], prefix: str) -> Candidate:
-    """Takes the model's names under a prefix, and the tensors beside them in the same mappings."""
-    values = checkpoint.values
-    mappings = {checkpoint.mappings[prefix + name] for name in state if prefix + name in values}
-    weights = {
-        name[len(prefix) :]: value
-        for name, value in values.items()
-        if name.startswith(prefix)
-        and (name[len(prefix) :] in state or (isinstance(value, Tensor) and checkpoint.mappings[name] in mappings))
-    }
-    outer = min(mappings, key=len)
-    return Candidate(
-        prefix, outer if prefix.startswith(outer) else prefix, weights, frozenset(prefix + name for name in weights)
-    )
-
-
-def _mappings(checkpoint: Checkpoint) -> list[Candidate]:
-    """Takes each mapping that has tensors, as a whole, for timm's conversions to look at."""
-    tensors: dict[str, dict[str, Any]] = {}
-    for name, value in checkpoint.values.items():
-        if isinstance(value, Tensor):
-            mapping = checkpoint.mappings[name]
-            tensors.setdefault(mapping, {})[name[len(mapping) :]] = value
-    return [
-        Candidate(mapping, mapping, weights, frozenset(mapping + name for name in weights))
-        for mapping, weights in tensors.items()
-    ]
-
-
-def _with_key(candidates: Sequence[Candidate], key: str) -> list[Candidate]:
-    start = f"{key.rstrip('.')}."
-    return [each for each in candidates if (each.prefix.startswith(start) if key else not each.prefix)]
-
-
-def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
-    return list({candidate.prefix: candidate for candidate in reversed([*candidates])}.values())[::-1]
-
-
 def _converted(model: nn.Module, candidate: Candidate) -> Candidate | None:
     """Gives the weights by timm's conversion for the model; None where it does not know them."""
     tensors = {name: value for name, value in candidate.weights.items() if isinstance(value, Tensor)}
@@ -248,10 +173,10 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
     renamed = [name for name in new if name not in old and new[name].data_ptr() in source]
     made = [f"{name} made up" for name in new if name not in old and new[name].data_ptr() not in source]
     dropped = [name for name in old if name not in new and old[name].data_ptr() not in taken]
-    parts = [_few(resized)] if resized else []
-    parts += [_few(remade + made)] if remade or made else []
+    parts = [few(resized)] if resized else []
+    parts += [few(remade + made)] if remade or made else []
     parts += [f"{len(renamed)} names changed to timm's"] if renamed else []
-    parts += [f"left out: {_few(dropped)}"] if dropped else []
+    parts += [f"left out: {few(dropped)}"] if dropped else []
     return tuple(parts)
 
 
@@ -266,23 +191,11 @@ def _choose(path: Path, fitting: Sequence[Candidate], near: Sequence[Candidate])
         CheckpointError: they differ, and nothing tells which is meant.
     """
     pool = [candidate for candidate in fitting if _is_ema(candidate)] or list(fitting)
-    if not all(_are_equal(pool[0], other) for other in pool[1:]):
+    if not all(are_equal(pool[0], other) for other in pool[1:]):
         raise CheckpointError(
-            f"{path} holds several weights for this model: {_keys(pool, near)}; choose by model.checkpoint_key"
+            f"{path} holds several weights for this model: {keys_of(pool, near)}; choose by model.checkpoint_key"
         )
     return pool[0]
-
-
-def _are_equal(one: Candidate, other: Candidate) -> bool:
-    pairs: list[tuple[Any, Any]] = [(value, other.weights.get(name)) for name, value in one.weights.items()]
-    return len(one.weights) == len(other.weights) and all(
-        a is b or (_is_plain(a) and _is_plain(b) and torch.equal(a, b)) for a, b in pairs
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    """Tells whether a value is a tensor that can be compared."""
-    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_quantized or value.is_meta)
 
 
 def _check_values(weights: Mapping[str, Tensor], source: str) -> None:
@@ -307,93 +220,19 @@ def _fault(tensor: Tensor) -> str | None:
     return None
 
 
-def _why_not(
-    model: Any, path: Path, tried: Sequence[Candidate], mappings: Sequence[Candidate], names: Iterable[str]
-) -> str:
-    """Says why no weights of the file fit, by those that come nearest.
-
-    Args:
-        names: all names in the file.
-    """
-    state = model.state_dict()
-    foreign = next(
-        (f"; {hint}" for pattern, hint in FOREIGN.items() if any(map(re.compile(pattern).search, names))), ""
-    )
-    known = [candidate for candidate in tried if any(name in state for name in candidate.weights)]
-    if not known:
-        largest = max(mappings, key=lambda mapping: len(mapping.weights))
-        return (
-            f"{path} does not fit {type(model).__name__}: it has none of timm's names, as {_few(list(state))}, but "
-            f"{_few([largest.prefix + name for name in largest.weights])}{foreign}"
-        )
-    nearest = min(known, key=lambda candidate: len(misfits(state, candidate.weights)))
-    where = f" ({nearest.prefix.rstrip('.')})" if nearest.prefix else ""
-    wrong = summary(misfits(state, nearest.weights))
-    return f"{path}{where} does not fit {type(model).__name__}: {wrong}{foreign or _hint(model, nearest.weights)}"
-
-
-def _hint(model: Any, weights: Mapping[str, Any]) -> str:
-    """Names the arguments of the model with which the weights would fit, as far as they show."""
-    hints = []
-    state = model.state_dict()
-    for name in HEADS:
-        own, given = state.get(name), weights.get(name)
-        if own is not None and isinstance(given, Tensor) and given.ndim == own.ndim and len(given) != len(own):
-            hints.append(f"num_classes={len(given)}")
-    if hints == [] and not any(name in weights for name in HEADS):
-        return "; it has no classifier: give weights that were fine-tuned to tell classes apart"
-    blocks = {int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))}
-    if blocks and hasattr(model, "blocks") and max(blocks) + 1 != len(model.blocks):
-        hints.append(f"depth={max(blocks) + 1}")
-    hints += _sizes(model, weights)
-    if "fc_norm.weight" in {*weights} ^ {*state} and "norm.weight" in {*weights} ^ {*state}:
-        hints.append("global_pool=avg" if "fc_norm.weight" in weights else "global_pool=token")
-    return f"; try {', '.join(hints)} in model.args" if hints else ""
-
-
-def _sizes(model: Any, weights: Mapping[str, Any]) -> list[str]:
-    """Lists the sizes of another first layer, where timm cannot convert it, as arguments of the model."""
-    own, given = model.state_dict()["patch_embed.proj.weight"], weights.get("patch_embed.proj.weight")
-    if not isinstance(given, Tensor) or given.ndim != own.ndim or given.shape[:2] == own.shape[:2]:
-        return []
-    (width, channels, *_), (own_width, own_channels, *_) = given.shape, own.shape
-    hints = [f"in_chans={channels}"] if channels != own_channels else []
-    if width != own_width:
-        hints.append(f"embed_dim={width} with its num_heads")
-    if given.shape[2:] != own.shape[2:]:
-        hints.append(f"patch_size={given.shape[2]}")
-    position = weights.get("pos_embed")
-    if isinstance(position, Tensor) and position.ndim == 3 and position.shape[1] != model.pos_embed.shape[1]:
-        side = math.isqrt(max(0, position.shape[1] - model.num_prefix_tokens))
-        hints.append(f"img_size={side * given.shape[2]}")
-    return hints
-
-
-def _keys(candidates: Sequence[Candidate], others: Sequence[Candidate]) -> str:
-    """Lists the values of model.checkpoint_key that choose among sets of weights."""
-    keys = [_outer(candidate, [*others, *candidates]) or candidate.prefix for candidate in candidates]
-    return ", ".join(key.rstrip(".") or '""' for key in keys)
-
-
-def _outer(candidate: Candidate, others: Sequence[Candidate]) -> str:
-    """Gives the part of the prefix that tells a set of weights from others: its mapping alone where that suffices."""
-    alone = all(other.prefix == candidate.prefix or other.mapping != candidate.mapping for other in others)
-    return candidate.mapping if alone else candidate.prefix
-
-
 def _note(path: Path, checkpoint: Checkpoint, chosen: Candidate, near: Sequence[Candidate]) -> str:
     """Says in one line what was taken, what else could be, and what was left out."""
-    outer = _outer(chosen, near)
+    outer = outer_part(chosen, near)
     inner = chosen.prefix[len(outer) :]
     note = f"weights: {outer.rstrip('.')}{' of ' if outer else ''}{path.name}"
     parts = [note + (f", without the prefix {inner}" if inner else ""), *chosen.changes]
     same = next((other for other in near if other.prefix == chosen.prefix), chosen)
-    different = [other for other in near if other.prefix != chosen.prefix and not _are_equal(same, other)]
+    different = [other for other in near if other.prefix != chosen.prefix and not are_equal(same, other)]
     if different:
         parts.append(
-            f"{_keys(different, near)} {'are' if len(different) > 1 else 'is'} there too (model.checkpoint_key)"
+            f"{keys_of(different, near)} {'are' if len(different) > 1 else 'is'} there too (model.checkpoint_key)"
         )
     taken = chosen.sources.union(*(other.sources for other in near))
     if left := [name for name, value in checkpoint.values.items() if isinstance(value, Tensor) and name not in taken]:
-        parts.append(f"left out: {_few(left)}")
+        parts.append(f"left out: {few(left)}")
     return "; ".join(parts)

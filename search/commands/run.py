@@ -49,6 +49,9 @@ from search.views.front_plot import front_html
 TEACHING_KEYS = ("model.", "data.", "exits.", "measure.batch_size", "measure.precision", "search.accuracy")
 """Beginnings of the recipe's keys that must be equal for a sweep to learn from another."""
 
+LEAVE_OUT = "leave it out of --from"
+"""Way out where a sweep cannot be learned from."""
+
 
 def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | None = None) -> Front:
     """Runs a sweep, or what is left of it, and returns its front.
@@ -79,8 +82,10 @@ def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | 
                 available = cluster_resources()
                 TrialResources.of(config, available).check(available)
             looked = _look(config, inputs, observer)
-            for other in (folder, *(Folder(runs, name) for name in config.search.earlier)):
-                _check_same_inputs(other, looked.fingerprints)  # weights that were to be trained are known only now
+            # Weights that were to be trained are known only now.
+            _check_same_inputs(folder, looked.fingerprints)
+            for name in config.search.earlier:
+                _check_same_inputs(Folder(runs, name), looked.fingerprints, LEAVE_OUT)
             config = _write_config(folder, config, looked.fingerprints)
             tracker = Tracker(
                 default_uri(runs), runs / "mlartifacts", config.name, _settings(config),
@@ -272,20 +277,20 @@ def _read_prior_outcomes(config: Config, runs: Path, inputs: Inputs) -> list[Out
         different = [key for key in config.differences(folder.read_config()) if key.startswith(TEACHING_KEYS)]
         if different:
             raise SweepError(f"sweep {name!r} teaches nothing here: its settings differ ({', '.join(different)})")
-        _check_same_inputs(folder, inputs.fingerprints)
+        _check_same_inputs(folder, inputs.fingerprints, LEAVE_OUT)
         outcomes += [outcome for outcome in ledger.read(folder.ledger) if outcome.id == outcome.trial]
     return [outcome for outcome in outcomes if inputs.space.holds(outcome.candidate)]
 
 
-def _check_same_inputs(folder: Folder, fingerprints: Fingerprints) -> None:
-    """Raises SweepError if a sweep was run with other weights or images than those of now."""
+def _check_same_inputs(folder: Folder, fingerprints: Fingerprints, way_out: str = "take another --name") -> None:
+    """Raises SweepError if a sweep was run with other weights or images than those of now; `way_out` ends its text."""
     recorded = folder.read_config().fingerprints
     if recorded is None:
         raise SweepError(
             f"{folder.path} was started by an older vitfront, without fingerprints of its inputs, so it cannot be told "
-            "whether they are the same now; take another --name, and leave it out of --from"
+            f"whether they are the same now; {way_out}"
         )
-    check_unchanged(recorded, fingerprints, f"{folder.path} was run with other inputs", "take another --name")
+    check_unchanged(recorded, fingerprints, f"{folder.path} was run with other inputs", way_out)
 
 
 def _with_timing(outcome: Outcome, timing: Timing) -> Outcome:

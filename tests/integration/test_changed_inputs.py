@@ -81,7 +81,9 @@ def test_a_run_on_overwritten_inputs_is_refused_and_says_what_changed(
 ) -> None:
     before = {path: path.read_bytes() for path in (place.path / "runs").glob("*/*.*")}
     place.overwrite(what)
-    with pytest.raises(SweepError, match=rf"runs/tiny was run with other inputs: {what} changed meanwhile; put back"):
+    way_out = "leave it out of --from" if "name" in command else "take another --name"
+    said = f"runs/tiny was run with other inputs: {what} changed meanwhile; put back what was there, or {way_out}"
+    with pytest.raises(SweepError, match=f"{said}$"):
         place.run(**command)
     assert {path: path.read_bytes() for path in (place.path / "runs").glob("*/*.*")} == before
 

@@ -22,7 +22,7 @@ WRONG_LINES = {
     r"\s*\d+\s*,|.*,\s*\d+\s*$": "holds an index and a comma",
     r"\s*([{\[]\s*$|[{\[]?[\"'])|.*,\s*$": "is no plain name",
 }
-"""What a line of a class map cannot be: regular expressions that match at its begin."""
+"""Regular expression that matches the begin of a line that names no class -> the fault, for messages."""
 
 
 def composed(name: str) -> str:

@@ -54,7 +54,7 @@ class Decoded:
 
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
-    """What is told of an image beside its pixels."""
+    """The properties of one image that a remark may count."""
 
     is_turned: bool
     """True if its EXIF data carry an orientation other than upright."""
@@ -100,6 +100,8 @@ def decode(source: Source, indices: Sequence[int], spec: InputSpec) -> Decoded:
 
 def _prepare(image: Image.Image, spec: InputSpec, transform: Callable[[Image.Image], Tensor]) -> tuple[Tensor, _Seen]:
     """Gives an image's pixels (channels, height, width), uint8, and what is told of it."""
+    if 0 in image.size:
+        raise ValueError(f"it has no pixel: it is {image.width} x {image.height}")
     image.load()  # a PNG may carry its EXIF data behind its pixels, and PIL itself turns a TIFF while it loads it
     orientation = _orientation(image)
     eight_bits, brightest = _eight_bits(image)

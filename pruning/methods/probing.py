@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from pruning.data import Images
 from pruning.device_sharing import yield_device, yielding_between
@@ -119,8 +119,7 @@ class Prober:
     @property
     def num_bytes(self) -> int:
         """Bytes of the activations."""
-        leaves = tree_leaves([vars(self), vars(self.stream)])
-        return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors_in([vars(self), vars(self.stream)]))
 
     @property
     def num_correct(self) -> int:
@@ -299,3 +298,12 @@ class TopDownProber(Prober):
 
 def _cat(batches: Iterable[Tensor]) -> Tensor:
     return torch.cat([batch.float() for batch in batches])
+
+
+def _tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Yields the tensors in nested dicts, lists and tuples."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors_in(part)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,5 +109,11 @@ class TrialProgress:
 
 
 def on_cpu(tree: Any) -> Any:
-    """Copies a tree of dicts and lists, its tensors to the CPU."""
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), tree)
+    """Copies nested dicts, lists and tuples, their tensors to the CPU."""
+    if isinstance(tree, Tensor):
+        return tree.detach().cpu().clone()
+    if isinstance(tree, dict):
+        return {key: on_cpu(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map(on_cpu, tree))
+    return tree

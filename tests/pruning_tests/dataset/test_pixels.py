@@ -347,11 +347,10 @@ def test_a_long_and_narrow_image_is_read_as_timm_does_unless_its_crop_fills_the_
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
 def test_an_image_without_a_pixel_is_refused(size: tuple[int, int]) -> None:
-    refusal(png(*size))
-    refusal(Image.new("RGB", size))
-    refusal(
-        b"GIF89a" + struct.pack("<HHBBB", *size, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, *size, 0) + b"\x02\0;"
-    )
+    gif = b"GIF89a" + struct.pack("<HHBBB", *size, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, *size, 0) + b"\x02\0;"
+    for file in (png(*size), gif):
+        assert refusal(file) == "it is empty, broken, or of no format that PIL reads"
+    assert refusal(Image.new("RGB", size)) == f"it has no pixel: it is {size[0]} x {size[1]}"
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n"])

@@ -317,7 +317,7 @@ def test_address_of_blanks_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_artifacts_are_found_by_a_plain_reader_of_the_database(runs: Path, tmp_path: Path) -> None:
-    """What a moved folder tells MLflow is what MLflow itself writes for a folder that was there from the start."""
+    """A moved folder tells MLflow what MLflow itself writes for a folder that was there from the start."""
     track(runs, (), OUTCOMES[:1])
     moved = runs.rename(tmp_path / "moved")
     follow_moved_artifacts(moved, moved / "mlartifacts")

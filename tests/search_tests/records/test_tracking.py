@@ -466,6 +466,7 @@ def test_healthy_sweep_gives_no_warning(store: Store) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         finished(store, "quiet")
+    assert [run.info.status for run in store.parents("quiet")] == ["FINISHED"]
 
 
 def test_tracking_server_shows_its_own_pages(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the ViT says of the 300 images of val that a sweep draws."""
+    """The ViT's answers to the 300 images of val that a sweep draws."""
 
     spec: InputSpec
     files: tuple[Path, ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Search for a front, or continue a search that was stopped."""
+    began = time.monotonic()  # what is imported now is a part of the time budget
     from search.commands.run import run_sweep
     from search.recipe import load_config
     from search.views.console import ERR
@@ -93,7 +95,7 @@ def run(
         front = replay_sweep(config, runs, Recorded.read(replay, config))
     else:
         with ProgressLine(ERR) as line:
-            front = run_sweep(config, runs, line, address=address)
+            front = run_sweep(config, runs, line, address=address, began=began)
     _print_front(front, runs, as_json)
 
 

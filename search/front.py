@@ -35,6 +35,8 @@ class Front:
     """Reason why the search ended: trials, time, saturation, interrupt or exhaustion; None for a replay."""
     idle_share: float | None = None
     """Share of their time in which the workers waited for trials; None for a replay."""
+    busy_share: float | None = None
+    """Share of the seconds of the command, from its start to its end, in which the slots worked; None for a replay."""
     conditions: Mapping[str, str | int] | None = None
     """Device, precision, threads, batch size and torch version that the figures hold for; None for a replay."""
     fingerprints: Mapping[str, str] | None = None
@@ -43,8 +45,8 @@ class Front:
     @classmethod
     def of(
         cls, name: str, outcomes: Sequence[Outcome], goal: Goal, *, trials: int = 0, ended_by: str | None = None,
-        idle_share: float | None = None, conditions: Mapping[str, str | int] | None = None,
-        fingerprints: Mapping[str, str] | None = None,
+        idle_share: float | None = None, busy_share: float | None = None,
+        conditions: Mapping[str, str | int] | None = None, fingerprints: Mapping[str, str] | None = None,
     ) -> Front:  # fmt: skip
         """Finds the front of a sweep among its outcomes; points that noise makes are left out.
 
@@ -54,7 +56,8 @@ class Front:
         return cls(
             name=name, goal=goal, points=points, hypervolume=hypervolume_of(outcomes, goal),
             knee=points[knee(goal.values(points))].id if points else None,
-            trials=trials, ended_by=ended_by, idle_share=idle_share, conditions=conditions, fingerprints=fingerprints,
+            trials=trials, ended_by=ended_by, idle_share=idle_share, busy_share=busy_share, conditions=conditions,
+            fingerprints=fingerprints,
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
@@ -70,7 +73,7 @@ class Front:
             "limits": [limit.text for limit in self.goal.limits],
             "trials": self.trials,
         }
-        names = ("ended_by", "idle_share", "conditions", "fingerprints")
+        names = ("ended_by", "idle_share", "busy_share", "conditions", "fingerprints")
         return record | {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @classmethod
@@ -92,6 +95,7 @@ class Front:
                 trials=record["trials"],
                 ended_by=record.get("ended_by"),
                 idle_share=record.get("idle_share"),
+                busy_share=record.get("busy_share"),
                 conditions=record.get("conditions"),
                 fingerprints=record.get("fingerprints"),
             )

@@ -36,6 +36,11 @@ class MethodTraits:
     """One trial gives a model for each exit up to the candidate's. Its training leaves nothing to recover."""
 
     @property
+    def is_schedule(self) -> bool:
+        """The method takes tokens alone, by a fixed rule."""
+        return self.takes_tokens and not self.takes_channels
+
+    @property
     def has_rungs(self) -> bool:
         """A trial can be judged early: without training, a model made from a part of the images costs little."""
         return self.repairs

@@ -26,6 +26,9 @@ class Observer(Protocol):
             deadline: time on the monotonic clock after which no trial starts; None for no such time.
         """
 
+    def prepared(self, seconds: float) -> None:
+        """Notes that all that trials need was measured, so many seconds after the command began."""
+
     def started(self, trial_id: str, candidate: Candidate) -> None:
         """Notes that a trial starts."""
 

@@ -33,6 +33,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 MIN_ROUNDS = 6
 """Fewer rounds give no 95 % interval of their median."""
 
+MIN_LAP_S = 0.05
+"""A model is run again within its lap until the dense one would take so long, in seconds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
@@ -117,7 +120,7 @@ def time_against_dense(
     batch: Tensor,
     *,
     num_rounds: int = 15,
-    min_lap_s: float = 0.05,
+    min_lap_s: float = MIN_LAP_S,
     precision: Precision = "float32",
 ) -> tuple[Timing, list[Timing]]:
     """Times several models against the dense one, on one batch.

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from search.outcome import Measurement, Outcome
 
-StoreName = Literal["states", "weights", "measurements", "finetunes"]
-"""Names of the stores. states: id of a trial -> state of its training, from a worker to the driver after each epoch, or
+StoreName = Literal["jobs", "products", "states", "weights", "measurements", "finetunes"]
+"""Names of the stores. jobs: id of a job -> the job, from the driver to its worker. products: id of a job -> its
+product, or the error that it ended with, from its worker to all others and to the driver. states: id of a trial -> state of its training, from a worker to the driver after each epoch, or
 from the driver to a worker that resumes it. weights: id of a trial -> its trained weights, from a worker to the driver.
 measurements: key of a plan or of its shape -> a measurement that no worker need repeat. finetunes: key of a plan -> the
 outcome of a fine-tune that no worker need repeat."""
@@ -22,17 +23,21 @@ class Exchange:
 
     def __init__(
         self,
+        products: Mapping[str, Any] | None = None,
         states: Mapping[str, Mapping[str, Any]] | None = None,
         measurements: Mapping[str, Measurement] | None = None,
         finetunes: Mapping[str, Outcome] | None = None,
     ) -> None:
         """
         Args:
+            products: first content of the store of that name, of jobs that need not be done.
             states: first content of the store of that name, of trials that an earlier run did not end.
             measurements: first content of the store of that name.
             finetunes: first content of the store of that name.
         """
         self._stores: dict[StoreName, dict[str, Any]] = {
+            "jobs": {},
+            "products": dict(products or {}),
             "states": dict(states or {}),
             "weights": {},
             "measurements": dict(measurements or {}),

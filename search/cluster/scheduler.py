@@ -16,6 +16,9 @@ class RungScheduler(FIFOScheduler):
         super().__init__()  # type: ignore[no-untyped-call]
         self._promotes = promotes
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune saves its scheduler to resume by; we resume by the ledger
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Returns Ray's word for going on or stopping; a result without `rungs` is no rung and goes on."""
         if "rungs" not in result:

@@ -1,4 +1,4 @@
-"""The search as a Ray `Searcher`: asked when Ray has room for a trial, told when one has ended.
+"""The work of a sweep as a Ray `Searcher`: asked when Ray has room for a piece of it, told when one has ended.
 
 Ray's own OptunaSearch leaves failed and NaN trials running for ever.
 """
@@ -6,61 +6,62 @@ Ray's own OptunaSearch leaves failed and NaN trials running for ever.
 from __future__ import annotations
 
 import json
-import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
-from search.outcome import Candidate, Outcome
-from search.suggest.ask import CandidateSearch
+from search.cluster.stores import Store
+from search.outcome import Outcome
+from search.suggest.ask import Suggestion
+from search.trial.jobs import Job
+
+
+class Agenda(Protocol):
+    """Decides on the next piece of work."""
+
+    def next(self) -> Job | tuple[Suggestion, tuple[str, ...]] | None:
+        """Returns a job, or a trial with the ids of the products that it needs; None if there is nothing now."""
+
+    @property
+    def is_done(self) -> bool:
+        """True if nothing is left to hand out."""
+
+    def told(self, trial_id: str, outcome: Outcome | None) -> None:
+        """Takes the own outcome of a trial; None if it left none."""
 
 
 class RaySearcher(Searcher):
-    """Hands a search's suggestions to Ray until a deadline; Ray's names of trials are mapped to ours."""
+    """Hands the work of a sweep to Ray; Ray's names of trials are mapped to ours."""
 
-    def __init__(
-        self,
-        search: CandidateSearch,
-        deadline: float | None = None,
-        on_suggest: Callable[[str, Candidate], None] = lambda trial_id, candidate: None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, agenda: Agenda, jobs: Store[Job]) -> None:
         """
         Args:
-            deadline: no trial is suggested from this time on, by the clock.
-            on_suggest: called with the id and candidate of every trial that is about to start.
+            jobs: jobs by id, from which their workers take them.
         """
         super().__init__()
-        self._search, self._on_suggest, self._clock = search, on_suggest, clock
-        self._deadline = math.inf if deadline is None else deadline
-        self._ids: dict[str, str] = {}
+        self._agenda, self._jobs = agenda, jobs
+        self._trials: dict[str, str] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Ray's FINISHED is a str
-        """Returns the next `Suggestion` as Ray's config of a trial, or `FINISHED` if there is none."""
-        suggestion = self._search.ask() if self._clock() < self._deadline else None
-        if suggestion is None:
-            finished: str = Searcher.FINISHED
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED is a str
+        """Returns the next piece of work as Ray's config of a trial, or `FINISHED` if there is none."""
+        work = self._agenda.next()
+        if work is None:
+            finished: str | None = Searcher.FINISHED if self._agenda.is_done else None
             return finished
-        self._ids[trial_id] = suggestion.id
-        self._on_suggest(suggestion.id, suggestion.candidate)
-        return asdict(suggestion)
+        if isinstance(work, Job):
+            self._jobs[work.id] = work
+            return {"id": work.id, "is_job": True}
+        suggestion, needs = work
+        self._trials[trial_id] = suggestion.id
+        return asdict(suggestion) | {"needs": list(needs)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tells the search the trial's own outcome; a result without outcomes, or an error, is none."""
-        outcomes = [] if error else outcomes_of(result or {})
-        self._search.tell(self._ids.pop(trial_id), next(iter(outcomes), None))
-
-    def stop(self) -> None:
-        """Suggests no trial from now on; a signal handler may call it."""
-        self._deadline = -math.inf
-
-    def close(self) -> None:
-        """Suggests no trial from now on, nor makes one ready."""
-        self.stop()
-        self._search.close()
+        """Tells the agenda a trial's own outcome; a result without outcomes, or an error, is none."""
+        if trial_id in self._trials:
+            outcomes = [] if error else outcomes_of(result or {})
+            self._agenda.told(self._trials.pop(trial_id), next(iter(outcomes), None))
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its searcher to resume by; we resume by the ledger

@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import ray
-from ray.exceptions import RayError, RaySystemError, RayTaskError
 
-from pruning.errors import VitfrontError, first_line_of
-from search.cluster.tasks import run_task
+from pruning.errors import first_line_of
 from search.config import Config
 from search.errors import ConfigError, SweepError
 
@@ -75,39 +72,6 @@ def cluster_resources() -> Mapping[str, float]:
     """Returns the resources of all nodes that there are now, by Ray's names."""
     resources: Mapping[str, float] = ray.cluster_resources()
     return resources
-
-
-def share(value: Any) -> Any:
-    """Puts a value where all tasks can take it, written out once; returns a reference to give to `submit`."""
-    return ray.put(value)
-
-
-def submit(function: Callable[..., Any], resources: TrialResources, *args: Any, num_returns: int = 1) -> Any:
-    """Starts a task on the cluster, with as many torch threads as it has cores; returns a reference to each result."""
-    options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "num_returns": num_returns, "max_retries": 0}
-    return ray.remote(run_task).options(**options).remote(function, resources.cpus, *args)
-
-
-def fetch(reference: Any, get: Callable[[Any], Any] = ray.get) -> Any:
-    """Returns a task's result.
-
-    Args:
-        get: gets a result of Ray.
-
-    Raises:
-        VitfrontError: the task raised it; it comes as it was, not wrapped in the worker's traceback.
-        SweepError: the worker, its node or its installation is broken.
-    """
-    try:
-        return get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, VitfrontError):
-            raise error.cause from None
-        if isinstance(error.cause, RaySystemError):  # the worker cannot even unpickle its work
-            raise SweepError(f"a worker has not what it needs: {first_line_of(error.cause)}") from error
-        raise
-    except RayError as error:  # the worker was killed, its node is gone, ...
-        raise SweepError(f"a worker broke: {first_line_of(error)}") from error
 
 
 @contextmanager

@@ -16,11 +16,14 @@ import torch
 from ray import tune
 
 from pruning.artifact import Weights
+from pruning.errors import VitfrontError
 from pruning.measure.stopwatch import keep_freed_memory
 from search.cluster.stores import SharedStore, Store
-from search.cluster.tasks import worker_device
+from search.config import Config
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.trial.context import TrialContext
+from search.trial.inputs import Inputs
+from search.trial.jobs import Job, NeedFailedError, Workplace, run_job
 from search.trial.progress import Epoch, Event, Rung
 from search.trial.reuse import WorkerCache
 from search.trial.trial import Ended, start_trial
@@ -36,6 +39,9 @@ POLL_S = 0.1
 
 StartTrial = Callable[[TrialContext, Candidate, str, Mapping[str, Any] | None, WorkerCache], Iterator[Event | Ended]]
 """The type of `search.trial.trial.start_trial`, and of a fake in its place."""
+
+SetUp = Callable[..., Workplace]
+"""`Workplace`, or a fake in its place."""
 
 
 class Crew:
@@ -73,16 +79,17 @@ class Crew:
             self._sleep(POLL_S)
 
 
-class TrialRunner:
-    """Runs trials one after the other, each in steps: an epoch, a rung, or the end.
+class Runner:
+    """Runs trials and jobs one after the other; a trial in steps: an epoch, a rung, or the end.
 
-    The result of a step is a dict of what JSON knows, as Ray Tune wants it. The states of trainings and the weights,
-    which are too large for that, go to stores, from which the driver takes them: nodes need no shared disk.
+    The result of a step is a dict of what JSON knows, as Ray Tune wants it. Products of jobs, states of trainings and
+    weights, which are too large for that, go to stores, from which the driver takes them: nodes need no shared disk.
     """
 
     def __init__(
         self,
-        context: TrialContext,
+        workplace: Workplace,
+        jobs: Store[Job],
         states: Store[Mapping[str, Any]],
         weights: Store[Mapping[str, Weights]],
         cache: WorkerCache,
@@ -92,47 +99,83 @@ class TrialRunner:
     ) -> None:
         """
         Args:
-            context: on this worker's device.
+            workplace: on this worker's device; products of jobs go to its store.
+            jobs: jobs by id; one that is begun is taken from here.
             states: states of trainings by trial; that of a resumed trial is taken from here.
             weights: trained weights by trial.
             start: starts a trial.
         """
-        self._context, self._states, self._weights = context, states, weights
+        self._workplace, self._jobs, self._states, self._weights = workplace, jobs, states, weights
         self._cache, self._crew, self._start, self._clock = cache, crew, start, clock
         self._is_first = True
         self._free_since = clock()
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Begins with a trial.
+        """Begins with a trial or a job; nothing is run yet.
 
         Args:
-            config: a `search.suggest.ask.Suggestion` as a dict.
+            config: a `search.suggest.ask.Suggestion` as a dict with the products that it `needs`; or the `id` of a job
+                with `is_job`.
         """
-        self._id, self._candidate = config["id"], Candidate.from_json(config["candidate"])
-        state = self._states.take(self._id) if config["is_resumed"] else None
-        context = self._context if config["has_rungs"] else self._context.without_rungs()
-        self._events = self._start(context, self._candidate, self._id, state, self._cache)
-        self._waited_s: float | None = None
-        self._began = self._clock()
+        self._config, self._id = config, config["id"]
+        self._events: Iterator[Event | Ended] | None = None
+        self._waited_s = self._busy_s = 0.0
 
     def step(self) -> dict[str, Any]:
-        """Runs the trial up to its next epoch, rung or end.
+        """Does the job, or runs the trial up to its next epoch, rung or end.
 
         Returns:
-            `done`; and `progress` of an epoch; or `rungs`, all values so far, with the `outcomes` in case that the
-            trial is stopped here; or the final `outcomes` with `finetunes`, the keys by which other trials may reuse
-            the first of them.
+            `done`; `busy_s`, the time that it took so far without what it waited for; of a trial also `progress` of an
+            epoch; or `rungs`, all values so far, with the `outcomes` in case that the trial is stopped here; or the
+            final `outcomes` with `finetunes`, the keys by which other trials may reuse the first of them.
         """
-        if self._waited_s is None:
-            self._waited_s = self._clock() - self._free_since
+        if self._config.get("is_job"):
+            result = self._do_job()
+        else:
+            result = self._step_trial()
+        if self._is_first and "progress" not in result:  # the trial may end here
+            self._crew.await_all(self._busy_s)
+            self._is_first = False
+        self._free_since = self._clock()
+        return result | {"busy_s": self._busy_s}
+
+    def _do_job(self) -> dict[str, Any]:
+        job = self._jobs.take(self._id)
+        assert job is not None
+        product: Any
+        try:
+            self._workplace.wait_for_all(job.needs)
+            began = self._clock()
+            with self._workplace.lease.shared():
+                product = run_job(job, self._workplace)
+            self._busy_s = self._clock() - began
+        except VitfrontError as error:
+            product = error
+        self._workplace.products[job.id] = product
+        return {"done": True}
+
+    def _step_trial(self) -> dict[str, Any]:
+        if self._events is None:
+            self._events = self._begin_trial()
+        began = self._clock()
         with self._context.lease.shared():  # between two steps a worker may have nothing to do
             event = next(self._events)
-        if self._is_first and not isinstance(event, Epoch):  # the trial may end here
-            self._crew.await_all(self._clock() - self._began)
-            self._is_first = False
-        result = self._result(event)
-        self._free_since = self._clock()
-        return result
+        self._busy_s += self._clock() - began
+        return self._result(event)
+
+    def _begin_trial(self) -> Iterator[Event | Ended]:
+        config = self._config
+        candidate = Candidate.from_json(config["candidate"])
+        self._candidate, needs = candidate, config["needs"]
+        try:
+            self._workplace.wait_for_all(needs)
+        except NeedFailedError as error:
+            return iter([_failed(self._id, candidate, str(error))])
+        state = self._states.take(self._id) if config["is_resumed"] else None
+        context = self._workplace.context(needs)
+        self._context = context if config["has_rungs"] else context.without_rungs()
+        self._waited_s = self._clock() - self._free_since
+        return self._start(self._context, candidate, self._id, state, self._cache)
 
     def _result(self, event: Event | Ended) -> dict[str, Any]:
         if isinstance(event, Epoch):
@@ -147,7 +190,7 @@ class TrialRunner:
     def _to_text(self, outcomes: Sequence[Outcome]) -> str:
         """Returns outcomes as JSON; the trial's own, the first, with the time that the worker waited for the trial."""
         own, *at_exits = outcomes
-        own = replace(own, waited_s=self._waited_s or 0.0)
+        own = replace(own, waited_s=self._waited_s)
         return json.dumps([outcome.to_json() for outcome in (own, *at_exits)])
 
     def _stopped(self, rung: Rung) -> Outcome:
@@ -164,12 +207,18 @@ class TrialRunner:
         )
 
 
+def _failed(trial_id: str, candidate: Candidate, reason: str) -> Ended:
+    """Returns the end of a trial that could not begin."""
+    return Ended(outcomes=[Outcome(id=trial_id, state=State.FAILED, candidate=candidate, reason=reason)], models={})
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
     """Settings that every worker of a sweep is started with."""
 
-    context_ref: Any
-    """Ray's reference to the context, which lies in the object store once."""
+    config: Config
+    inputs_ref: Any
+    """Ray's reference to the inputs, which lie in the object store once."""
     exchange: Any
     """Ray's handle of the sweep's `Exchange`."""
     cpus: int
@@ -180,13 +229,15 @@ class WorkerSettings:
     """Number of trials that they share."""
     start: StartTrial = start_trial
     """Starts a trial."""
+    set_up: SetUp = Workplace
+    """Sets up a worker's workplace."""
 
 
 class TrialActor(tune.Trainable):
     """A worker as Ray Tune's actor, which is reused from trial to trial."""
 
     def setup(self, config: dict[str, Any], settings: WorkerSettings) -> None:  # type: ignore[override]
-        """Fetches the context, tells the others that this worker is ready, and begins with a trial."""
+        """Fetches the inputs, tells the others that this worker is ready, and begins with a trial or a job."""
         torch.set_num_threads(settings.cpus)
         keep_freed_memory()
         exchange = settings.exchange
@@ -195,18 +246,30 @@ class TrialActor(tune.Trainable):
             finetune_cache=SharedStore[Outcome](exchange, "finetunes"),
         )
         crew = Crew(settings.num_workers, settings.num_trials, lambda: ray.get(exchange.num_ready_workers.remote()))
-        context: TrialContext = ray.get(settings.context_ref).to(worker_device())
-        self.runner = TrialRunner(
-            context, SharedStore(exchange, "states"), SharedStore(exchange, "weights"), cache, crew, settings.start
+        inputs: Inputs = ray.get(settings.inputs_ref)
+        workplace = settings.set_up(
+            config=settings.config,
+            inputs=replace(inputs, model=inputs.model.to(worker_device())),
+            products=SharedStore[Any](exchange, "products"),
+            measured_cache=cache.measured_cache,
         )
+        self.runner = Runner(
+            workplace, SharedStore(exchange, "jobs"), SharedStore(exchange, "states"), SharedStore(exchange, "weights"),
+            cache, crew, settings.start,
+        )  # fmt: skip
         exchange.worker_ready.remote()
         self.runner.begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begins with another trial."""
+        """Begins with another trial or job."""
         self.runner.begin(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
-        """Runs the trial up to its next epoch, rung or end; see `TrialRunner.step`."""
+        """Does a step of the trial, or the job; see `Runner.step`."""
         return self.runner.step()
+
+
+def worker_device() -> torch.device:
+    """Returns the device that Ray gave this worker."""
+    return torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")

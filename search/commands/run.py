@@ -9,40 +9,41 @@ from __future__ import annotations
 import csv
 import io
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pruning.artifact import Description, Weights, save
-from pruning.measure.stopwatch import Timing
+from pruning.artifact import Description, save
+from pruning.measure.stopwatch import device_name
 from pruning.model.anatomy import examine
-from pruning.model.loading import read_weights
-from search.cluster.session import TrialResources, cluster_resources, fetch, ray_running, share, submit
-from search.cluster.tasks import confirm_remotely, look_remotely, prepare_remotely, time_remotely
-from search.commands.run_search import Prepared, Searched, Sweep, run_search
+from search.cluster.session import TrialResources, cluster_resources, ray_running
+from search.cluster.tune import Work, run_work
+from search.commands.run_cache import PartCache
+from search.commands.run_driver import SweepDriver, calling_on_interrupt
+from search.commands.run_state import Sweep
 from search.config import Config, Fingerprints, flat
 from search.errors import SweepError
-from search.front import Front, contenders
-from search.goal import Goal
+from search.front import Front
 from search.observer import Observer
-from search.outcome import Measurement, Outcome, idle_share, num_trials
+from search.outcome import Outcome, idle_share, num_trials
 from search.records import ledger
+from search.records.checkpoints import Checkpoints
 from search.records.files import write_atomically
 from search.records.folder import Folder
 from search.records.ledger import Ledger
-from search.records.profiles import ProfileCache
 from search.records.store import default_uri
 from search.records.tracking import Tracker
-from search.trial.context import TrialContext
+from search.trial.context import ContextPart
 from search.trial.fingerprinting import check_unchanged, with_weights
-from search.trial.first_look import FirstLook, tell
+from search.trial.first_look import local_device, tell
 from search.trial.inputs import Inputs, check_pinned, load_inputs
-from search.trial.measure import Confirmation, speed_of
-from search.trial.prepare import keep_trained, profile_splits, profiled_reductions
+from search.trial.jobs import Looked
+from search.trial.prepare import keep_trained, profile_splits, steps_of
 from search.trial.reuse import finetuned_before, measured_before
 from search.views.front_plot import front_html
 
@@ -53,17 +54,21 @@ LEAVE_OUT = "leave it out of --from"
 """Way out where a sweep cannot be learned from."""
 
 
-def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | None = None) -> Front:
+def run_sweep(
+    config: Config, runs: Path, observer: Observer, *, address: str | None = None, began: float | None = None
+) -> Front:
     """Runs a sweep, or what is left of it, and returns its front.
 
     Args:
         runs: the folder of all sweeps.
         address: of a Ray cluster; by default Ray runs on this machine, for this sweep.
+        began: time on the monotonic clock at which the time budget begins; by default now.
 
     Raises:
         VitfrontError: wrong input; nothing was written then.
         SweepError: the name belongs to a sweep with other settings or other inputs, or another process runs it.
     """
+    began = time.monotonic() if began is None else began
     folder = Folder(runs, config.name)
     _check_same_settings(config, folder)
     observer.stage("loading the model and the images for a first look")
@@ -78,30 +83,102 @@ def run_sweep(config: Config, runs: Path, observer: Observer, *, address: str | 
         if not folder.config.is_file():  # now: a disk that is full shows before the dense model is trained
             _write_config(folder, config, inputs.fingerprints)
         with ray_running(address):
+            available = cluster_resources()
+            resources = TrialResources.of(config, available)
             if address is None:
-                available = cluster_resources()
-                TrialResources.of(config, available).check(available)
-            looked = _look(config, inputs, observer)
-            # Weights that were to be trained are known only now.
-            _check_same_inputs(folder, looked.fingerprints)
-            for name in config.search.earlier:
-                _check_same_inputs(Folder(runs, name), looked.fingerprints, LEAVE_OUT)
-            config = _write_config(folder, config, looked.fingerprints)
-            tracker = Tracker(
-                default_uri(runs), runs / "mlartifacts", config.name, _settings(config),
-                run_dir=folder.path, done=[outcome.id for outcome in book.found],
-            )  # fmt: skip
+                resources.check(available)
             sweep = Sweep(
-                config=config, space=inputs.space, folder=folder, ledger=book, tracker=tracker, observer=observer
-            )
-            try:
-                prepared = _prepare(sweep, inputs, looked)
-                searched = run_search(sweep, prepared, prior_outcomes)
-                candidates, confirmation = _confirm(sweep, prepared, searched.outcomes)
-                return _write(sweep, inputs, prepared.goal, searched, candidates, confirmation)
-            except BaseException:
-                tracker.interrupt()
-                raise
+                config=config, inputs=inputs, folder=folder, ledger=book, observer=observer,
+                num_slots=resources.num_slots(available), began=began,
+            )  # fmt: skip
+            return _run(sweep, runs, prior_outcomes, resources)
+
+
+def _run(sweep: Sweep, runs: Path, prior_outcomes: Sequence[Outcome], resources: TrialResources) -> Front:
+    """Does all the work of a sweep, and writes its front."""
+    known = _known_parts(sweep)
+    book = Book(sweep, runs)
+    driver = SweepDriver(sweep, known, book.begin, prior_outcomes)
+    anatomy, found = examine(sweep.inputs.model), sweep.ledger.found
+    work = Work(
+        config=sweep.config, inputs=sweep.inputs, products=known, states=_states(sweep),
+        measurements=measured_before(anatomy, None, found), finetunes=finetuned_before(anatomy, found),
+    )  # fmt: skip
+    if not sweep.inputs.trained:
+        sweep.observer.stage("training the dense model")
+    try:
+        try:
+            with calling_on_interrupt(driver.interrupt):
+                busy_s = run_work(work, driver, resources, sweep.config.search.trials)
+        finally:
+            driver.close()
+        return _write(book, driver, busy_s)
+    except BaseException:
+        book.interrupt()
+        raise
+
+
+def _states(sweep: Sweep) -> dict[str, Mapping[str, Any]]:
+    """Reads the states of the trials that an earlier run did not end, by id."""
+    done = {outcome.trial for outcome in sweep.ledger.found}
+    return {checkpoint.id: checkpoint.state for checkpoint in Checkpoints(sweep.folder.checkpoints).read(done=done)}
+
+
+class Book:
+    """The records of a sweep beside its ledger, which begin once the dense model is known: settings, MLflow, cache."""
+
+    def __init__(self, sweep: Sweep, runs: Path) -> None:
+        self.sweep, self._runs = sweep, runs
+        self.tracker: Tracker | None = None
+
+    def begin(self, looked: Looked) -> tuple[Tracker, PartCache]:
+        """Tells the accuracy of the dense model, checks that it is worth pruning, and begins the records.
+
+        Raises:
+            VitfrontError: the model is not to be pruned, or MLflow cannot be used.
+        """
+        sweep, inputs, runs = self.sweep, self.sweep.inputs, self._runs
+        fingerprints = inputs.fingerprints
+        if looked.weights is not None:
+            inputs.model.load_state_dict(dict(looked.weights))
+            keep_trained(inputs, inputs.model)
+            fingerprints = with_weights(fingerprints, inputs.model)
+            check_pinned(sweep.config, fingerprints)
+        tell(looked.first, inputs.notes, sweep.observer.note)
+        # Weights that were to be trained are known only now.
+        _check_same_inputs(sweep.folder, fingerprints)
+        for name in sweep.config.search.earlier:
+            _check_same_inputs(Folder(runs, name), fingerprints, LEAVE_OUT)
+        self.config = _write_config(sweep.folder, sweep.config, fingerprints)
+        self.tracker = Tracker(
+            default_uri(runs), runs / "mlartifacts", sweep.config.name, _settings(self.config),
+            run_dir=sweep.folder.path, done=[outcome.id for outcome in sweep.ledger.found],
+        )  # fmt: skip
+        return self.tracker, _part_cache(sweep, fingerprints, looked.device)
+
+    def interrupt(self) -> None:
+        """Tells MLflow that the sweep was interrupted, if it has begun there."""
+        if self.tracker is not None:
+            self.tracker.interrupt()
+
+
+def _part_cache(sweep: Sweep, fingerprints: Fingerprints, device: str) -> PartCache:
+    images = profile_splits(sweep.space, sweep.inputs.splits)
+    return PartCache(
+        sweep.inputs.cache.parent, sweep.config, fingerprints, images, sweep.space.exit_blocks, device
+    )  # fmt: skip
+
+
+def _known_parts(sweep: Sweep) -> dict[str, ContextPart]:
+    """Reads what earlier sweeps measured of this dense model, by the ids of the steps.
+
+    Widths are only known of this machine's device: what workers of a cluster have is not known yet.
+    """
+    if not sweep.inputs.trained:
+        return {}
+    cache = _part_cache(sweep, sweep.inputs.fingerprints, device_name(local_device()))
+    parts = {step.id: cache.read(step) for step in steps_of(sweep.space)}
+    return {step_id: part for step_id, part in parts.items() if part is not None}
 
 
 def read_finished(folder: Folder, config: Config) -> Front | None:
@@ -117,68 +194,6 @@ def read_finished(folder: Folder, config: Config) -> Front | None:
     return front if is_complete and front.trials == num_done else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Looked:
-    """The dense model of a sweep, trained and found worth pruning."""
-
-    inputs_ref: Any
-    """Ray's reference to the inputs, which lie in the object store once."""
-    trained_ref: Any
-    """Ray's reference to the model if it was trained just now, else to None."""
-    first: FirstLook
-    fingerprints: Fingerprints
-    """Hashes of the inputs, that of the weights included."""
-
-
-def _look(config: Config, inputs: Inputs, observer: Observer) -> Looked:
-    """Trains the dense model if need be, and tells its accuracy on val before anything else is spent.
-
-    Raises:
-        VitfrontError: the dense model is not to be pruned; nothing was measured but its accuracy.
-    """
-    # Everything gets a trial's share of the machine. More threads would not pay: on two cores of which another
-    # process takes one, digits train in 65 s with one thread and in 220 s with two.
-    resources = TrialResources.of(config, cluster_resources())
-    if not inputs.trained:
-        observer.stage("training the dense model")
-    inputs_ref = share(inputs)
-    first_ref, trained_ref = submit(look_remotely, resources, config, inputs_ref, num_returns=2)
-    first: FirstLook = fetch(first_ref)
-    fingerprints = inputs.fingerprints
-    if not inputs.trained:
-        trained: nn.Module = fetch(trained_ref)
-        keep_trained(inputs, trained)
-        fingerprints = with_weights(fingerprints, trained)
-        check_pinned(config, fingerprints)
-    tell(first, inputs.notes, observer.note)
-    return Looked(inputs_ref=inputs_ref, trained_ref=trained_ref, first=first, fingerprints=fingerprints)
-
-
-def _prepare(sweep: Sweep, inputs: Inputs, looked: Looked) -> Prepared:
-    """Fits the exits and measures the dense model; new profiles are kept."""
-    resources = TrialResources.of(sweep.config, cluster_resources())
-    sweep.observer.stage("preparing the dense model")
-    kinds, images = profiled_reductions(inputs.space), profile_splits(inputs.space, inputs.splits)
-    cache = ProfileCache(inputs.cache.parent, sweep.config, looked.fingerprints, images)
-    profiles = cache.read(kinds)
-    context_ref, dense_ref, proposed_ref = submit(
-        prepare_remotely, resources, sweep.config, looked.inputs_ref, looked.trained_ref, looked.first, profiles,
-        num_returns=3,
-    )  # fmt: skip
-    dense: Measurement = fetch(dense_ref)
-    if len(profiles) < len(kinds):
-        context: TrialContext = fetch(context_ref)
-        cache.write(context.profiles)
-    anatomy = examine(inputs.model)
-    return Prepared(
-        context_ref=context_ref,
-        goal=Goal.of(dense, sweep.config.search.accuracy, sweep.config.search.limits),
-        proposed=fetch(proposed_ref),
-        measurements=measured_before(anatomy, dense, sweep.ledger.found),
-        finetunes=finetuned_before(anatomy, sweep.ledger.found),
-    )
-
-
 def _write_config(folder: Folder, config: Config, fingerprints: Fingerprints) -> Config:
     """Writes config.yaml, with the hashes of the inputs, and returns what it holds."""
     config = config.model_copy(update={"fingerprints": fingerprints})
@@ -192,53 +207,32 @@ def _settings(config: Config) -> dict[str, object]:
     return {key: value for key, value in settings.items() if value is not None or not key.startswith("fingerprints")}
 
 
-def _confirm(sweep: Sweep, prepared: Prepared, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], Confirmation]:
-    """Measures again, quietly, the outcomes that may be on the front.
-
-    Returns:
-        Their outcomes with the new measurements; and the confirmation, with their models in the same order.
-    """
-    sweep.observer.stage("measuring the front once more, quietly, and on test")
-    goal, resources = prepared.goal, TrialResources.of(sweep.config, cluster_resources())
-    different = [outcome for outcome in outcomes if outcome.same_as is None]
-    candidates = contenders(goal.acceptable(different), goal)
-    timings = fetch(submit(time_remotely, resources, prepared.context_ref, [outcome.plan for outcome in candidates]))
-    timed = list(map(_with_timing, candidates, timings))
-    candidates = contenders(timed, goal)  # fewer: the timings beside trials are less certain
-    plans = [outcome.plan for outcome in candidates if outcome.plan is not None]
-    weights = [_read_weights(sweep.folder, outcome) for outcome in candidates]
-    confirmation: Confirmation = fetch(submit(confirm_remotely, resources, prepared.context_ref, plans, weights))
-    measured = zip(candidates, confirmation.measured, strict=True)
-    return [replace(outcome, measurement=measurement) for outcome, measurement in measured], confirmation
-
-
-def _write(
-    sweep: Sweep, inputs: Inputs, goal: Goal, searched: Searched, confirmed: Sequence[Outcome],
-    confirmation: Confirmation,
-) -> Front:  # fmt: skip
+def _write(book: Book, driver: SweepDriver, busy_s: float) -> Front:
     """Writes the front into the folder and into MLflow.
 
     Args:
-        confirmed: the outcomes that may be on the front, as they were confirmed.
+        busy_s: seconds of all slots together in which they worked.
     """
-    fingerprints = sweep.config.fingerprints
+    sweep, confirmed, outcomes = book.sweep, driver.confirmation.result(), driver.outcomes
+    fingerprints = book.config.fingerprints
     assert fingerprints is not None
+    assert book.tracker is not None
     front = Front.of(
-        sweep.config.name, confirmed, replace(goal, dense=confirmation.dense),
-        trials=num_trials(searched.outcomes), ended_by=searched.ended_by, idle_share=idle_share(searched.outcomes),
-        conditions=confirmation.conditions, fingerprints=fingerprints.model_dump(exclude_none=True),
+        sweep.config.name, confirmed.outcomes, replace(driver.goal, dense=confirmed.dense),
+        trials=num_trials(outcomes), ended_by=driver.ended_by, idle_share=idle_share(outcomes),
+        busy_share=busy_s / (sweep.num_slots * (time.monotonic() - sweep.began)),
+        conditions=confirmed.conditions, fingerprints=fingerprints.model_dump(exclude_none=True),
     )  # fmt: skip
-    models = {outcome.id: model for outcome, model in zip(confirmed, confirmation.models, strict=True)}
-    _write_front(sweep, inputs, front, models)
-    by_id = {outcome.id: outcome for outcome in confirmed}
-    final = [by_id.get(outcome.id, outcome) for outcome in searched.outcomes]
-    sweep.tracker.finish(front, final, front_html(front, final), front_csv(front))
+    _write_front(sweep, front, confirmed.models)
+    by_id = {outcome.id: outcome for outcome in confirmed.outcomes}
+    final = [by_id.get(outcome.id, outcome) for outcome in outcomes]
+    book.tracker.finish(front, final, front_html(front, final), front_csv(front))
     return front
 
 
-def _write_front(sweep: Sweep, inputs: Inputs, front: Front, models: Mapping[str, nn.Module]) -> None:
+def _write_front(sweep: Sweep, front: Front, models: Mapping[str, nn.Module]) -> None:
     """Writes models/, then front.csv, then front.json, which says that the rest is there."""
-    folder, model = sweep.folder, sweep.config.model
+    folder, model, inputs = sweep.folder, sweep.config.model, sweep.inputs
     for point in front.points:
         assert point.plan is not None
         description = Description(name=model.name, args=model.args, input=inputs.spec, plan=point.plan)
@@ -291,16 +285,6 @@ def _check_same_inputs(folder: Folder, fingerprints: Fingerprints, way_out: str 
             f"whether they are the same now; {way_out}"
         )
     check_unchanged(recorded, fingerprints, f"{folder.path} was run with other inputs", way_out)
-
-
-def _with_timing(outcome: Outcome, timing: Timing) -> Outcome:
-    """Returns the outcome with another timing in its measurement."""
-    assert outcome.measurement is not None
-    return replace(outcome, measurement=replace(outcome.measurement, **speed_of(timing)))
-
-
-def _read_weights(folder: Folder, outcome: Outcome) -> Weights | None:
-    return read_weights(folder.weights_of(outcome.weights_id)) if outcome.has_weights else None
 
 
 @contextmanager

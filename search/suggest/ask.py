@@ -108,6 +108,10 @@ class CandidateSearch:
         self._outcomes[candidate] = None
         return Suggestion(id=trial_id, candidate=candidate, is_resumed=is_resumed, has_rungs=has_rungs)
 
+    def add_first(self, candidates: Sequence[Candidate]) -> None:
+        """Adds candidates to those that are suggested before the sampler's."""
+        self._first += candidates
+
     def tell(self, trial_id: str, outcome: Outcome | None) -> None:
         """Takes what came of a suggested trial; None if it broke without an outcome."""
         self.learner.tell(self._running.pop(trial_id), outcome)

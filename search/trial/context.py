@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -31,25 +31,75 @@ SUBSAMPLE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContextPart:
+    """A part of a context, as one step of the preparation measures it; its tensors are on the CPU."""
+
+    exit_heads: Mapping[int, ExitHead] = field(default_factory=dict[int, ExitHead])
+    """The classifier of every exit."""
+    sensitivities: Mapping[int, list[BlockSensitivity]] = field(default_factory=dict[int, list[BlockSensitivity]])
+    """The sensitivities of the dense model cut at every exit, for the methods that repair in closed form. Two float64
+    matrices a block: at 12 blocks 7 MB for a ViT-Tiny, 113 MB for a ViT-Base."""
+    profiles: Mapping[TokenReduction, Profile] = field(default_factory=dict[TokenReduction, Profile])
+    """Profiles of the uncut dense model by token reduction, for methods that allocate by one and for proposals."""
+    allowed_widths: Mapping[TokenReduction, tuple[AllowedWidths, ...]] = field(
+        default_factory=dict[TokenReduction, tuple[AllowedWidths, ...]]
+    )
+    """The allowed widths of every block of the dense model on this device by token reduction, for `round_to: auto`."""
+
+    def to(self, device: torch.device | str) -> ContextPart:
+        """Gives the part with its tensors on a device."""
+        exit_heads = {
+            block: {name: tensor.to(device) for name, tensor in head.items()} for block, head in self.exit_heads.items()
+        }
+        sensitivities = {
+            exit_block: [sensitivity.to(device) for sensitivity in blocks]
+            for exit_block, blocks in self.sensitivities.items()
+        }
+        return replace(self, exit_heads=exit_heads, sensitivities=sensitivities)
+
+    def joined(self, other: ContextPart) -> ContextPart:
+        """Gives the part with all of another one added."""
+        return ContextPart(
+            exit_heads={**self.exit_heads, **other.exit_heads},
+            sensitivities={**self.sensitivities, **other.sensitivities},
+            profiles={**self.profiles, **other.profiles},
+            allowed_widths={**self.allowed_widths, **other.allowed_widths},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialContext:
-    """The record that all trials of a sweep share, ready to prune and measure."""
+    """The record that all trials of a sweep share: the dense model, the images, and what is known of both."""
 
     config: Config
     model: nn.Module
     """The dense model, in eval mode."""
-    exit_heads: dict[int, ExitHead]
-    """The classifier of every exit."""
     splits: Splits
     precision: Precision
-    profiles: dict[TokenReduction, Profile]
-    """Profiles of the uncut dense model by token reduction, for methods that allocate by one and for proposals."""
-    allowed_widths: dict[TokenReduction, tuple[AllowedWidths, ...]]
-    """The allowed widths of every block of the dense model on this device by token reduction, for `round_to: auto`."""
-    sensitivities: dict[int, list[BlockSensitivity]]
-    """The sensitivities of the dense model cut at every exit, for the methods that repair in closed form. Two float64
-    matrices a block: at 12 blocks 7 MB for a ViT-Tiny, 113 MB for a ViT-Base."""
+    known: ContextPart
+    """All that the steps of the preparation have measured so far, on the model's device."""
     timer: ModelTimer = time_against_dense
     """The function that times models against the dense one."""
+
+    @property
+    def exit_heads(self) -> Mapping[int, ExitHead]:
+        """The classifier of every exit."""
+        return self.known.exit_heads
+
+    @property
+    def sensitivities(self) -> Mapping[int, list[BlockSensitivity]]:
+        """The sensitivities of the dense model cut at every exit."""
+        return self.known.sensitivities
+
+    @property
+    def profiles(self) -> Mapping[TokenReduction, Profile]:
+        """Profiles of the uncut dense model by token reduction."""
+        return self.known.profiles
+
+    @property
+    def allowed_widths(self) -> Mapping[TokenReduction, tuple[AllowedWidths, ...]]:
+        """The allowed widths of every block of the dense model on this device by token reduction."""
+        return self.known.allowed_widths
 
     @property
     def device(self) -> torch.device:
@@ -75,16 +125,13 @@ class TrialContext:
         """The multiply-adds of the dense model, for one image."""
         return count_macs(self.anatomy, self.dense_plan)
 
+    def extended(self, part: ContextPart) -> TrialContext:
+        """Gives the context with a part that was measured, moved to the model's device."""
+        return replace(self, known=self.known.joined(part.to(self.device)))
+
     def to(self, device: torch.device | str) -> TrialContext:
-        """Gives the context with its model, exit heads and sensitivities on a device."""
-        exit_heads = {
-            block: {name: tensor.to(device) for name, tensor in head.items()} for block, head in self.exit_heads.items()
-        }
-        sensitivities = {
-            exit_block: [sensitivity.to(device) for sensitivity in blocks]
-            for exit_block, blocks in self.sensitivities.items()
-        }
-        return replace(self, model=self.model.to(device), exit_heads=exit_heads, sensitivities=sensitivities)
+        """Gives the context with its model and all that is known on a device."""
+        return replace(self, model=self.model.to(device), known=self.known.to(device))
 
     def subsampled(self) -> TrialContext:
         """Gives the context with a part of the images and the shortest timings, for a cheap look at a candidate."""

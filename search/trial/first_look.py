@@ -47,7 +47,10 @@ class FirstLook:
         return f"dense top-1 on val {self.top1:.3f} ({low:.3f} to {high:.3f}, {self.num_images} images)"
 
 
-def look(config: Config, inputs: Inputs, *, device: torch.device | None = None) -> FirstLook:
+def look(
+    config: Config, inputs: Inputs, *, device: torch.device | None = None,
+    when_trained: Callable[[Precision], None] = lambda precision: None,
+) -> FirstLook:  # fmt: skip
     """Trains the dense model if the recipe says so, and measures its top-1 on val: once a sweep, before all else.
 
     Training images are looked at only where something is wrong, to find out what.
@@ -55,6 +58,7 @@ def look(config: Config, inputs: Inputs, *, device: torch.device | None = None) 
     Args:
         inputs: its model is moved and trained in place.
         device: the device to work on; by default this machine's first GPU, or else the CPU.
+        when_trained: called with the precision as soon as that and the weights are final.
 
     Raises:
         VitfrontError: the training diverged, or the dense model's logits are not finite. All other faults are told in
@@ -63,6 +67,7 @@ def look(config: Config, inputs: Inputs, *, device: torch.device | None = None) 
     keep_freed_memory()
     model = _trained(config, inputs, device or local_device())
     precision = _precision(config, model, inputs.splits)
+    when_trained(precision)
     val = inputs.splits.val
     logits = finite_logits(config, model, val, precision)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from pruning.errors import VitfrontError
 from pruning.measure.accuracy import predict, top1, wilson_interval
 from pruning.measure.cost import count_macs, count_params
 from pruning.measure.retrieval import features, mean_average_precision, recall_at_1
-from pruning.measure.stopwatch import Timing, device_name
+from pruning.measure.stopwatch import Timing
 from pruning.methods.sparsity import sparsity_of
+from pruning.model.anatomy import examine
 from pruning.model.exits import truncate
-from pruning.model.surgery import apply_plan
+from pruning.model.surgery import apply_plan, keep_all_plan
 from pruning.plan import Plan
 from pruning.precision import Precision
 from pruning.repair.compensation import RepairedModel, repaired_model
@@ -27,21 +28,8 @@ from search.outcome import Measurement
 from search.trial.context import TrialContext
 from search.trial.reuse import Cache, plan_key, shape_key
 
-CONFIRMING = 3
-"""The final front is timed for so many times the rounds of a trial."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Confirmation:
-    """The models that may be on the front, measured once more."""
-
-    dense: Measurement
-    measured: list[Measurement]
-    """One measurement a plan, in their order; with accuracy on `test`, where there is one."""
-    models: list[nn.Module]
-    """One model a plan, in their order."""
-    conditions: dict[str, str | int]
-    """The conditions that the figures hold for: device, precision, threads, batch size, torch."""
+MAX_STREAM_BYTES = 2 * 2**30
+"""The most that the streams of tokens of the images may take which a model of the front is repaired on."""
 
 
 def measure(
@@ -108,61 +96,81 @@ def time_models(context: TrialContext, models: Sequence[nn.Module], num_rounds: 
         return context.timer(context.model, models, batch, num_rounds=num_rounds, precision=context.precision)
 
 
-def time_shapes(context: TrialContext, plans: Sequence[Plan]) -> list[Timing]:
-    """Times the shape that each plan leaves, without its repair; shapes that several plans share are timed once."""
+def time_shapes(context: TrialContext, plans: Sequence[Plan], num_rounds: int) -> tuple[Timing, list[Timing]]:
+    """Times the shape that each plan leaves, without its repair; shapes that several plans share are timed once.
+
+    Returns:
+        The dense model's timing, and one a plan, in their order.
+    """
     by_shape = {plan.shape_hash: plan for plan in plans}
     models = [apply_plan(_truncated(context, plan), plan) for plan in by_shape.values()]
-    _, timings = time_models(context, models, context.config.measure.num_rounds)
+    dense, timings = time_models(context, models, num_rounds)
     timing_of = dict(zip(by_shape, timings, strict=True))
-    return [timing_of[plan.shape_hash] for plan in plans]
+    return dense, [timing_of[plan.shape_hash] for plan in plans]
 
 
-def confirm(context: TrialContext, plans: Sequence[Plan], weights: Sequence[Weights | None] = ()) -> Confirmation:
-    """Builds the models of several plans and measures them and the dense one again, in one longer run.
+def rebuild(
+    context: TrialContext, plan: Plan, measured: Measurement, weights: Weights | None = None, *, on_all_images: bool
+) -> tuple[Measurement, nn.Module]:
+    """Builds a model once more, and measures all of it but its speed.
 
-    It measures on the images to confirm with if the recipe has any, and on `test`.
+    It is measured on the images to confirm with if the recipe has any, else on val, and on `test`.
 
     Args:
-        weights: of each model whose weights do not follow from its plan; by default of none.
+        measured: its trial's measurement, whose speed is taken over; its top-1 too, where model and images are the same.
+        weights: of a model whose weights do not follow from its plan.
+        on_all_images: repair it on all training images, as far as they fit in memory, rather than on those for
+            calibration alone.
+
+    Returns:
+        The measurement, and the model.
     """
-    if context.splits.confirm is not None:
-        context = replace(context, splits=replace(context.splits, val=context.splits.confirm))
-    models = [build(context, *pair) for pair in zip(plans, weights or [None] * len(plans), strict=True)]
-    num_rounds = CONFIRMING * context.config.measure.num_rounds
-    dense_timing, timings = time_models(context, models, num_rounds)
-    dense = measurement_of(context, context.model, context.dense_plan, dense_timing)
-    measured = [measurement_of(context, *triple) for triple in zip(models, plans, timings, strict=True)]
+    model = build(context, plan, weights, context.splits.training if on_all_images else None)
+    is_same = context.splits.confirm is None and (weights is not None or not on_all_images)
+    seen = replace(context, splits=replace(context.splits, val=context.splits.confirm or context.splits.val))
+    measurement = measurement_of(seen, model, plan, measured, known_top1=measured.top1 if is_same else None)
     if context.splits.test is not None:
-        dense, *measured = (
-            replace(measurement, top1_test=_top1(context, model, context.splits.test))
-            for measurement, model in zip([dense, *measured], [context.model, *models], strict=True)
-        )
-    conditions: dict[str, str | int] = {
-        "device": device_name(context.device),
-        "precision": context.precision,
-        "threads": torch.get_num_threads(),
-        "batch_size": context.config.measure.batch_size,
-        "torch": torch.__version__,
-    }
-    return Confirmation(dense=dense, measured=measured, models=models, conditions=conditions)
+        measurement = replace(measurement, top1_test=_top1(context, model, context.splits.test))
+    return measurement, model
 
 
-def build(context: TrialContext, plan: Plan, weights: Weights | None = None) -> nn.Module:
-    """Builds a plan's model as its trial made it: cut, pruned, and repaired or with the weights that it had."""
+def build(context: TrialContext, plan: Plan, weights: Weights | None = None, images: Images | None = None) -> nn.Module:
+    """Builds a plan's model as its trial made it: cut, pruned, and repaired or with the weights that it had.
+
+    Args:
+        images: to repair it on; by default those for calibration, as its trial did.
+    """
     truncated = _truncated(context, plan)
     if weights is None:
-        return repaired(context, truncated, plan).model
+        return repaired(context, truncated, plan, images).model
     model = apply_plan(truncated, plan)
     model.load_state_dict(dict(weights))
     return model
 
 
-def repaired(context: TrialContext, truncated: nn.Module, plan: Plan) -> RepairedModel:
-    """Prunes the dense model, cut at the plan's exit, and repairs it on the calibration images."""
+def repaired(context: TrialContext, truncated: nn.Module, plan: Plan, images: Images | None = None) -> RepairedModel:
+    """Prunes the dense model, cut at the plan's exit, and repairs it.
+
+    Args:
+        images: to repair it on, of which as many are taken as fit in memory; by default those for calibration.
+    """
+    if plan == replace(keep_all_plan(examine(truncated)), **_reduction_of(plan)):
+        return RepairedModel(model=truncated, notes=())
+    calibration = context.splits.calibration
+    if images is None:
+        images = calibration
+    else:
+        block = context.anatomy.blocks[0]
+        image_bytes = 12 * (block.num_patches + block.num_prefix_tokens) * block.width  # three streams in float32
+        images = images.take(slice(0, max(len(calibration), MAX_STREAM_BYTES // image_bytes)))
     return repaired_model(
-        truncated, plan, context.splits.calibration, context.sensitivities[plan.exit_block],
+        truncated, plan, images, context.sensitivities[plan.exit_block],
         batch_size=context.config.cascade.batch_size, precision=context.precision,
     )  # fmt: skip
+
+
+def _reduction_of(plan: Plan) -> dict[str, Any]:
+    return {"token_reduction": plan.token_reduction, "cutoff_token": plan.cutoff_token}
 
 
 def _truncated(context: TrialContext, plan: Plan) -> nn.Module:

@@ -27,6 +27,7 @@ from search.method import METHODS, Method
 from search.outcome import Candidate, Outcome
 from search.trial.context import TrialContext
 from search.trial.measure import accuracy, repaired
+from search.trial.prepare import is_whole
 from search.trial.progress import Event, TrialProgress
 
 LAST_RUNG = 1 / 3
@@ -134,7 +135,7 @@ def prune_by_cascade(job: PruningJob) -> Pruned:
             precision=context.precision,
             seed=context.config.data.seed,
         ),
-        sensitivity=context.sensitivities[candidate.exit_block],
+        sensitivity=context.sensitivities.get(candidate.exit_block),  # none is needed where all stays
         prefix_cache=job.prefix_cache,
     )
     return Pruned(
@@ -146,6 +147,8 @@ def prune_by_cascade(job: PruningJob) -> Pruned:
 def prune_globally(job: PruningJob) -> Pruned:
     """Prunes all blocks at once by the profile of the dense model (`pruning.methods.allocation`)."""
     candidate = job.candidate
+    if is_whole(candidate):  # before the dense model is profiled
+        return Pruned(plan=_whole_plan(job), model=job.truncated)
     profile = replace(job.context.profiles[candidate.token_reduction], cutoff_token=candidate.cutoff_token)
     plan = allocate(profile, job.anatomy, job.target_macs, candidate.token_share, job.allowed_widths)
     return _repaired(job, plan)
@@ -156,10 +159,20 @@ def prune_by_schedule(schedule: Schedule) -> Callable[[PruningJob], Pruned]:
 
     def prune(job: PruningJob) -> Pruned:
         candidate = job.candidate
+        if is_whole(candidate):
+            return Pruned(plan=_whole_plan(job), model=job.truncated)
         plan = scheduled_plan(job.anatomy, job.target_macs, schedule, candidate.token_reduction, candidate.cutoff_token)
         return _repaired(job, plan)
 
     return prune
+
+
+def _whole_plan(job: PruningJob) -> Plan:
+    """Gives the plan that keeps all of the cut model."""
+    candidate = job.candidate
+    return replace(
+        keep_all_plan(job.anatomy), token_reduction=candidate.token_reduction, cutoff_token=candidate.cutoff_token
+    )
 
 
 def _repaired(job: PruningJob, plan: Plan) -> Pruned:

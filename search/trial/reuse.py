@@ -86,14 +86,17 @@ def _by_effect(anatomy: Anatomy, plan: Plan) -> Plan:
     return plan
 
 
-def measured_before(anatomy: Anatomy, dense: Measurement, outcomes: Sequence[Outcome]) -> dict[str, Measurement]:
+def measured_before(anatomy: Anatomy, dense: Measurement | None, outcomes: Sequence[Outcome]) -> dict[str, Measurement]:
     """Gives the measurements that `measure` need not take again: of the dense model and of an earlier run's outcomes.
 
     Args:
         anatomy: of the uncut dense model.
+        dense: None if the dense model is not measured yet.
     """
-    dense_plan = keep_all_plan(anatomy)
-    measured_cache = {shape_key(anatomy, dense_plan): dense, plan_key(anatomy, dense_plan): dense}
+    measured_cache: dict[str, Measurement] = {}
+    if dense is not None:
+        dense_plan = keep_all_plan(anatomy)
+        measured_cache = {shape_key(anatomy, dense_plan): dense, plan_key(anatomy, dense_plan): dense}
     for outcome in outcomes:
         if outcome.plan is not None and outcome.measurement is not None:
             measured_cache.setdefault(shape_key(anatomy, outcome.plan), outcome.measurement)

@@ -54,6 +54,26 @@ def first_candidates(space: Space, proposed: Sequence[Candidate] = ()) -> list[C
     return list(dict.fromkeys(first))
 
 
+EARLY_TARGETS = (0.6, 0.35, 0.75, 0.47)
+"""The target ratios of the schedules of tokens that come first."""
+
+
+def early_candidates(space: Space) -> list[Candidate]:
+    """Gives the candidates that need no profile and no widths of the dense model, all within the space, none twice.
+
+    The dense model comes first; then the schedules of tokens at a few targets, which are the whole front of ToMe; then
+    the exits with nothing else pruned.
+    """
+    repairing = [name for name in sorted(space.method, key=_rank) if METHODS[name].repairs]
+    if not repairing:
+        return []
+    early = [_paper_setting(space, repairing[0], 1.0)]
+    schedules = [name for name in space.method if METHODS[name].is_schedule]
+    early += [_paper_setting(space, name, target) for name in schedules[:1] for target in EARLY_TARGETS]
+    early += [_paper_setting(space, repairing[0], 1.0, exit_block=block) for block in reversed(space.exit_blocks)]
+    return list(dict.fromkeys(early))
+
+
 def _rank(name: Method) -> int:
     """Ranks a method: with budgets 0, with a need of a profile 1, all others 2, which stay in the recipe's order."""
     method = METHODS[name]

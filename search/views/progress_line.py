@@ -62,6 +62,10 @@ class ProgressLine:
         self._num_trials, self._num_before, self._num_done = num_trials, num_done, num_done
         self._trials_since, self._deadline = self._clock(), deadline
 
+    def prepared(self, seconds: float) -> None:
+        if not self._console.is_terminal:
+            self._print(f"all prepared after {_minutes(seconds)}")
+
     def started(self, trial_id: str, candidate: Candidate) -> None:
         self._num_started += 1
 

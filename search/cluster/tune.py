@@ -1,7 +1,7 @@
 """The work of a sweep under Ray Tune, and what the driver does at the end of each piece.
 
-There is one actor for each slot of the cluster, which does trials and jobs one after the other (a fresh one costs 8 s of
-imports). The dense model and the images lie in the object store once, and every actor takes them from there.
+There is one actor for each slot of the cluster, which does trials and jobs one after the other (a fresh one costs 8 s
+of imports). The dense model and the images lie in the object store once, and every actor takes them from there.
 """
 
 from __future__ import annotations

@@ -129,10 +129,7 @@ class Runner:
             epoch; or `rungs`, all values so far, with the `outcomes` in case that the trial is stopped here; or the
             final `outcomes` with `finetunes`, the keys by which other trials may reuse the first of them.
         """
-        if self._config.get("is_job"):
-            result = self._do_job()
-        else:
-            result = self._step_trial()
+        result = self._do_job() if self._config.get("is_job") else self._step_trial()
         if self._is_first and "progress" not in result:  # the trial may end here
             self._crew.await_all(self._busy_s)
             self._is_first = False

@@ -11,10 +11,13 @@ import io
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -36,8 +39,8 @@ from search.records.checkpoints import Checkpoints
 from search.records.files import write_atomically
 from search.records.folder import Folder
 from search.records.ledger import Ledger
+from search.records.recorder import OutcomeLog
 from search.records.store import default_uri
-from search.records.tracking import Tracker
 from search.trial.context import ContextPart
 from search.trial.fingerprinting import check_unchanged, with_weights
 from search.trial.first_look import local_device, tell
@@ -47,8 +50,14 @@ from search.trial.prepare import keep_trained, profile_splits, steps_of
 from search.trial.reuse import finetuned_before, measured_before
 from search.views.front_plot import front_html
 
+if TYPE_CHECKING:
+    from search.records.tracking import Tracker
+
 TEACHING_KEYS = ("model.", "data.", "exits.", "measure.batch_size", "measure.precision", "search.accuracy")
 """Beginnings of the recipe's keys that must be equal for a sweep to learn from another."""
+
+QUICK_S = 0.3
+"""Time in which inputs that are wrong mostly show it; Ray, which takes seconds to start, is started only then."""
 
 LEAVE_OUT = "leave it out of --from"
 """Way out where a sweep cannot be learned from."""
@@ -72,17 +81,22 @@ def run_sweep(
     folder = Folder(runs, config.name)
     _check_same_settings(config, folder)
     observer.stage("loading the model and the images for a first look")
-    inputs = load_inputs(config, runs)
-    if folder.config.is_file():
-        _check_same_inputs(folder, inputs.fingerprints)
-    finished = read_finished(folder, config)
-    if finished is not None:
-        return finished
-    prior_outcomes = _read_prior_outcomes(config, runs, inputs)
-    with _opened_ledger(folder) as book:
-        if not folder.config.is_file():  # now: a disk that is full shows before the dense model is trained
-            _write_config(folder, config, inputs.fingerprints)
-        with ray_running(address):
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        loading = thread.submit(load_inputs, config, runs)
+        if folder.front.is_file():
+            _check_same_inputs(folder, loading.result().fingerprints)
+            finished = read_finished(folder, config)
+            if finished is not None:
+                return finished
+        with suppress(FutureTimeoutError):  # most mistakes show at once; Ray starts while the images are read
+            loading.result(timeout=QUICK_S)
+        with _opened_ledger(folder) as book, ray_running(address):
+            inputs = loading.result()
+            if folder.config.is_file():
+                _check_same_inputs(folder, inputs.fingerprints)
+            else:  # now: a disk that is full shows before the dense model is trained
+                _write_config(folder, config, inputs.fingerprints)
+            prior_outcomes = _read_prior_outcomes(config, runs, inputs)
             available = cluster_resources()
             resources = TrialResources.of(config, available)
             if address is None:
@@ -106,16 +120,13 @@ def _run(sweep: Sweep, runs: Path, prior_outcomes: Sequence[Outcome], resources:
     )  # fmt: skip
     if not sweep.inputs.trained:
         sweep.observer.stage("training the dense model")
-    try:
+    with book:
         try:
             with calling_on_interrupt(driver.interrupt):
                 busy_s = run_work(work, driver, resources, sweep.config.search.trials)
         finally:
             driver.close()
         return _write(book, driver, busy_s)
-    except BaseException:
-        book.interrupt()
-        raise
 
 
 def _states(sweep: Sweep) -> dict[str, Mapping[str, Any]]:
@@ -128,16 +139,27 @@ class Book:
     """The records of a sweep beside its ledger, which begin once the dense model is known: settings, MLflow, cache."""
 
     def __init__(self, sweep: Sweep, runs: Path) -> None:
-        self.sweep, self._runs = sweep, runs
-        self.tracker: Tracker | None = None
+        self.sweep, self.config, self._runs = sweep, sweep.config, runs
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow-start")
+        self._tracker: Future[Tracker] | None = None
 
-    def begin(self, looked: Looked) -> tuple[Tracker, PartCache]:
+    @property
+    def tracker(self) -> Tracker:
+        """MLflow, as soon as it is ready.
+
+        Raises:
+            SweepError: it cannot be used.
+        """
+        assert self._tracker is not None
+        return self._tracker.result()
+
+    def begin(self, looked: Looked) -> tuple[OutcomeLog, PartCache]:
         """Tells the accuracy of the dense model, checks that it is worth pruning, and begins the records.
 
         Raises:
-            VitfrontError: the model is not to be pruned, or MLflow cannot be used.
+            VitfrontError: the model is not to be pruned.
         """
-        sweep, inputs, runs = self.sweep, self.sweep.inputs, self._runs
+        sweep, inputs = self.sweep, self.sweep.inputs
         fingerprints = inputs.fingerprints
         if looked.weights is not None:
             inputs.model.load_state_dict(dict(looked.weights))
@@ -148,18 +170,46 @@ class Book:
         # Weights that were to be trained are known only now.
         _check_same_inputs(sweep.folder, fingerprints)
         for name in sweep.config.search.earlier:
-            _check_same_inputs(Folder(runs, name), fingerprints, LEAVE_OUT)
+            _check_same_inputs(Folder(self._runs, name), fingerprints, LEAVE_OUT)
         self.config = _write_config(sweep.folder, sweep.config, fingerprints)
-        self.tracker = Tracker(
+        # In a thread: its import and its database take seconds, in which the workers would wait.
+        self._tracker = self._thread.submit(self._begin_tracker)
+        return LateLog(self._tracker), _part_cache(sweep, fingerprints, looked.device)
+
+    def _begin_tracker(self) -> Tracker:
+        from search.records.tracking import Tracker  # here: mlflow takes seconds to import
+
+        sweep, runs = self.sweep, self._runs
+        return Tracker(
             default_uri(runs), runs / "mlartifacts", sweep.config.name, _settings(self.config),
             run_dir=sweep.folder.path, done=[outcome.id for outcome in sweep.ledger.found],
         )  # fmt: skip
-        return self.tracker, _part_cache(sweep, fingerprints, looked.device)
 
-    def interrupt(self) -> None:
-        """Tells MLflow that the sweep was interrupted, if it has begun there."""
-        if self.tracker is not None:
+    def __enter__(self) -> Book:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Tells MLflow of a sweep that was interrupted, if it has begun there."""
+        self._thread.shutdown()
+        if error is not None and self._tracker is not None and self._tracker.exception() is None:
             self.tracker.interrupt()
+
+
+@dataclass(frozen=True)
+class LateLog:
+    """A log of outcomes that is still being opened; whoever writes waits for it."""
+
+    tracker: Future[Tracker]
+
+    def sync(self, outcomes: Sequence[Outcome], hypervolumes: Sequence[float]) -> None:
+        """Writes those of all outcomes that the log lacks."""
+        self.tracker.result().sync(outcomes, hypervolumes)
+
+    def log(self, outcome: Outcome, hypervolume: float, number: int) -> None:
+        """Writes one outcome, the `number`-th of the sweep."""
+        self.tracker.result().log(outcome, hypervolume, number)
 
 
 def _part_cache(sweep: Sweep, fingerprints: Fingerprints, device: str) -> PartCache:
@@ -216,7 +266,6 @@ def _write(book: Book, driver: SweepDriver, busy_s: float) -> Front:
     sweep, confirmed, outcomes = book.sweep, driver.confirmation.result(), driver.outcomes
     fingerprints = book.config.fingerprints
     assert fingerprints is not None
-    assert book.tracker is not None
     front = Front.of(
         sweep.config.name, confirmed.outcomes, replace(driver.goal, dense=confirmed.dense),
         trials=num_trials(outcomes), ended_by=driver.ended_by, idle_share=idle_share(outcomes),

@@ -166,6 +166,7 @@ class SweepDriver:
         else:
             self.confirmation.rebuilt(job_id, *product)
         if self._looked is not None:
+            self._recorder.check()
             self._write_parts()
             self._propose_once()
 

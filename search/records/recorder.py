@@ -57,7 +57,7 @@ class Recorder:
         self._start = clock() - max((outcome.ended_s for outcome in self.outcomes), default=0.0)
         self._writing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
         self._written: list[Future[None]] = []
-        tracker.sync(self.outcomes, volumes)
+        self._written.append(self._writing.submit(tracker.sync, list(self.outcomes), volumes))
 
     def is_saturated(self) -> bool:
         """Tells whether the last trials gained too little for more trials to be worth their time."""
@@ -74,7 +74,11 @@ class Recorder:
         Args:
             outcomes: all outcomes of one trial.
             weights: outcome id -> weights that do not follow from its plan, since they were trained.
+
+        Raises:
+            Exception: whatever the tracker raised for an earlier outcome.
         """
+        self.check()
         for outcome_id, trained in weights.items():
             save_weights(trained, self._folder.weights_of(outcome_id))
         outcomes = [replace(outcome, ended_s=self._clock() - self._start) for outcome in outcomes]
@@ -88,6 +92,13 @@ class Recorder:
             self._written.append(self._writing.submit(self._tracker.log, outcome, volume, len(self.outcomes)))
             self._observer.finished(outcome, volume)
         self._remove_beaten_weights(outcomes)
+
+    def check(self) -> None:
+        """Raises what the tracker raised so far."""
+        for written in self._written:
+            if written.done():
+                written.result()
+        self._written = [written for written in self._written if not written.done()]
 
     def close(self) -> None:
         """Waits until the tracker has all outcomes.

@@ -30,8 +30,17 @@ def top1(logits: Tensor, labels: Tensor) -> float:
         logits: (B, K).
         labels: (B,), class indices.
     """
-    right = (logits.argmax(dim=1) == labels.to(logits.device)) & ~logits.isnan().any(dim=1)
-    return right.cpu().double().mean().item()
+    return right_answers(logits, labels).cpu().double().mean().item()
+
+
+def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """Tells for each image whether its largest logit is its label; a NaN among the logits is wrong. (B,), bool.
+
+    Args:
+        logits: (B, K).
+        labels: (B,), class indices.
+    """
+    return (logits.argmax(dim=1) == labels.to(logits.device)) & ~logits.isnan().any(dim=1)
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:

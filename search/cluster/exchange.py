@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from search.outcome import Measurement, Outcome
 
-StoreName = Literal["jobs", "products", "states", "weights", "measurements", "finetunes"]
+StoreName = Literal["jobs", "products", "states", "weights", "measurements", "rivals", "finetunes"]
 """Names of the stores.
 
 - jobs: id of a job -> the job, from the driver to its worker.
@@ -19,6 +19,7 @@ StoreName = Literal["jobs", "products", "states", "weights", "measurements", "fi
   worker that resumes it.
 - weights: id of a trial -> its trained weights, from a worker to the driver.
 - measurements: key of a plan or of its shape -> a measurement that no worker need repeat.
+- rivals: key of a plan -> the answers of a model that was measured on all val images.
 - finetunes: key of a plan -> the outcome of a fine-tune that no worker need repeat.
 """
 
@@ -46,6 +47,7 @@ class Exchange:
             "states": dict(states or {}),
             "weights": {},
             "measurements": dict(measurements or {}),
+            "rivals": {},
             "finetunes": dict(finetunes or {}),
         }
         self._num_ready_workers = 0
@@ -61,6 +63,10 @@ class Exchange:
     def peek(self, store: StoreName, key: str) -> Any:
         """Returns the content of a key, which stays; None if it has none."""
         return self._stores[store].get(key)
+
+    def contents(self, store: StoreName) -> list[Any]:
+        """Returns all contents of a store."""
+        return list(self._stores[store].values())
 
     def worker_ready(self) -> None:
         """Counts one more worker that is ready."""

@@ -40,6 +40,11 @@ class SharedStore(Store[Content]):
         content: Content | None = self._wait(self._exchange.peek.remote(self._name, key))
         return content
 
+    def values(self) -> list[Content]:
+        """Returns all contents."""
+        contents: list[Content] = self._wait(self._exchange.contents.remote(self._name))
+        return contents
+
     def take(self, key: str, /) -> Content | None:
         content: Content | None = self._wait(self._exchange.take.remote(self._name, key))
         return content

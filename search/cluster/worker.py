@@ -26,6 +26,7 @@ from search.trial.inputs import Inputs
 from search.trial.jobs import Job, NeedFailedError, Workplace, run_job
 from search.trial.progress import Epoch, Event, Rung
 from search.trial.reuse import WorkerCache
+from search.trial.rivals import Rival
 from search.trial.trial import Ended, start_trial
 
 MAX_START_S = 60.0
@@ -240,6 +241,7 @@ class TrialActor(tune.Trainable):
         exchange = settings.exchange
         cache = WorkerCache(
             measured_cache=SharedStore[Measurement](exchange, "measurements"),
+            rivals=SharedStore[Rival](exchange, "rivals"),
             finetune_cache=SharedStore[Outcome](exchange, "finetunes"),
         )
         crew = Crew(settings.num_workers, settings.num_trials, lambda: ray.get(exchange.num_ready_workers.remote()))

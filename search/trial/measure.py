@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pruning.artifact import Weights
 from pruning.data import Images
 from pruning.errors import VitfrontError
-from pruning.measure.accuracy import predict, top1, wilson_interval
+from pruning.measure.accuracy import predict, right_answers, top1, wilson_interval
 from pruning.measure.cost import count_macs, count_params
 from pruning.measure.retrieval import features, mean_average_precision, recall_at_1
 from pruning.measure.stopwatch import Timing
@@ -27,6 +29,7 @@ from search.config import Config
 from search.outcome import Measurement
 from search.trial.context import TrialContext
 from search.trial.reuse import Cache, plan_key, shape_key
+from search.trial.rivals import Judged, Rival, RivalStore, judge_answers, shuffled
 
 MAX_STREAM_BYTES = 2 * 2**30
 """The most that the streams of tokens of the images may take which a model of the front is repaired on."""
@@ -37,14 +40,17 @@ def measure(
     model: nn.Module,
     plan: Plan,
     measured_cache: Cache[Measurement] | None = None,
+    rivals: RivalStore | None = None,
     *,
     has_weights: bool = False,
 ) -> Measurement:
-    """Measures accuracy on val, throughput against the dense model, and cost of one model.
+    """Measures throughput against the dense model, accuracy on val, and cost of one model.
 
     Args:
         measured_cache: earlier measurements; the new one is added. A shape that was timed is not timed again, and a
             model that was measured is not measured again.
+        rivals: models that were measured on all val images, by the keys of their plans; one that this one does not beat
+            may end its measurement early, and this one is added if it is measured on all.
         has_weights: the weights do not follow from the plan, so nobody else has this model.
     """
     cache: Cache[Measurement] = {} if measured_cache is None else measured_cache
@@ -55,28 +61,49 @@ def measure(
     timing: Timing | Measurement | None = cache.get(by_shape)
     if timing is None:
         _, (timing,) = time_models(context, [model], context.config.measure.num_rounds)
-    measurement = measurement_of(context, model, plan, timing)
+    if rivals is None or context.config.search.accuracy != "top1":
+        measurement = measurement_of(context, model, plan, timing)
+    else:
+        judged = _judge(context, model, timing, rivals)
+        num_images = len(judged.right) if len(judged.right) < len(context.splits.val) else None
+        measurement = measurement_of(context, model, plan, timing, known_top1=judged.top1, num_images=num_images)
+        if num_images is None and not has_weights:
+            rivals[by_plan] = Rival.of(judged.right, timing.speedup_low)
     cache[by_shape] = measurement
     if not has_weights:
         cache[by_plan] = measurement
     return measurement
 
 
+def _judge(context: TrialContext, model: nn.Module, timing: Timing | Measurement, rivals: RivalStore) -> Judged:
+    """Looks at the answers of a model to val until a rival has beaten it, or at all of them."""
+    images = context.splits.val
+    order = shuffled(len(images))
+
+    def answer(places: slice) -> NDArray[np.bool_]:
+        part = images.take(order[places])
+        logits = finite_logits(context.config, model, part, context.precision)
+        return np.asarray(right_answers(logits, part.labels).cpu(), dtype=np.bool_)
+
+    return judge_answers(answer, len(images), rivals.values(), timing.speedup_high)
+
+
 def measurement_of(
     context: TrialContext, model: nn.Module, plan: Plan, timing: Timing | Measurement, *,
-    known_top1: float | None = None,
+    known_top1: float | None = None, num_images: int | None = None,
 ) -> Measurement:  # fmt: skip
     """Measures all of a model but its speed, which is given.
 
     Args:
         known_top1: its top-1 accuracy on val, if that was measured before.
+        num_images: number of val images that this is known from; by default all.
 
     Raises:
         VitfrontError: the model's answers are not finite.
     """
     images = context.splits.val
     accuracy = _top1(context, model, images) if known_top1 is None else known_top1
-    low, high = wilson_interval(accuracy, len(images))
+    low, high = wilson_interval(accuracy, num_images or len(images))
     return Measurement(
         top1=accuracy,
         top1_low=low,
@@ -85,6 +112,7 @@ def measurement_of(
         macs=count_macs(context.anatomy, plan),
         params=count_params(model),
         sparsity=sparsity_of(model),
+        num_images=num_images,
         **_retrieval(context, model),
     )
 

@@ -15,6 +15,7 @@ from pruning.model.surgery import keep_all_plan
 from pruning.plan import Plan
 from search.method import METHODS
 from search.outcome import Measurement, Outcome
+from search.trial.rivals import Rival, RivalStore
 
 Value = TypeVar("Value")
 
@@ -41,6 +42,8 @@ class WorkerCache:
     prefix_cache: PrefixCache[CascadeState] = field(default_factory=lambda: PrefixCache(PREFIX_CACHE_BYTES))
     measured_cache: Cache[Measurement] = field(default_factory=dict[str, Measurement])
     """Measurements by `plan_key`, and by `shape_key` for their timing."""
+    rivals: RivalStore = field(default_factory=dict[str, Rival])
+    """Models that were measured on all val images."""
     finetune_cache: Cache[Outcome] = field(default_factory=dict[str, Outcome])
     """Outcomes of fine-tuned models by `finetune_key`."""
 

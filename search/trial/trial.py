@@ -94,7 +94,7 @@ def _run(
         if pruned.finetuned is None:
             ended.models[outcome_id] = pruned.model
             measurement = measure(
-                context, pruned.model, pruned.plan, cache.measured_cache, has_weights=pruned.has_weights
+                context, pruned.model, pruned.plan, cache.measured_cache, cache.rivals, has_weights=pruned.has_weights
             )
         else:
             assert pruned.finetuned.measurement is not None

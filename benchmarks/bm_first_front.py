@@ -2,9 +2,9 @@
 
     python benchmarks/bm_first_front.py [--quick] [--json] [--out benchmarks/results]
 
-Each row is one `vitfront run` in a process of its own with an empty folder for runs, timed from its start (imports, Ray,
-MLflow and the reading of images included) by the lines that it prints. A point is a measured model that none of those
-measured so far dominates. The dense model of digits is trained before, by another sweep, since the seconds after the
+Each row is one `vitfront run` in a process of its own with an empty folder for runs, timed from its start (imports,
+Ray, MLflow and the reading of images included) by the lines that it prints. A point is a measured model that none of
+those measured so far dominates. The dense model of digits is trained before, by another sweep, since the seconds after the
 training are asked for: its row begins with the weights in `runs/.cache`, and nothing else.
 """
 
@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -26,11 +24,11 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from commands import ROOT, run_command
 
 from pruning.measure.stopwatch import device_name
 from search.pareto import non_dominated
 
-ROOT = Path(__file__).parents[1]
 NUM_POINTS = 5
 TIME_BUDGET = "180s"
 
@@ -43,40 +41,25 @@ LIMITS = {
 }
 """Name of a task -> the most seconds that are asked for; those of digits count from its first line."""
 
-TRIAL = re.compile(r"\d+/\d+ t\d+ top-1 ([\d.]+), ([\d.]+) x as fast")
-PREPARED = re.compile(r"all prepared after (\d+):(\d+)")
-FIRST_LINE = "dense top-1 on val"
-
 
 def run(task: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Runs the command, and reads from its lines when what was there."""
-    command = [
-        sys.executable, "-m", "search.cli", "run", *TASKS[task], "--name", f"first-{seed}", "--runs", str(folder),
-        "--time-budget", TIME_BUDGET, "--set", f"search.seed={seed}",
-    ]  # fmt: skip
-    start, row = time.monotonic(), {"task": task, "seed": seed}
-    values: list[tuple[float, float]] = []
-    curve: list[tuple[float, int]] = []
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            now = time.monotonic() - start
-            print(f"{now:6.1f} {line}", end="", file=sys.stderr, flush=True)
-            if line.startswith(FIRST_LINE):
-                row["first_line_s"] = now
-            if match := TRIAL.match(line):
-                row.setdefault("seconds_to_first", now)
-                values.append((float(match[1]), float(match[2])))
-                curve.append((now, len(non_dominated(np.array(values)))))
-                if curve[-1][1] >= NUM_POINTS:
-                    row.setdefault("seconds_to_5_points", now)
-            if match := PREPARED.match(line):
-                row["prepared_s"] = 60 * int(match[1]) + int(match[2])
-    assert process.returncode == 0, f"the command failed with exit code {process.returncode}"
-    row["command_s"] = time.monotonic() - start
+    """Runs the command, and tells what was there when."""
+    done = run_command([
+        *TASKS[task], "--name", f"first-{seed}", "--runs", str(folder), "--time-budget", TIME_BUDGET,
+        "--set", f"search.seed={seed}",
+    ])  # fmt: skip
+    values = np.array([(point.top1, point.speedup) for point in done.points])
+    sizes = [len(non_dominated(values[: count + 1])) for count in range(len(values))]
+    seconds = [point.ended_s for point in done.points]
     front = json.loads((folder / f"first-{seed}" / "front.json").read_text(encoding="utf-8"))
-    row |= {"busy_share": front["busy_share"], "trials": front["trials"], "points": curve}
-    return row
+    return {
+        "task": task, "seed": seed, "first_line_s": done.first_line_s, "seconds_to_first": seconds[0],
+        "seconds_to_5_points": next(
+            (when for when, size in zip(seconds, sizes, strict=True) if size >= NUM_POINTS), None
+        ),
+        "prepared_s": done.prepared_s, "command_s": done.command_s, "busy_share": front["busy_share"],
+        "trials": front["trials"], "points": list(zip(seconds, sizes, strict=True)),
+    }  # fmt: skip
 
 
 def measure(tasks: Sequence[str], num_runs: int) -> list[dict[str, Any]]:
@@ -113,7 +96,7 @@ def text_of(rows: list[dict[str, Any]], command: str) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
-        cells = [f"{row.get(key, float('nan')):.0f}" for key in KEYS]
+        cells = [seconds_of(row[key]) for key in KEYS]
         busy = f"{100 * row['busy_share']:.0f} %"
         lines.append(f"| {row['task']} | {row['seed']} | {' | '.join(cells)} | {row['trials']} | {busy} |")
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -121,10 +104,15 @@ def text_of(rows: list[dict[str, Any]], command: str) -> str:
         cells = []
         for key in KEYS:
             asked = f" ({limits[key]:.0f})" if key in limits else ""
-            cells.append(f"{median(row.get(key, float('nan')) for row in of_task):.0f}{asked}")
+            known = [row[key] for row in of_task if row[key] is not None]
+            cells.append(f"{seconds_of(median(known) if known else None)}{asked}")
         busy = median(row["busy_share"] for row in of_task)
         lines.append(f"| {task} | median | {' | '.join(cells)} | | {100 * busy:.0f} % |")
     return "\n".join(lines) + "\n"
+
+
+def seconds_of(value: float | None) -> str:
+    return "never" if value is None else f"{value:.0f}"
 
 
 KEYS = ("first_line_s", "seconds_to_first", "seconds_to_5_points", "prepared_s", "command_s")

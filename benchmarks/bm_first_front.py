@@ -4,8 +4,8 @@
 
 Each row is one `vitfront run` in a process of its own with an empty folder for runs, timed from its start (imports,
 Ray, MLflow and the reading of images included) by the lines that it prints. A point is a measured model that none of
-those measured so far dominates. The dense model of digits is trained before, by another sweep, since the seconds after the
-training are asked for: its row begins with the weights in `runs/.cache`, and nothing else.
+those measured so far dominates. The dense model of digits is trained before, by another sweep, since the seconds after
+the training are asked for: its row begins with the weights in `runs/.cache`, and nothing else.
 """
 
 from __future__ import annotations

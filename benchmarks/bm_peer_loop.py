@@ -1,22 +1,24 @@
-"""vitfront against a loop written by hand: Optuna around Torch-Pruning, in equal time, on the same images.
+"""The whole command against what a user could run instead, in equal time, on the same images.
 
-    python benchmarks/bm_peer_loop.py [--quick] [--json] [--out benchmarks/results] [--resume]
+    python benchmarks/bm_peer_loop.py [--quick] [--json] [--out benchmarks/results] [--resume] [--old CHECKOUT]
 
-The peer: Optuna's default sampler chooses for every block the width of its heads and its hidden units, Torch-Pruning
-takes the channels with the smallest Taylor importance (gradients on vitfront's calibration images), two worker
-processes share the study. The dense model comes first, then nine of Torch-Pruning's own global rankings, from light to
-heavy. It does what Torch-Pruning's ViT example does with `--bottleneck`; tokens and depth are beyond it.
+vitfront is `vitfront run --time-budget SECONDS` in a process of its own: what counts is the hypervolume of the front
+that it has written in the end, with the speed-ups of its last timing. The command has to end in time: imports, Ray,
+MLflow, preparation, trials and confirmation are in it. Its peers:
 
-vitfront: a sweep with Ray, ledger and MLflow, as `vitfront run` starts it, with two trials at a time, until its time is
-up; then it is ended, before its front is measured once more.
+- `tome`: the front of ToMe alone, the strongest method that needs no training and no preparation: merges of the same
+  number of tokens in every block, from weak to strong, measured by two processes.
+- `papers`: vitfront with the settings of VTC-LFC (`--set space=papers`), ended after the seconds.
+- `old`: the defaults of an earlier commit, whose checkout `--old` names, ended after the seconds.
+- `torch-pruning`: a loop written by hand. Optuna's default sampler chooses for every block the width of its heads and
+  its hidden units, Torch-Pruning takes the channels with the smallest Taylor importance (gradients on vitfront's
+  calibration images), two worker processes share the study. The dense model comes first, then nine of Torch-Pruning's
+  own global rankings, from light to heavy. It does what Torch-Pruning's ViT example does with `--bottleneck`; tokens
+  and depth are beyond it.
 
-Both measure accuracy on val and speed-up against the dense model with the same calls, batch, rounds and precision, and
-the search's own measurements count; hypervolume is above half the dense accuracy and speed-up 1.
-
-Seconds run from the start of each search and hold all that it does: loading model and images, vitfront's start of Ray
-and MLflow, exits, profile (never an earlier seed's) and widths, the peer's gradients, rankings and processes. Not
-counted is the training of the dense model, which is there before, and what the command imports. Trials that end later
-do not count.
+All measure accuracy on val and speed-up against the dense model with the same calls, batch, rounds and precision;
+hypervolume is above half the dense accuracy and speed-up 1. Seconds of a peer run from the start of its search and
+hold all that it does but imports; trials that end later do not count. The dense model is trained before.
 """
 
 from __future__ import annotations
@@ -31,153 +33,164 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import optuna
 import torch
 import torch_pruning as tp
+from commands import ROOT, Point, run_command
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from torch import Tensor, nn
 
 from pruning.data import Images
-from pruning.errors import VitfrontError
 from pruning.measure.accuracy import predict, top1
 from pruning.measure.stopwatch import device_name, fastest_precision, time_against_dense
-from pruning.model.anatomy import blocks_of
+from pruning.methods.schedule import token_counts
+from pruning.model.anatomy import blocks_of, examine
+from pruning.model.surgery import apply_plan, keep_all_block
+from pruning.plan import Plan
 from pruning.precision import Precision
 from search.config import Config
-from search.outcome import Candidate, Outcome
 from search.pareto import hypervolume, non_dominated
 from search.recipe import load_config
-from search.records import ledger
 from search.records.folder import Folder
+from search.trial.context import lease_on
 from search.trial.inputs import load_inputs
 
-RUNS = Path("runs")
+RUNS = ROOT / "runs"
 
 # ---------------------------------------------------------------------------------------------------------- the tasks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A recipe, with the settings of each side."""
+    """A recipe, with the seconds after which it is looked at."""
 
     recipe: str
-    seconds: float
-    """Time of each search."""
-    sets: tuple[str, ...]
-    """vitfront's changes to the recipe; those of images and measurements are the peer's as well."""
+    seconds: tuple[float, ...]
+    """Times of each search."""
     heaviest: float
-    """Share of all channels that the peer's last ranking removes, by which about half the accuracy is lost."""
+    """Share of all channels that the last ranking of `torch-pruning` removes: about half the accuracy is lost."""
 
 
 TASKS = {
-    "digits": Task(
-        recipe="digits",
-        seconds=120,
-        sets=("space.method=[global, cascade]", "space.token_reduction=auto", "space.round_to=auto"),
-        heaviest=0.9,
-    ),
+    "digits": Task(recipe="digits", seconds=(120,), heaviest=0.9),
     "imagenet-mini": Task(
-        recipe=str(Path(__file__).with_name("imagenet_mini.yaml")),
-        seconds=900,
-        sets=("space.method=global", "space.token_reduction=auto", "space.round_to=auto", "data.probe_images=64"),
-        heaviest=0.36,
+        recipe=str(Path(__file__).with_name("imagenet_mini.yaml")), seconds=(300, 900), heaviest=0.36
     ),
 }
-
-
-class Point(NamedTuple):
-    """A trial that was measured."""
-
-    ended_s: float
-    """Seconds from the beginning of the search to the end of the trial."""
-    top1: float
-    speedup: float
-
-
-class SearchResult(NamedTuple):
-    """The trials of a search."""
-
-    prepared_s: float
-    """Seconds from the beginning of the search to the time at which its first trial could start."""
-    points: list[Point]
-    """Measured trials, in the order in which they ended."""
 
 
 # ------------------------------------------------------------------------------------------------------------ vitfront
 
 
-class TimeIsUp(VitfrontError):
-    """The first trial that ended too late."""
+def vitfront(recipe: str, seed: int, seconds: float) -> list[Point]:
+    """Runs the command, and returns the points of its front, as if all of them had come at its end."""
+    name = f"peer-loop-{Path(recipe).stem}-{seed}"
+    forget(name)
+    done = run_command([*arguments_of(recipe, name, seed), "--time-budget", f"{seconds:g}"])
+    print(f"  the command took {done.command_s:.0f} s of {seconds:g}", file=sys.stderr, flush=True)
+    front = Folder(RUNS, name).read_front()
+    measurements = [point.measurement for point in front.points]
+    return [Point(done.command_s, one.top1, one.speedup) for one in measurements if one is not None]
 
 
-class Clock:
-    """Watches a sweep for the start of its trials, and ends it when its time is up."""
-
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-        """Time on the monotonic clock at which the sweep is ended."""
-        self.searching = 0.0
-        """Time on the monotonic clock at which trials could start."""
-
-    def stage(self, text: str) -> None:
-        print(f"  {text}", file=sys.stderr, flush=True)
-
-    def note(self, text: str) -> None:
-        print(f"  {text}", file=sys.stderr, flush=True)
-
-    def start_trials(self, num_done: int, num_trials: int, deadline: float | None) -> None:
-        self.searching = time.monotonic()
-
-    def started(self, trial_id: str, candidate: Candidate) -> None: ...
-
-    def epoch(self, trial_id: str, progress: Mapping[str, float]) -> None: ...
-
-    def finished(self, outcome: Outcome, hypervolume: float) -> None:
-        if time.monotonic() > self.deadline:
-            raise TimeIsUp
-
-    def interrupted(self) -> None: ...
+def papers(recipe: str, seed: int, seconds: float) -> list[Point]:
+    """Runs vitfront with the papers' settings, and returns the trials that ended in time."""
+    name = f"peer-loop-papers-{seed}"
+    forget(name)
+    arguments = [*arguments_of(recipe, name, seed), "--set", "space=papers"]
+    return run_command(arguments, kill_after_s=seconds).points
 
 
-def vitfront(config: Config, seconds: float) -> SearchResult:
-    """Runs a sweep until the first trial that ends too late."""
-    from search.commands.run import run_sweep  # not at the top: the peer's processes need not import Ray and MLflow
+def old(recipe: str, seed: int, seconds: float, checkout: Path) -> list[Point]:
+    """Runs the defaults of an earlier commit, and returns the trials that ended in time."""
+    name = f"peer-loop-old-{seed}"
+    shutil.rmtree(checkout / "runs", ignore_errors=True)
+    own = str(checkout / "benchmarks" / Path(recipe).name) if recipe.endswith(".yaml") else recipe
+    return run_command(arguments_of(own, name, seed), checkout=checkout, cwd=checkout, kill_after_s=seconds).points
 
-    folder = Folder(RUNS, config.name)
-    shutil.rmtree(folder.path, ignore_errors=True)
-    for profile in (RUNS / ".cache").glob("profile-*"):
-        profile.unlink()  # of the seed before: it is part of the preparation
-    start = time.monotonic()
-    clock = Clock(start + seconds)
-    with suppress(TimeIsUp):
-        run_sweep(config, RUNS, clock)
-    prepared_s = clock.searching - start
-    points = [
-        Point(prepared_s + outcome.ended_s, outcome.measurement.top1, outcome.measurement.speedup)
-        for outcome in ledger.read(folder.ledger)
-        if outcome.measurement is not None
-    ]
-    return SearchResult(prepared_s, points)
+
+def arguments_of(recipe: str, name: str, seed: int) -> list[str]:
+    sets = [f"search.seed={seed}", "search.patience=0"]
+    return [recipe, "--name", name, "--trials", "500", *(part for one in sets for part in ("--set", one))]
+
+
+def forget(name: str) -> None:
+    """Removes a sweep, and all that was measured of dense models: it is part of the preparation."""
+    shutil.rmtree(RUNS / name, ignore_errors=True)
+    for part in (RUNS / ".cache").glob("*.pt"):
+        part.unlink()
 
 
 def train_dense() -> None:
     """Runs a sweep of one trial of digits: afterwards their dense model is trained, and MLflow has its database."""
-    from search.commands.run import run_sweep
-
-    run_sweep(load_config("digits", name="peer-loop-dense", trials=1), RUNS, Clock(math.inf))
+    run_command(["digits", "--name", "peer-loop-dense", "--trials", "1"])
 
 
-# ------------------------------------------------------------------------------------------------------------ the peer
+# ---------------------------------------------------------------------------------------------------------------- ToMe
+
+TOME = (8, 13, 16, 11, 4, 20, 24, 28, 2, 18, 22, 26, 32)
+"""Tokens that ToMe merges in every block of a model of 196 patches, in the order in which they are tried."""
+
+
+def tome(config: Config, seconds: float) -> list[Point]:
+    """Measures ToMe's models, with as many processes as Ray has room for trials."""
+    start = time.time()
+    num_workers = (os.cpu_count() or 1) // config.resources.cpus_per_trial
+    context = torch.multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    workers = [
+        context.Process(target=measure_tome, args=(config, TOME[index::num_workers], start + seconds, results))
+        for index in range(num_workers)
+    ]
+    for worker in workers:
+        worker.start()
+    points = []
+    for _ in workers:
+        points += results.get()
+    for worker in workers:
+        worker.join()
+    return sorted(Point(ended - start, *values) for ended, values in points)
+
+
+def measure_tome(config: Config, strengths: Sequence[int], deadline: float, results: Any) -> None:
+    """Measures some of ToMe's models until the wall clock says `deadline`, in a process of its own."""
+    os.nice(15)
+    torch.set_num_threads(config.resources.cpus_per_trial)
+    inputs = load_inputs(config, RUNS)
+    model, val, anatomy = inputs.model.requires_grad_(False), inputs.splits.val, examine(inputs.model)
+    size = config.measure.batch_size
+    batch = val.normalized(torch.arange(size) % len(val))
+    precision = fastest_precision(model, batch)
+    lease = lease_on(batch.device)
+    points = []
+    num_patches = anatomy.blocks[0].num_patches
+    for strength in strengths:
+        removed = strength * num_patches / 196
+        if time.time() > deadline or removed * anatomy.depth >= num_patches * 2:
+            continue
+        counts = token_counts("constant", num_patches, anatomy.depth, removed)
+        blocks = tuple(keep_all_block(block, count) for block, count in zip(anatomy.blocks, counts, strict=True))
+        pruned = apply_plan(model, Plan(blocks=blocks, token_reduction="merge"))
+        with lease.exclusive():
+            _, (timing,) = time_against_dense(
+                model, [pruned], batch, num_rounds=config.measure.num_rounds, precision=precision
+            )
+        with lease.shared():
+            logits = predict(pruned, val, batch_size=config.cascade.batch_size, precision=precision)
+        points.append((time.time(), (top1(logits, val.labels), timing.speedup)))
+    results.put(points)
+
+
+# ------------------------------------------------------------------------------------------------------- Torch-Pruning
 
 LEVELS = {"head_dim": 8, "hidden": 32}
 """Kind of width that is chosen for every block -> number of widths in equal steps: of 8 and 24 channels in ViT-Tiny,
@@ -306,7 +319,7 @@ def work(peer: Peer, journal: str, seed: int, deadline: float) -> None:
     study.optimize(peer.objective, timeout=max(0.0, deadline - time.time()))
 
 
-def peer_loop(config: Config, seconds: float, seed: int, heaviest: float) -> SearchResult:
+def torch_pruning(config: Config, seconds: float, seed: int, heaviest: float) -> list[Point]:
     """Runs the peer's loop, with as many processes as Ray has room for trials."""
     start = time.time()
     num_workers = (os.cpu_count() or 1) // config.resources.cpus_per_trial
@@ -329,7 +342,6 @@ def peer_loop(config: Config, seconds: float, seed: int, heaviest: float) -> Sea
                 f"{kind}.{block}": level
                 for block, levels in enumerate(widths) for kind, level in zip(LEVELS, levels, strict=True)
             })  # fmt: skip
-        prepared_s = time.time() - start
         seeds = range(seed * num_workers, (seed + 1) * num_workers)
         # Spawned, not forked: Ray, which ran in this process before, leaves threads behind.
         context = torch.multiprocessing.get_context("spawn")
@@ -343,12 +355,10 @@ def peer_loop(config: Config, seconds: float, seed: int, heaviest: float) -> Sea
         assert all(worker.exitcode == 0 for worker in workers), "a process of the peer broke"
         trials = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
     ended = [(trial.datetime_complete.timestamp() - start, trial.values) for trial in trials if trial.datetime_complete]
-    return SearchResult(prepared_s, sorted(Point(ended_s, *values) for ended_s, values in ended))
+    return sorted(Point(ended_s, *values) for ended_s, values in ended)
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
-
-SIDES = "vitfront", "peer"
 
 
 def volume(points: Sequence[Sequence[float]], dense_top1: float, at_s: float) -> float:
@@ -368,79 +378,94 @@ def fastest(points: Sequence[Sequence[float]], at_s: float, least: float) -> flo
     return max((point[2] for point in points if point[0] <= at_s and point[1] >= least), default=float("nan"))
 
 
-def measure(name: str, seed: int, seconds: float) -> dict[str, Any]:
-    """Runs both searches of one task and seed, and returns their row."""
+Rows = dict[tuple[str, int, float, str], dict[str, Any]]
+"""Rows by task, seed, seconds and the name of the peer."""
+
+
+def measure(name: str, seed: int, peers: Sequence[str], checkout: Path | None, rows: Rows) -> None:
+    """Runs vitfront for each of a task's times and every peer once, as far as the rows lack them, and adds the rows."""
     task = TASKS[name]
-    sets = [*task.sets, f"search.seed={seed}", "search.patience=0"]
-    config = load_config(
-        task.recipe, name=f"peer-loop-{name}-{seed}", trials=200, time_budget=f"{seconds:g}", sets=sets
-    )
+    config = load_config(task.recipe, name="peer", sets=[f"search.seed={seed}"])
+    wanted = [(seconds, peer) for seconds in task.seconds for peer in peers if (name, seed, seconds, peer) not in rows]
+    if not wanted:
+        return
     inputs = load_inputs(config, RUNS)
     logits = predict(inputs.model, inputs.splits.val, batch_size=config.cascade.batch_size)
     dense_top1 = top1(logits, inputs.splits.val.labels)
-    results = {"peer": peer_loop(config, seconds, seed, task.heaviest), "vitfront": vitfront(config, seconds)}
-    volumes = {side: volume(results[side].points, dense_top1, seconds) for side in SIDES}
-    row: dict[str, Any] = {"task": name, "seed": seed, "seconds": seconds, **volumes}
-    row["ratio"] = volumes["vitfront"] / volumes["peer"] if volumes["peer"] else None
-    for side in SIDES:
-        row[f"{side}_trials"] = sum(point.ended_s <= seconds for point in results[side].points)
-        row[f"{side}_prepared_s"] = results[side].prepared_s
-    print(row, file=sys.stderr)
-    for side in SIDES:
-        print(f"  {side}: {front(results[side].points, seconds)}", file=sys.stderr, flush=True)
-    return row | {"dense_top1": dense_top1, "points": {side: results[side].points for side in SIDES}}
+    most = max(task.seconds)
+    runs: dict[str, Callable[[], list[Point]]] = {
+        "tome": lambda: tome(config, most),
+        "papers": lambda: papers(task.recipe, seed, most),
+        "old": lambda: old(task.recipe, seed, most, checkout or Path()),
+        "torch-pruning": lambda: torch_pruning(config, most, seed, task.heaviest),
+    }
+    fronts = {seconds: vitfront(task.recipe, seed, seconds) for seconds in dict(wanted)}
+    for peer in dict.fromkeys(peer for _, peer in wanted):
+        points = runs[peer]()
+        for seconds, _ in filter(lambda pair: pair[1] == peer, wanted):
+            ours, theirs = volume(fronts[seconds], dense_top1, math.inf), volume(points, dense_top1, seconds)
+            rows[name, seed, seconds, peer] = {
+                "task": name, "seed": seed, "seconds": seconds, "name": peer, "vitfront": ours, "peer": theirs,
+                "ratio": ours / theirs if theirs else None, "command_s": fronts[seconds][0].ended_s,
+                "peer_trials": sum(point.ended_s <= seconds for point in points), "dense_top1": dense_top1,
+                "points": {"vitfront": fronts[seconds], "peer": points},
+            }  # fmt: skip
+            print({key: value for key, value in rows[name, seed, seconds, peer].items() if key != "points"},
+                  file=sys.stderr, flush=True)  # fmt: skip
 
 
-def rows_of(folder: Path | None) -> dict[tuple[str, int, float], dict[str, Any]]:
-    """Reads the rows of an earlier run, by task, seed and seconds."""
+def read_rows(folder: Path | None) -> Rows:
+    """Reads the rows of an earlier run."""
     file = folder and folder / "peer_loop.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file and file.exists() else []
-    return {(row["task"], row["seed"], row["seconds"]): row for row in rows}
+    return {(row["task"], row["seed"], row["seconds"], row["name"]): row for row in rows if "name" in row}
 
 
 def text_of(rows: list[dict[str, Any]], command: str) -> str:
     versions = f"torch {torch.__version__}, Torch-Pruning {version('torch-pruning')}, Optuna {optuna.__version__}"
     lines = [
-        "# vitfront and a loop of Optuna and Torch-Pruning, in equal time", "", f"    {command}", "",
+        "# The whole command and what could be run instead, in equal time", "", f"    {command}", "",
         f"{device_name(torch.device('cpu'))}, two trials at a time on each side, {versions}.", "",
-        "Hypervolume above half the dense accuracy and speed-up 1, of the trials that ended within the seconds, as the",
-        "searches measured them. Ready: the seconds after which the first trial could start. Speed-up: the largest",
-        "that costs at most 0.02 of val top-1. What counts is in the docstring of the benchmark.", "",
-        "| task | seed | seconds | vitfront | peer | ratio | trials | ready | speed-up at -0.02 |",
+        "Hypervolume above half the dense accuracy and speed-up 1: of vitfront's final front, whose command took the",
+        "seconds in brackets, and of the peer's trials that ended within the seconds. Speed-up: the largest that costs",
+        "at most 0.02 of val top-1. What counts is in the docstring of the benchmark.", "",
+        "| task | seed | seconds | peer | vitfront | peer's | ratio | peer's trials | speed-up at -0.02 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
-        seconds, least = row["seconds"], row["dense_top1"] - 0.02
-        speedups = [f"{fastest(row['points'][side], seconds, least):.2f}" for side in SIDES]
-        trials = [str(row[f"{side}_trials"]) for side in SIDES]
-        ready = [f"{row[f'{side}_prepared_s']:.0f}" for side in SIDES]
+        seconds, least, points = row["seconds"], row["dense_top1"] - 0.02, row["points"]
+        speedups = fastest(points["vitfront"], math.inf, least), fastest(points["peer"], seconds, least)
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         lines.append(
-            f"| {row['task']} | {row['seed']} | {seconds:g} | {row['vitfront']:.4f} | {row['peer']:.4f} | {ratio} "
-            f"| {' / '.join(trials)} | {' / '.join(ready)} | {' / '.join(speedups)} |"
+            f"| {row['task']} | {row['seed']} | {seconds:g} ({row['command_s']:.0f}) | {row['name']} "
+            f"| {row['vitfront']:.4f} | {row['peer']:.4f} | {ratio} | {row['peer_trials']} "
+            f"| {' / '.join(f'{one:.2f}' for one in speedups)} |"
         )
-    for name in dict.fromkeys(row["task"] for row in rows):
-        task_rows = [row for row in rows if row["task"] == name]
-        means = {side: fmean(row[side] for row in task_rows) for side in SIDES}
-        lines.append(f"| {name} | mean | | {means['vitfront']:.4f} | {means['peer']:.4f} | | | | |")
+    for task, seconds, peer in dict.fromkeys((row["task"], row["seconds"], row["name"]) for row in rows):
+        alike = [row for row in rows if (row["task"], row["seconds"], row["name"]) == (task, seconds, peer)]
+        ours, theirs = fmean(row["vitfront"] for row in alike), fmean(row["peer"] for row in alike)
+        ratio = f"{ours / theirs:.2f}" if theirs else ""
+        lines.append(f"| {task} | mean | {seconds:g} | {peer} | {ours:.4f} | {theirs:.4f} | {ratio} | | |")
     return "\n".join([*lines, "", "![hypervolume over seconds](peer_loop.png)"]) + "\n"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws hypervolume over seconds, a panel a task: mean of the seeds and their range."""
-    from pictures import band, drawn  # not at the top: the peer's processes need no matplotlib
+    """Draws hypervolume over seconds, a panel a task: of peers mean and range of the seeds, of vitfront its fronts."""
+    from pictures import band, drawn  # not at the top: the peers' processes need no matplotlib
 
     names = list(dict.fromkeys(row["task"] for row in rows))
-    labels = {"vitfront": "vitfront", "peer": "Optuna + Torch-Pruning"}
     with drawn(path, len(names)) as panels:
         for axes, name in zip(panels, names, strict=True):
-            task_rows = [row for row in rows if row["task"] == name]
-            seconds = np.linspace(0, min(row["seconds"] for row in task_rows), 200)
-            for side in SIDES:
-                curves = [[volume(row["points"][side], row["dense_top1"], at) for at in seconds] for row in task_rows]
-                band(axes, seconds, curves, labels[side])
-            title = f"{name}, mean and range of {len(task_rows)} seeds" if len(task_rows) > 1 else f"{name}, one seed"
-            axes.set(xlabel="seconds since the search began", ylabel="hypervolume on val", title=title)
+            of_task = [row for row in rows if row["task"] == name]
+            most = max(row["seconds"] for row in of_task)
+            seconds = np.linspace(0, most, 200)
+            for peer in dict.fromkeys(row["name"] for row in of_task):
+                alike = [row for row in of_task if row["name"] == peer and row["seconds"] == most]
+                curves = [[volume(row["points"]["peer"], row["dense_top1"], at) for at in seconds] for row in alike]
+                band(axes, seconds, curves, peer)
+            ours = {(row["seconds"], row["seed"]): row["vitfront"] for row in of_task}
+            axes.plot([at for at, _ in ours], list(ours.values()), "k*", label="vitfront, the final front")
+            axes.set(xlabel="seconds", ylabel="hypervolume on val", title=name)
 
 
 def write(rows: list[dict[str, Any]], folder: Path, command: str) -> None:
@@ -452,25 +477,29 @@ def write(rows: list[dict[str, Any]], folder: Path, command: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed of digits, 60 seconds a side")
+    parser.add_argument("--quick", action="store_true", help="digits, one seed, 60 seconds, against ToMe")
     parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
     parser.add_argument("--out", type=Path, help="folder for peer_loop.{md,json,png}; written anew after every row")
     parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run in --out")
+    parser.add_argument("--old", type=Path, help="checkout of an earlier commit, for the peer of that name")
+    parser.add_argument("--peers", nargs="*", default=["tome", "papers", "torch-pruning"])
     parser.add_argument("--tasks", nargs="*", choices=[*TASKS], default=[*TASKS])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, help="of each search; by default the task's")
     args = parser.parse_args()
-    tasks, seeds, seconds = (["digits"], [0], 60.0) if args.quick else (args.tasks, args.seeds, args.seconds)
-    command, rows = " ".join(["python", *sys.argv]), []
-    earlier_rows = rows_of(args.out) if args.resume else {}
-    train_dense()
-    for name in tasks:
-        for seed in seeds:
-            wanted = name, seed, seconds or TASKS[name].seconds
-            rows.append(earlier_rows[wanted] if wanted in earlier_rows else measure(*wanted))
+    tasks, seeds, peers = (["digits"], [0], ["tome"]) if args.quick else (args.tasks, args.seeds, args.peers)
+    if args.quick:
+        TASKS["digits"] = replace(TASKS["digits"], seconds=(60,))
+    if args.old is not None and "old" not in peers:
+        peers = [*peers, "old"]
+    command, rows = " ".join(["python", *sys.argv]), read_rows(args.out) if args.resume else {}
+    if "digits" in tasks:
+        train_dense()
+    for seed in seeds:
+        for name in tasks:
+            measure(name, seed, peers, args.old, rows)
             if args.out is not None:
-                write(rows, args.out, command)
-    print(json.dumps({"rows": rows}) if args.json else text_of(rows, command), end="")
+                write(list(rows.values()), args.out, command)
+    print(json.dumps({"rows": [*rows.values()]}) if args.json else text_of(list(rows.values()), command), end="")
 
 
 if __name__ == "__main__":

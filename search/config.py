@@ -184,6 +184,12 @@ class ExitConfig(_Section):
     """Weight of the dense model's answers against the labels, in [0, 1]."""
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "papers": {"method": "cascade", "criterion": "lfs", "token_reduction": "lfe", "round_to": 1},
+}
+"""Name of a preset of the search space -> the keys of `space` that it fixes. papers: those of VTC-LFC."""
+
+
 class SpaceConfig(_Section):
     """The search space. A number fixes a parameter, [low, high] searches it; a word fixes a choice, a list searches all
     of the list."""
@@ -201,15 +207,15 @@ class SpaceConfig(_Section):
     """Share of the dense model's multiply-adds (MACs) to keep, in (0, 1]."""
     exit_block: Bounds[int] | None = None
     """Number of blocks after which the model answers; by default all of them."""
-    method: Choices[Method] = "cascade"
+    method: Choices[Method] = ("global", "constant")
     """Method that prunes: `cascade`, block by block; `global`, all blocks at once, without budgets; `constant` or
     `decreasing`, a schedule of tokens alone; `learned` and `soft-mask`, trained; `unstructured`, single weights."""
     criterion: Choices[Criterion] = "lfs"
     """Channel score of method cascade: lfs, taylor, magnitude, activation, random, obs."""
-    token_reduction: Annotated[Choices[Reduction], AfterValidator(auto_alone)] = "lfe"
+    token_reduction: Annotated[Choices[Reduction], AfterValidator(auto_alone)] = "auto"
     """Way to reduce tokens (`pruning.plan.TokenReduction`), or none. auto: attention-merge, or none for a Swin, whose
     windows need every token."""
-    round_to: Choices[Multiple] = 1
+    round_to: Choices[Multiple] = "auto"
     """Number that head widths and hidden units are multiples of; [1, 8] tries these two, not what lies between. auto:
     only widths that measured faster than every larger one on this machine (`pruning.measure.widths`)."""
     pattern: Choices[SparsityPattern] = "any"
@@ -224,7 +230,8 @@ class SearchConfig(_Section):
     trials: Annotated[int, Field(ge=1)] = 50
     """Number of trials in all, those of an earlier run included."""
     time_budget: str | float | None = None
-    """Start no trial after this time: seconds, or 90s, 10m, 2h."""
+    """Time of the whole command, from its start to the front: seconds, or 90s, 10m, 2h. A trial starts only if it and the
+    confirmation of the front still fit."""
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
     """Sampler of candidates. auto: Gaussian processes (gp) for at most 200 trials, else tpe. random, nsga2 and grid are
     there to compare with."""

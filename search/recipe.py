@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from search.config import Config
+from search.config import PRESETS, Config
 from search.errors import ConfigError
 from search.values import parse_value, read_yaml, section_of
 
@@ -23,7 +23,7 @@ def load_config(
 
     Args:
         recipe: path of a YAML file, or a shipped name.
-        sets: `a.b=c` each, c as `search.values.parse_value` reads it.
+        sets: `a.b=c` each, c as `search.values.parse_value` reads it; or `space=NAME`, a preset of the search space.
 
     Raises:
         ConfigError: no such recipe, a key or value that is wrong.
@@ -34,7 +34,10 @@ def load_config(
         key, equals, text = change.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"--set {change!r} is not of the form a.b=c")
-        _set(record, key, parse_value(text, _kind_of(key), f"--set {change!r}"))
+        if key == "space" and text in PRESETS:
+            _set_preset(record, text)
+        else:
+            _set(record, key, parse_value(text, _kind_of(key), f"--set {change!r}"))
     options: dict[str, Any] = {"name": name, "search.trials": trials, "search.time_budget": time_budget}
     if earlier:
         options["search.earlier"] = list(earlier)
@@ -67,6 +70,12 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ConfigError(f"{recipe} is not a recipe: it holds {type(record).__name__}, not keys and values")
     return record
+
+
+def _set_preset(record: dict[str, Any], name: str) -> None:
+    """Sets the keys of a preset of the search space; the others of `space` stay."""
+    for key, value in PRESETS[name].items():
+        _set(record, f"space.{key}", value)
 
 
 def _set(record: dict[str, Any], key: str, value: Any) -> None:

@@ -51,7 +51,7 @@ class Space:
         self.drop_budget = _bounds(config.drop_budget)
         self.token_share = _bounds(config.token_share)
         self.target_ratio = _bounds(config.target_ratio)
-        self.method: tuple[Method, ...] = _choices(config.method)
+        self.method: tuple[Method, ...] = _methods(config, has_windows)
         self.criterion: tuple[str, ...] = _choices(config.criterion)
         self.token_reduction: tuple[TokenReduction, ...] = _token_reductions(config, self.method, has_windows)
         self.round_to: tuple[Any, ...] = _choices(config.round_to)
@@ -254,6 +254,13 @@ def _exit_blocks(config: SpaceConfig, depth: int, exits: Sequence[int] | None) -
         ends = ", ".join(map(str, exits or ()))
         raise ConfigError(f"space.exit_block: {bounds} has no exit; the model may answer after blocks {ends}")
     return allowed
+
+
+def _methods(config: SpaceConfig, has_windows: bool) -> tuple[Method, ...]:
+    """Gives the methods; without schedules of tokens where `auto` finds that tokens cannot be reduced."""
+    names: tuple[Method, ...] = _choices(config.method)
+    others = tuple(name for name in names if not METHODS[name].is_schedule)
+    return others if has_windows and config.token_reduction == "auto" and others else names
 
 
 def _token_reductions(config: SpaceConfig, names: Sequence[Method], has_windows: bool) -> tuple[TokenReduction, ...]:

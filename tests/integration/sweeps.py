@@ -87,7 +87,7 @@ def config(die_if: Path | None, **sections: dict[str, Any]) -> Config:
         "model": {"name": name, "args": args, "training": training},
         "data": data,
         "exits": {"epochs": 5},
-        "space": {"exit_block": [2, DEPTH]},
+        "space": {"method": "cascade", "token_reduction": "lfe", "round_to": 1, "exit_block": [2, DEPTH]},
         "search": {"trials": 4},
         "cascade": {"num_levels": 3},
         "measure": {"batch_size": 128, "num_rounds": 9, "precision": "float32"},

@@ -46,12 +46,16 @@ def record(**changes: Any) -> dict[str, Any]:
         "model": {"name": NAME, "args": dict(ARGS), "untrained": "model__checkpoint" not in changes},
         "data": {"root": "images", "calibration_images": 8, "probe_images": 8},
         "exits": {"epochs": 2},
+        "space": {"method": "cascade", "token_reduction": "lfe", "round_to": 1},
         "search": {"trials": 1},
         "cascade": {"num_levels": 3},
         "measure": {"batch_size": 8, "num_rounds": 6, "precision": "float32"},
     }
     fields["model"]["expected_top1"] = 0.0  # its answers are guesses
     for key, value in changes.items():
+        if key == "space":  # the other keys stay
+            fields["space"] |= value
+            continue
         *path, last = key.split("__")
         inner = fields
         for part in path:

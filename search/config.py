@@ -230,8 +230,8 @@ class SearchConfig(_Section):
     trials: Annotated[int, Field(ge=1)] = 50
     """Number of trials in all, those of an earlier run included."""
     time_budget: str | float | None = None
-    """Time of the whole command, from its start to the front: seconds, or 90s, 10m, 2h. A trial starts only if it and the
-    confirmation of the front still fit."""
+    """Time of the whole command, from its start to its front: seconds, or 90s, 10m, 2h. A trial starts only if it and
+    the confirmation of the front still fit."""
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
     """Sampler of candidates. auto: Gaussian processes (gp) for at most 200 trials, else tpe. random, nsga2 and grid are
     there to compare with."""

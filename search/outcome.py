@@ -127,8 +127,8 @@ class Measurement:
     """Share of the val images whose nearest training image is of their class; measured where the recipe searches by
     retrieval."""
     num_images: int | None = None
-    """Number of val images that the accuracy is known from, where a model that is faster beyond doubt was seen to be the
-    more accurate one on them; None if it is known from all."""
+    """Number of val images that the accuracy is known from, where a model that is faster beyond doubt was seen to be
+    the more accurate one on them; None if it is known from all."""
     mean_average_precision: float | None = None
     """Mean over the val images of the average precision of their ranking of the training images, in [0, 1]; measured
     where the recipe searches by retrieval."""

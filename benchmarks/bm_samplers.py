@@ -322,8 +322,8 @@ def text_of(rows: list[dict[str, Any]], command: str, num_rows: int, best: float
         "# Samplers on a recorded sweep", "", f"    {command}", "",
         f"{device_name(torch.device('cpu'))}, one thread, other work beside it. Recorded: {num_rows} trials of digits,",
         f"whose own hypervolume is {best:.4f}. Made up: trees fitted to them, which answer any candidate.",
-        "Mean over the seeds and its 95 % interval; after so many trials, or seconds of one worker with its suggestions;",
-        "seconds a suggestion are of CPU.", "", "![hypervolume over trials](samplers.png)", "",
+        "Mean over the seeds and its 95 % interval; after so many trials, or seconds of one worker with its",
+        "suggestions; seconds a suggestion are of CPU.", "", "![hypervolume over trials](samplers.png)", "",
         "| task | sampler | after | hypervolume | seeds | seconds a suggestion |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [

@@ -119,7 +119,7 @@ def test_every_trial_has_all_parameters_so_that_a_model_can_be_fitted() -> None:
     assert all(trial.params.keys() == SPACE.parameters().keys() for trial in search.learner.study.trials)
 
 
-@pytest.mark.parametrize(("sampler", "num_drawn"), [("gp", 10), ("tpe", 20), ("random", 20)])
+@pytest.mark.parametrize(("sampler", "num_drawn"), [("gp", 24), ("tpe", 20), ("random", 20)])
 def test_space_of_choices_is_searched_in_all_of_them(sampler: Sampler, num_drawn: int) -> None:
     search, first, suggested = new_search(CHOICES, sampler=sampler), first_candidates(CHOICES), list[Candidate]()
     for _ in range(len(first) + num_drawn):

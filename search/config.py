@@ -226,8 +226,7 @@ class SearchConfig(_Section):
     time_budget: str | float | None = None
     """Start no trial after this time: seconds, or 90s, 10m, 2h."""
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
-    """Sampler of candidates. auto: Gaussian processes (gp) for at most 200 trials, else tpe. random, nsga2 and grid are
-    there to compare with."""
+    """Sampler of candidates. auto: Gaussian processes (gp). tpe, nsga2, random and grid are there to compare with."""
     earlier: tuple[str, ...] = ()
     """Names of earlier sweeps of the same model and images to learn from; their fronts are tried first."""
     patience: Annotated[int, Field(ge=0)] = 40

@@ -31,7 +31,7 @@ from search.outcome import Measurement, Outcome, State
 from search.recipe import load_config
 from search.suggest.ask import CandidateSearch, History
 from search.suggest.rungs import Rungs
-from search.suggest.samplers import MAX_GP_TRIALS, Sampler, SamplerSettings
+from search.suggest.samplers import Sampler, SamplerSettings
 from search.trial.warm_start import first_candidates
 
 TABLE = Path(__file__).parents[1] / "tests" / "data" / "digits_rungs"
@@ -47,6 +47,9 @@ NEARLY = 0.99
 SAMPLERS: tuple[Sampler, ...] = ("auto", "random")
 COUNTED = ("measured", "stopped", "again")
 """Kinds of trials that are counted: run to their end, stopped at a rung, tried once more after that."""
+
+MAX_TRIALS = 200
+"""The most trials of a search with rungs."""
 
 MAX_TIMES = 2
 """Multiple of the seconds of the search without rungs in which the other may find as much."""
@@ -110,7 +113,7 @@ def measure(
     traces = []
     for seed in range(num_seeds):
         full = replayed(recorded, sampler, seed, milestones[-1])
-        traces.append((full, replayed(recorded, sampler, seed, MAX_GP_TRIALS, full)))
+        traces.append((full, replayed(recorded, sampler, seed, MAX_TRIALS, full)))
         print(f"{sampler}, seed {seed}", file=sys.stderr, flush=True)
     rows = []
     for count in milestones:

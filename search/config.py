@@ -233,8 +233,7 @@ class SearchConfig(_Section):
     """Time of the whole command, from its start to its front: seconds, or 90s, 10m, 2h. A trial starts only if it and
     the confirmation of the front still fit."""
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
-    """Sampler of candidates. auto: Gaussian processes (gp) for at most 200 trials, else tpe. random, nsga2 and grid are
-    there to compare with."""
+    """Sampler of candidates. auto: Gaussian processes (gp). tpe, nsga2, random and grid are there to compare with."""
     earlier: tuple[str, ...] = ()
     """Names of earlier sweeps of the same model and images to learn from; their fronts are tried first."""
     patience: Annotated[int, Field(ge=0)] = 40

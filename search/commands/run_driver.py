@@ -103,19 +103,33 @@ class SweepDriver:
         if self.ended_by is None:
             self.ended_by = self._why_it_ends()
         if self.ended_by is None:
-            if self._num_early > 0:
-                self._num_early -= 1
-            elif not self._preparation.is_handed_out:
+            if self._num_early == 0 and not self._preparation.is_handed_out:
                 return self._preparation.next()
-            suggestion = self._search.ask()
+            suggestion = self._ask()
+            if suggestion is not None and not self._fits(suggestion.candidate):
+                self._search.tell(suggestion.id, None)
+                suggestion, self.ended_by = None, "time"
             if suggestion is not None:
                 self._running[suggestion.id] = suggestion.candidate
                 self._sweep.observer.started(suggestion.id, suggestion.candidate)
                 steps = steps_for(suggestion.candidate, self._sweep.space)
                 return suggestion, (LOOK, *(step.id for step in steps))
-            self.ended_by = "exhaustion"
+            self.ended_by = self.ended_by or "exhaustion"
         self._search.close()
         return None
+
+    def _ask(self) -> Suggestion | None:
+        """Returns the next trial: one that can run now, if there is any."""
+        if self._num_early > 0:
+            self._num_early -= 1
+            return self._search.ask()
+        suggestion = self._search.ask(self._preparation.ready_methods())
+        return self._search.ask() if suggestion is None and self._search.is_waiting else suggestion
+
+    def _fits(self, candidate: Candidate) -> bool:
+        """Tells whether a trial of the candidate, and the confirmation after it, end within the time budget."""
+        trial_s, left_s = self._search.predicted_seconds(candidate), self._left_s
+        return left_s is None or trial_s is None or trial_s + self.confirmation.seconds(self.outcomes) <= left_s
 
     def _why_it_ends(self) -> str | None:
         """Returns the reason why no further trial starts, as `ended_by`; None if one does."""

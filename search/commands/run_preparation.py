@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from search.method import Method
 from search.space import Space
 from search.trial.context import ContextPart
 from search.trial.jobs import DENSE, Job
-from search.trial.prepare import Step, steps_before, steps_of
+from search.trial.prepare import Step, steps_before, steps_of, steps_of_method
 
 
 class Preparation:
@@ -52,6 +53,14 @@ class Preparation:
     def missing(self, needs: Sequence[str]) -> Job | None:
         """Returns the job of a step among these ids that nobody was given yet; None if there is none."""
         return next((self._job(step) for step in self._waiting if step.id in needs), None)
+
+    def ready_methods(self) -> list[Method]:
+        """Returns the methods all of whose candidates can run now."""
+        return [
+            name
+            for name in self._space.method
+            if self._measured >= {step.id for step in steps_of_method(name, self._space)}
+        ]
 
     def measured(self, step_id: str, part: ContextPart) -> None:
         """Takes what a step has measured."""

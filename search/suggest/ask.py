@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from optuna.trial import Trial
 
 from search.goal import Goal
+from search.method import Method
 from search.outcome import Candidate, Outcome, State
 from search.space import Space
 from search.suggest.learner import Learner
@@ -55,6 +56,8 @@ class CandidateSearch:
         search.tell(suggestion.id, run(suggestion.candidate))
     search.close()
 
+    While not all methods can run, `ask(methods)` suggests what can; `is_waiting` tells whether a None is the end.
+
     A candidate that was stopped at a rung may be suggested again by the sampler `gp`, which then asks for a run to the
     end: it alone knows of how much use that is.
     """
@@ -84,20 +87,32 @@ class CandidateSearch:
         """Every candidate that was suggested -> its last outcome; None while it runs, or if it left none."""
         self._unfinished = list(history.unfinished)
         self._first = list(history.first_candidates)
-        if settings.chosen == "grid":
-            self._first += space.full_grid(settings.num_trials, settings.seed)
+        self._grid = space.full_grid(settings.num_trials, settings.seed) if settings.chosen == "grid" else []
+        self._is_waiting = False
         ids = [outcome.trial for outcome in history.outcomes] + [trial_id for trial_id, _ in history.unfinished]
         self._next_number = 1 + max((int(trial_id[1:]) for trial_id in ids), default=-1)
         self._learn(history)
 
-    def ask(self) -> Suggestion | None:
-        """Returns the next trial to run, an unfinished one of an earlier run first; None if nothing new is left."""
-        is_resumed = bool(self._unfinished)
-        if is_resumed:
-            trial_id, candidate = self._unfinished.pop(0)
+    @property
+    def is_waiting(self) -> bool:
+        """True if the last `ask` gave None only because nothing was left of the methods that can run."""
+        return self._is_waiting
+
+    def ask(self, methods: Collection[Method] | None = None) -> Suggestion | None:
+        """Returns the next trial to run, an unfinished one of an earlier run first; None if nothing new is left.
+
+        Args:
+            methods: methods that can run now, by default all; candidates of others stay where they are in the order.
+        """
+        self._is_waiting = False
+        unfinished = (row for row, (_, one) in enumerate(self._unfinished) if _can_run(one, methods))
+        row = next(unfinished, None)
+        if row is not None:
+            trial_id, candidate = self._unfinished.pop(row)
             draw: Trial | Candidate = candidate
         else:
-            pair = self._next_new()
+            pair = self._next_new(methods)
+            self._is_waiting = pair is None and self._has_others(methods)
             if pair is None:
                 return None
             draw, candidate = pair
@@ -106,7 +121,19 @@ class CandidateSearch:
         has_rungs = self._settings.has_rungs and not self._was_stopped(candidate)
         self._running[trial_id] = draw
         self._outcomes[candidate] = None
-        return Suggestion(id=trial_id, candidate=candidate, is_resumed=is_resumed, has_rungs=has_rungs)
+        return Suggestion(id=trial_id, candidate=candidate, is_resumed=row is not None, has_rungs=has_rungs)
+
+    def add_first(self, candidates: Iterable[Candidate]) -> None:
+        """Adds candidates that are suggested after the first ones that there are, and before the sampler's."""
+        self._first += candidates
+
+    def predicted_seconds(self, candidate: Candidate) -> float | None:
+        """Predicts how long a trial of a candidate takes on this machine; None while nobody knows.
+
+        It is the mean of the trials of the same method until `gp` has fitted its processes to some; from then on, as
+        many take longer as take less.
+        """
+        return self.learner.predicted_seconds(candidate)
 
     def add_first(self, candidates: Sequence[Candidate]) -> None:
         """Adds candidates to those that are suggested before the sampler's."""
@@ -125,33 +152,48 @@ class CandidateSearch:
     def _learn(self, history: History) -> None:
         """Tells the sampler what is known from before."""
         for outcome in history.prior_outcomes:
-            self.learner.tell(outcome.candidate, outcome)
+            self.learner.tell(outcome.candidate, outcome, is_elsewhere=True)
         for outcome in history.outcomes:
             if outcome.id == outcome.trial:  # the outcomes of a trial's earlier exits have the same candidate
                 self.learner.tell(outcome.candidate, outcome)
                 self._outcomes[outcome.candidate] = outcome
         self._outcomes |= {candidate: None for _, candidate in history.unfinished}
 
-    def _next_new(self) -> tuple[Trial | Candidate, Candidate] | None:
+    def _next_new(self, methods: Collection[Method] | None) -> tuple[Trial | Candidate, Candidate] | None:
         """Returns a candidate that was not tried before, or was stopped, with the draw that it came of."""
-        while self._first:
-            candidate = self._nearest_allowed(self._first.pop(0))
-            if candidate not in self._outcomes:
+        for queue in (self._first, self._grid):
+            queue[:] = [one for one in map(self._nearest_allowed, queue) if one not in self._outcomes]
+            row = next((row for row, one in enumerate(queue) if _can_run(one, methods)), None)
+            if row is not None:
+                candidate = queue.pop(row)
                 return candidate, candidate
-        if self._settings.chosen == "grid":
+        if self._settings.chosen == "grid" or not any(
+            methods is None or name in methods for name in self._space.method
+        ):
             return None
         for _ in range(MAX_REPEATS):
-            draw = self.learner.draw()
+            draw = self.learner.draw(methods)
             candidate = self._candidate_of(draw.params)
+            if not _can_run(candidate, methods):  # it was made ready when others could, or is the nearest allowed
+                self.learner.discard(draw)
+                continue
             # Samplers other than gp do not know of how much use it is to try again a candidate that was stopped.
             if candidate not in self._outcomes or (self._settings.chosen == "gp" and self._was_stopped(candidate)):
                 return draw, candidate
             self.learner.tell(draw, self._outcomes[candidate])
         for _ in range(MAX_REPEATS):  # the sampler is stuck
-            candidate = self.learner.sample_uniform()
-            if candidate not in self._outcomes:
+            candidate = self.learner.sample_uniform(methods)
+            if candidate not in self._outcomes and _can_run(candidate, methods):
                 return candidate, candidate
         return None
+
+    def _has_others(self, methods: Collection[Method] | None) -> bool:
+        """Tells whether there may be candidates of methods that cannot run now."""
+        if methods is None:
+            return False
+        if self._unfinished or self._first or self._grid:
+            return True
+        return self._settings.chosen != "grid" and not set(self._space.method) <= set(methods)
 
     def _was_stopped(self, candidate: Candidate) -> bool:
         """Tells whether the candidate was stopped at a rung when it was tried last."""
@@ -161,3 +203,8 @@ class CandidateSearch:
     def _candidate_of(self, values: Mapping[str, Any]) -> Candidate:
         """Returns the candidate that is tried when these values are drawn."""
         return self._nearest_allowed(self._space.of_values(self._space.snap(values)))
+
+
+def _can_run(candidate: Candidate, methods: Collection[Method] | None) -> bool:
+    """Tells whether a candidate is of one of the methods; None stands for all."""
+    return methods is None or candidate.method in methods

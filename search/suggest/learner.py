@@ -6,17 +6,30 @@ The study lives in memory and is rebuilt from the ledger when a sweep goes on: t
 from __future__ import annotations
 
 import math
+import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from statistics import mean
 from typing import Any
 
 from optuna.trial import Trial, TrialState, create_trial
 
 from search.goal import Goal
+from search.method import Method
 from search.outcome import Candidate, Outcome, State
 from search.space import Space
-from search.suggest.samplers import RUNGS, SamplerSettings, create_study, distributions_of
+from search.suggest.duration import Duration
+from search.suggest.samplers import (
+    DISCARDED,
+    DURATION,
+    RUNGS,
+    GaussianSampler,
+    SamplerSettings,
+    create_sampler,
+    create_study,
+    distributions_of,
+)
 from search.suggest.surrogate import Surrogate
 
 LIMIT_KEEPERS = ("tpe", "nsga2")
@@ -45,22 +58,55 @@ class Learner:
         self._objectives = goal.objectives if goal else ("top1", "speedup")
         self._distributions = distributions_of(space)
         self._surrogate = Surrogate(space, candidate_of, None if goal is None else goal.reference, settings.seed)
-        self.study = create_study(settings.chosen, settings.seed, space, self._surrogate)
+        self._sampler = create_sampler(settings.chosen, settings.seed, space, self._surrogate)
+        self.study = create_study(self._sampler)
         """The study, whose trials hold all that the sampler was told."""
+        self._seconds: dict[Method, list[float]] = {}
+        """Method -> seconds of its trials of this sweep that ran to their end."""
+        self._random = random.Random(settings.seed)
         self._ready = deque[Future[Trial]]()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
 
-    def draw(self) -> Trial:
-        """Returns the sampler's next draw, and has the thread begin with the ones to be made ready after it."""
+    def draw(self, methods: Collection[Method] | None = None) -> Trial:
+        """Returns the sampler's next draw, and has the thread begin with the ones to be made ready after it.
+
+        A draw that was made ready may be of any method that could run then.
+
+        Args:
+            methods: methods of the space that can run; by default all.
+        """
         while len(self._ready) <= self._settings.num_ahead:
-            self._ready.append(self._thread.submit(self.study.ask, self._distributions))
+            self._ready.append(self._thread.submit(self._ask, methods))
         return self._ready.popleft().result()
 
-    def sample_uniform(self) -> Candidate:
-        """Returns a candidate from all of the space, each as likely."""
-        return self._thread.submit(self._surrogate.sample_uniform).result()  # that thread has the surrogate draw too
+    def _ask(self, methods: Collection[Method] | None) -> Trial:
+        if isinstance(self._sampler, GaussianSampler):
+            self._sampler.methods = methods
+        elif methods is not None and "method" in self._distributions:  # the sampler chooses all but the method
+            self.study.enqueue_trial(
+                {"method": self._random.choice([one for one in self._space.method if one in methods])}
+            )
+        return self.study.ask(self._distributions)
 
-    def tell(self, draw: Trial | Candidate, outcome: Outcome | None) -> None:
+    def sample_uniform(self, methods: Collection[Method] | None = None) -> Candidate:
+        """Returns a candidate from all of the space, each as likely.
+
+        Args:
+            methods: methods of the space that it may be of; by default all.
+        """
+        return self._thread.submit(self._surrogate.sample_uniform, methods).result()  # where the surrogate draws too
+
+    def predicted_seconds(self, candidate: Candidate) -> float | None:
+        """Predicts the seconds of a trial on this machine, as many more as less; None while nobody knows.
+
+        They are the mean of the trials of its method until the processes of `gp` are fitted to some.
+        """
+        predicted = self._surrogate.predicted_seconds(candidate)
+        if predicted is not None:
+            return predicted
+        return mean(self._seconds[candidate.method]) if candidate.method in self._seconds else None
+
+    def tell(self, draw: Trial | Candidate, outcome: Outcome | None, *, is_elsewhere: bool = False) -> None:
         """Tells the study what came of a draw, or of a candidate that was not drawn.
 
         A measured outcome is told with its values; everything else as failed, so that nothing stays running. An outcome
@@ -69,6 +115,7 @@ class Learner:
 
         Args:
             outcome: None if the trial ended without one.
+            is_elsewhere: the trial is of another sweep.
         """
         values = None if outcome is None else self._values(outcome)
         excesses = {} if outcome is None or values is None else self._excesses(outcome)
@@ -78,7 +125,12 @@ class Learner:
         rungs = outcome.rungs if outcome is not None and outcome.state is State.STOPPED else ()
         if rungs and keeps_limits:
             values, excesses = list(rungs[-1]), {STOPPED: 1.0}
-        attributes = {} if outcome is None else {RUNGS: outcome.rungs}
+        attributes: dict[str, Any] = {}
+        if outcome is not None:
+            duration = Duration.of(outcome, is_elsewhere=is_elsewhere)
+            attributes = {RUNGS: outcome.rungs, DURATION: duration}
+            if duration.seconds > 0 and not duration.is_least and not is_elsewhere:
+                self._seconds.setdefault(outcome.candidate.method, []).append(duration.seconds)
         state = TrialState.FAIL if values is None else TrialState.COMPLETE
         if isinstance(draw, Trial):
             for text, excess in excesses.items():
@@ -92,6 +144,11 @@ class Learner:
                 constraints=excesses, user_attrs=attributes,
             )  # fmt: skip
             self.study.add_trial(given)
+
+    def discard(self, draw: Trial) -> None:
+        """Tells the study that a draw is not tried."""
+        draw.set_user_attr(DISCARDED, True)
+        self.study.tell(draw, state=TrialState.FAIL)
 
     def close(self) -> None:
         """Ends the thread; draws that were not begun are given up."""

@@ -1,8 +1,8 @@
-"""Suggests where to try next: Gaussian processes of the outcomes, and the gain of hypervolume that they expect."""
+"""Suggests where to try next: Gaussian processes of the outcomes, and the gain of hypervolume a second they expect."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from search.method import Method
 from search.outcome import Candidate
 from search.parameter import Choice, Parameter
-from search.pareto import non_dominated
+from search.pareto import non_dominated, selection_order
 from search.space import Space
+from search.suggest.duration import UNKNOWN, Duration, fit_log_seconds, seconds_at
 from search.suggest.gaussian_process import GaussianProcess
 
 Values = NDArray[np.float64]
@@ -24,6 +26,9 @@ of the space, and near the best observations."""
 
 NUM_PARENTS, NUM_CHILDREN, NUM_GENERATIONS = 10, 10, 3
 """Numbers of candidates with the largest gains that are mutated, of mutations of each, and of repetitions."""
+
+MAX_FITTED = 200
+"""The most observations that processes are fitted to: half of them the best, the others the latest of the rest."""
 
 SCALES = (0.05, 0.1, 0.2, 0.4)
 """Standard deviations of a mutation, as shares of a parameter's range."""
@@ -73,6 +78,8 @@ class Observation:
     """Limit -> how far the trial is beyond it; 0 or less is within."""
     rungs: tuple[tuple[float, float], ...] = ()
     """Values of both objectives on the way, at the first rung and at later ones."""
+    duration: Duration = UNKNOWN
+    """Seconds that the trial took."""
 
     @property
     def is_stopped(self) -> bool:
@@ -80,9 +87,18 @@ class Observation:
         return self.values is None and len(self.rungs) > 0
 
 
+def best_and_latest(observations: Sequence[Observation]) -> list[Observation]:
+    """Returns at most `MAX_FITTED` observations in their order: the best of those with values, and the latest."""
+    rows = [row for row, each in enumerate(observations) if each.values is not None]
+    order = selection_order(np.array([observations[row].values for row in rows]))
+    best = [rows[place] for place in order[: MAX_FITTED // 2]]
+    others = [row for row in range(len(observations)) if row not in set(best)]
+    return [observations[row] for row in sorted(best + others[len(best) - MAX_FITTED :])]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Expectation:
-    """The expected gain of hypervolume at points of the unit cube."""
+    """The expected gain of hypervolume a second at points of the unit cube."""
 
     objectives: tuple[GaussianProcess, GaussianProcess]
     """Processes of accuracy and speed-up; where trials pass rungs, how far one has come is their last axis."""
@@ -94,14 +110,17 @@ class _Expectation:
     """(n, 2): values of both objectives that are gained already; dominated ones add nothing."""
     reference: Values
     """(2,): the point at which the hypervolume starts."""
+    log_seconds: GaussianProcess | None
+    """The process of the logarithm of a trial's seconds; None where none is known, and a trial counts as a second."""
 
     def at(self, points: Values) -> Values:
-        """Computes the expected gain, times the chance that a trial is within the limits: (m, d) -> (m,)."""
+        """Computes the expected gain, times the chance that a trial is within the limits, over the seconds that it
+        takes: (m, d) -> (m,)."""
         gains = expected_gain(*_final_values(self.objectives, points, self.has_progress), self.front, self.reference)
         for process in self.limits:
             mean, deviation = process.at(points)
             gains = gains * norm.cdf(-mean / deviation)
-        return gains
+        return gains if self.log_seconds is None else gains / np.exp(self.log_seconds.at(points)[0])
 
 
 def _final_values(objectives: Sequence[GaussianProcess], points: Values, has_progress: bool) -> tuple[Values, Values]:
@@ -122,6 +141,9 @@ class Surrogate:
     Where trials pass rungs, the objectives have one axis more: how far a trial has come. Values that were seen early
     are not taken for final, but tell as much of the end as they do for trials that went on (after Kandasamy et al.
     2017, "BOCA"). So a candidate that was stopped by bad luck is recognised, and suggested once more.
+
+    A further process is of the seconds of a trial: what counts is the gain a second (Snoek et al. 2012). Where all
+    trials take as long, or nobody knows how long, that is the gain.
     """
 
     def __init__(
@@ -142,37 +164,65 @@ class Surrogate:
         self._rng = np.random.default_rng(seed)
         self._logs: dict[str, Values] = {}
         """Name of a process -> the `logs` of its last fit."""
+        self._timed: tuple[GaussianProcess, frozenset[Method]] | None = None
+        """The process of seconds of the last suggestion, and the methods of which seconds were known then; None where
+        none of a trial on this machine were."""
 
-    def sample_uniform(self) -> Candidate:
-        """Draws a candidate from all of the space, each as likely."""
-        return self._candidate_of({name: self._sample(each) for name, each in self._parameters.items()})
+    def sample_uniform(self, methods: Collection[Method] | None = None) -> Candidate:
+        """Draws a candidate from all of the space, each as likely.
 
-    def suggest(self, observations: Sequence[Observation], running: Sequence[Candidate]) -> Candidate | None:
-        """Returns the candidate with the largest expected gain that is new or was stopped, and does not run.
+        Args:
+            methods: methods of the space that it may be of; by default all.
+        """
+        parameters = dict(self._parameters)
+        if methods is not None and "method" in parameters:
+            parameters["method"] = Choice(values=tuple(name for name in self._space.method if name in methods))
+        return self._candidate_of({name: self._sample(each) for name, each in parameters.items()})
+
+    def predicted_seconds(self, candidate: Candidate) -> float | None:
+        """Predicts the seconds of a trial; None if none of its method were known at the last suggestion."""
+        timed = self._timed  # read once: another thread may make a suggestion
+        if timed is None or candidate.method not in timed[1]:
+            return None
+        return float(seconds_at(timed[0], self._points([candidate]))[0])
+
+    def suggest(
+        self, observations: Sequence[Observation], running: Sequence[Candidate],
+        methods: Collection[Method] | None = None,
+    ) -> Candidate | None:  # fmt: skip
+        """Returns the candidate with the largest expected gain a second that is new or was stopped, and does not run.
 
         Running ones count as if they gave the values that are expected of them (Ginsbourger et al. 2010, "kriging
         believer").
 
         Args:
             observations: at least one with values.
+            methods: methods of the space that the candidate may be of; by default all.
 
         Returns:
             None if every candidate that was looked at is known already.
         """
-        measured = [each for each in observations if each.values is not None]
+
+        def is_allowed(candidate: Candidate) -> bool:
+            return methods is None or candidate.method in methods
+
         excluded = {each.candidate for each in observations if not each.is_stopped} | set(running)
-        expectation = self._expectation(observations, running)
+        fitted = best_and_latest(observations)
+        measured = [each for each in fitted if each.values is not None]
+        expectation = self._expectation(fitted, running)
         gains: dict[Candidate, float] = {}
 
         def look_at(candidates: Iterable[Candidate]) -> None:
-            new = [each for each in dict.fromkeys(candidates) if each not in excluded and each not in gains]
+            known = excluded | gains.keys()
+            new = [each for each in dict.fromkeys(candidates) if each not in known and is_allowed(each)]
             if new:
                 gains.update(zip(new, expectation.at(self._points(new)).tolist(), strict=True))
 
         best = [measured[row].candidate for row in non_dominated(np.array([each.values for each in measured]))]
         look_at(each.candidate for each in observations if each.is_stopped)
-        look_at(self.sample_uniform() for _ in range(NUM_UNIFORM))
-        look_at(self._mutated(best[index % len(best)]) for index in range(NUM_NEAR_BEST))
+        best = [candidate for candidate in best if is_allowed(candidate)]
+        look_at(self.sample_uniform(methods) for _ in range(NUM_UNIFORM))
+        look_at(self._mutated(best[index % len(best)]) for index in range(NUM_NEAR_BEST if best else 0))
         for _ in range(NUM_GENERATIONS):
             parents = sorted(gains, key=lambda each: -gains[each])[:NUM_PARENTS]
             look_at(self._mutated(parent) for parent in parents for _ in range(NUM_CHILDREN))
@@ -192,8 +242,21 @@ class Surrogate:
         points = self._points([each.candidate for each in measured])
         front, _ = _final_values(objectives, np.vstack((points[is_within], waiting)), has_progress)
         return _Expectation(
-            objectives=objectives, limits=limits, has_progress=has_progress, front=front, reference=reference
-        )
+            objectives=objectives, limits=limits, has_progress=has_progress, front=front, reference=reference,
+            log_seconds=self._log_seconds(observations),
+        )  # fmt: skip
+
+    def _log_seconds(self, observations: Sequence[Observation]) -> GaussianProcess | None:
+        """Fits the logarithm of a trial's seconds, if any are known, and keeps the fit for `predicted_seconds`."""
+        known = [each for each in observations if each.duration.seconds > 0]
+        points = self._points([each.candidate for each in known])
+        fitted = fit_log_seconds(points, [each.duration for each in known], self._logs.get("seconds"))
+        if fitted is not None:
+            self._logs["seconds"] = fitted.logs
+            whole = [each for each in known if not each.duration.is_least]
+            if any(not each.duration.is_elsewhere for each in whole):
+                self._timed = fitted, frozenset(each.candidate.method for each in whole)
+        return fitted
 
     def _objectives(
         self, observations: Sequence[Observation], waiting: Values, reference: Values

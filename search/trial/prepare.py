@@ -23,7 +23,7 @@ from pruning.plan import TokenReduction
 from pruning.precision import Precision
 from pruning.repair.sensitivity import measure_sensitivity
 from search.config import Config
-from search.method import METHODS
+from search.method import METHODS, Method
 from search.outcome import Candidate, Measurement
 from search.space import Space
 from search.trial.context import SUBSAMPLE, ContextPart, ModelTimer, TrialContext
@@ -75,6 +75,15 @@ def steps_of(space: Space, exit_blocks: Sequence[int] | None = None, *, proposes
     if has_repairs:
         steps += [Step(kind="sensitivity", subject=block) for block in exit_blocks if block != space.depth]
     return steps
+
+
+def steps_of_method(name: Method, space: Space) -> list[Step]:
+    """Gives the steps that some candidate of a method needs."""
+    traits = METHODS[name]
+    kinds = {
+        "exits": True, "sensitivity": traits.repairs, "widths": traits.takes_channels, "profile": traits.needs_profile
+    }  # fmt: skip
+    return [step for step in steps_of(space, proposes=False) if kinds[step.kind]]
 
 
 def steps_before(step: Step, space: Space) -> list[Step]:

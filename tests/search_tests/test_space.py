@@ -427,8 +427,9 @@ def test_a_schedule_is_asked_for_nothing_but_target_exit_and_reduction(method: A
 def test_a_schedule_has_first_candidates_and_needs_tokens_to_take() -> None:
     config = SpaceConfig(method=("constant", "decreasing"), token_reduction="merge", target_ratio=(0.2, 1.0))
     first = first_candidates(Space(config, DEPTH))
-    assert [candidate.method for candidate in first] == ["constant", "constant", "decreasing"]
-    assert [candidate.target_ratio for candidate in first] == pytest.approx([1.0, 0.6, 0.6])
+    assert [candidate.method for candidate in first] == ["constant"] * 5 + ["decreasing"] * 4
+    targets = [0.2**share for share in (1 / 2, 1, 3 / 4, 1 / 4)]
+    assert [candidate.target_ratio for candidate in first] == pytest.approx([1.0, *targets, *targets])
     with pytest.raises(ConfigError, match="a schedule takes tokens alone"):
         Space(config.model_copy(update={"token_reduction": ("none", "merge")}), DEPTH)
     with pytest.raises(ConfigError, match="a schedule takes tokens alone"):

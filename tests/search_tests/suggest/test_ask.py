@@ -10,10 +10,12 @@ import pytest
 from optuna.trial import TrialState
 
 from search.config import SpaceConfig
+from search.method import Method
 from search.outcome import Candidate, Outcome, State
 from search.space import Space
 from search.suggest.ask import CandidateSearch, History
-from search.suggest.samplers import Sampler, SamplerSettings
+from search.suggest.samplers import DISCARDED, Sampler, SamplerSettings
+from search.suggest.surrogate import Surrogate
 from tests.search_tests.suggest.searches import (
     CHOICES,
     FIRST,
@@ -117,7 +119,7 @@ def test_every_trial_has_all_parameters_so_that_a_model_can_be_fitted() -> None:
     assert all(trial.params.keys() == SPACE.parameters().keys() for trial in search.learner.study.trials)
 
 
-@pytest.mark.parametrize(("sampler", "num_drawn"), [("gp", 10), ("tpe", 20), ("random", 20)])
+@pytest.mark.parametrize(("sampler", "num_drawn"), [("gp", 24), ("tpe", 20), ("random", 20)])
 def test_space_of_choices_is_searched_in_all_of_them(sampler: Sampler, num_drawn: int) -> None:
     search, first, suggested = new_search(CHOICES, sampler=sampler), first_candidates(CHOICES), list[Candidate]()
     for _ in range(len(first) + num_drawn):
@@ -374,3 +376,129 @@ def test_resumed_search_tries_again_without_rungs_what_its_first_run_stopped() -
     suggestion = ask(search)
     assert (suggestion.id, suggestion.candidate, suggestion.has_rungs) == ("t008", candidates[0], False)
     assert search.ask() is None
+
+
+# Methods that can run now, first candidates that come later, seconds
+
+
+def of_method(method: Method, count: int, space: Space = CHOICES) -> list[Candidate]:
+    """Candidates of one method, at different targets."""
+    drawn = [Surrogate(space, space.of_values, None, seed).sample_uniform([method]) for seed in range(count)]
+    assert {candidate.method for candidate in drawn} == {method}
+    return drawn
+
+
+CASCADES, GLOBALS = of_method("cascade", 3), of_method("global", 3)
+
+
+def test_first_candidates_that_cannot_run_yet_wait_in_their_order() -> None:
+    first = [CASCADES[0], GLOBALS[0], CASCADES[1], GLOBALS[1]]
+    search = new_search(CHOICES, sampler="random", first_candidates=first)
+    now = [search.ask(["global"]), search.ask(["global"])]
+    later = ask_many(search, 2)
+    assert [one.candidate for one in now if one] == GLOBALS[:2]
+    assert candidates_of(later) == CASCADES[:2]
+    assert [one.id for one in (*now, *later) if one] == ["t000", "t001", "t002", "t003"]
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "nsga2", "random"])
+def test_the_sampler_draws_what_can_run(sampler: Sampler) -> None:
+    search = new_search(CHOICES, sampler=sampler, first_candidates=[CASCADES[0]], num_ahead=1)
+    for number in range(12):
+        suggestion = search.ask(["global"])
+        assert suggestion is not None
+        assert suggestion.candidate.method == "global"
+        tell(search, suggestion, top1=0.5 + number / 100, speedup=1 + number / 100)
+    assert ask(search).candidate == CASCADES[0]  # it waited
+    drawn = {ask(search).candidate.method for _ in range(8)}
+    assert "cascade" in drawn
+    search.close()
+
+
+@pytest.mark.parametrize("sampler", ["gp", "random", "grid"])
+def test_a_search_that_waits_is_told_from_one_that_is_exhausted(sampler: Sampler) -> None:
+    few = SpaceConfig(
+        cutoff_channel=0.1, cutoff_token=0.8, drop_budget=1.0, token_share=0.5, target_ratio=0.5, exit_block=3,
+        method=("cascade", "global"), criterion="obs", token_reduction="merge", round_to=(1, 8),
+    )  # fmt: skip
+    search = new_search(Space(few, depth=3), sampler=sampler, first_candidates=(), num_trials=4)
+    assert search.ask([]) is None
+    assert search.is_waiting
+    tried = list[Candidate]()
+    while suggestion := search.ask(["global"]):
+        assert not search.is_waiting
+        tried.append(suggestion.candidate)
+        tell(search, suggestion)
+    assert search.is_waiting
+    while suggestion := search.ask():
+        tried.append(suggestion.candidate)
+        tell(search, suggestion)
+    assert not search.is_waiting
+    assert [candidate.method for candidate in tried] == ["global"] * 2 + ["cascade"] * 2
+    assert search.ask(["cascade", "global"]) is None
+    assert not search.is_waiting
+
+
+def test_unfinished_trials_that_cannot_run_yet_wait_too() -> None:
+    unfinished = [("t000", CASCADES[0]), ("t001", GLOBALS[0])]
+    search = new_search(CHOICES, sampler="random", unfinished=unfinished, first_candidates=[])
+    first = search.ask(["global"])
+    assert first is not None
+    assert (first.id, first.candidate, first.is_resumed) == ("t001", GLOBALS[0], True)
+    assert search.ask([]) is None
+    assert search.is_waiting
+    assert (ask(search).id, ask(search).id) == ("t000", "t002")
+
+
+def test_a_draw_that_was_made_ready_for_other_methods_is_no_failure() -> None:
+    search = new_search(CHOICES, sampler="gp", first_candidates=(), num_ahead=2)
+    for number in range(10):
+        suggestion = search.ask(["cascade"] if number < 9 else ["global"])
+        assert suggestion is not None
+        tell(search, suggestion, top1=0.9 - number / 100)
+    assert suggestion.candidate.method == "global"
+    discarded = [trial for trial in search.learner.study.trials if DISCARDED in trial.user_attrs]
+    assert len(discarded) == 2
+    assert {trial.state for trial in discarded} == {TrialState.FAIL}
+    search.close()
+
+
+def test_first_candidates_may_be_added_after_the_first_and_before_the_samplers() -> None:
+    search = new_search(CHOICES, sampler="random", first_candidates=[CASCADES[0]])
+    search.add_first([CASCADES[1], CASCADES[0]])
+    assert candidates_of(ask_many(search, 2)) == CASCADES[:2]
+    drawn = ask(search).candidate
+    assert drawn not in CASCADES
+    search.add_first([drawn, CASCADES[2]])
+    assert ask(search).candidate == CASCADES[2]
+
+
+def test_added_candidates_come_before_the_grid() -> None:
+    search = new_search(CHOICES, sampler="grid", num_trials=10, first_candidates=())
+    ask_many(search, 2)
+    search.add_first(CASCADES[:1])
+    assert ask(search).candidate == CASCADES[0]
+
+
+def test_seconds_are_the_mean_of_the_method_until_processes_are_fitted() -> None:
+    known = [(CASCADES[0], 4.0), (CASCADES[1], 8.0), (GLOBALS[0], 0.0)]
+    outcomes = [replace(measured(f"t{n:03d}", one), seconds=s) for n, (one, s) in enumerate(known)]
+    failed_early = replace(failed("t003", CASCADES[2]), seconds=99.0)
+    prior = [replace(measured("t000", GLOBALS[1]), seconds=50.0)]
+    search = new_search(CHOICES, outcomes=[*outcomes, failed_early], prior_outcomes=prior)
+    assert search.predicted_seconds(CASCADES[2]) == 6.0
+    assert search.predicted_seconds(GLOBALS[2]) is None
+
+
+def test_processes_predict_the_seconds_of_a_candidate() -> None:
+    space = Space(SpaceConfig(exit_block=3), depth=3)
+    search = new_search(space, sampler="gp", first_candidates=())
+    for _ in range(12):
+        suggestion = ask(search)
+        ratio = suggestion.candidate.target_ratio
+        outcome = replace(measured(suggestion.id, suggestion.candidate, ratio, 1 / ratio), seconds=20 * ratio)
+        search.tell(suggestion.id, outcome)
+    for ratio in (0.3, 0.9):
+        predicted = search.predicted_seconds(replace(suggestion.candidate, target_ratio=ratio))
+        assert predicted == pytest.approx(20 * ratio, rel=0.25)
+    search.close()

@@ -13,7 +13,8 @@ from search.config import SpaceConfig
 from search.outcome import Candidate
 from search.pareto import hypervolume
 from search.space import Space
-from search.suggest.surrogate import Observation, Surrogate, expected_gain
+from search.suggest.duration import Duration
+from search.suggest.surrogate import MAX_FITTED, Observation, Surrogate, best_and_latest, expected_gain
 
 SPACE = Space(SpaceConfig(exit_block=(2, 3), method=("cascade", "global")), depth=3)
 FRONT = np.array([[0.9, 1.2], [0.8, 2.0], [0.7, 1.9], [0.6, 2.5], [0.4, 3.0]])
@@ -178,3 +179,86 @@ def test_nothing_is_suggested_where_all_was_tried() -> None:
     only = SPACE.clip(sample(1)[0])
     source = Surrogate(SPACE, lambda _: only, None, seed=0)
     assert source.suggest([observed(only, (0.9, 1.0))], []) is None
+
+
+# Seconds
+
+
+def timed(observation: Observation, seconds: float, **other: bool) -> Observation:
+    return replace(observation, duration=Duration(seconds=seconds, **other))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.01, 7.0, 3600.0])
+def test_where_all_trials_take_as_long_or_nobody_knows_the_gain_alone_counts(seconds: float) -> None:
+    observations = [observed(one, values_of(one)) for one in sample(12)]
+    alike = [timed(observation, seconds) for observation in observations]
+    assert suggest_many(surrogate(), alike, 3) == suggest_many(surrogate(), observations, 3)
+
+
+def test_a_method_that_is_ten_times_as_slow_and_a_little_better_is_tried_less_but_not_never() -> None:
+    """The cascade is better by 0.04: in the long run it makes the front."""
+
+    def values_of(candidate: Candidate) -> tuple[float, float]:
+        off = 0.15 * abs(candidate.token_share - 0.3) + 0.04 * (candidate.method == "global")
+        return 0.93 - 0.25 * (1 - candidate.target_ratio) ** 2 - off, candidate.target_ratio**-0.7
+
+    share_cheap = {}
+    for is_timed in (False, True):
+        source, methods = surrogate(), list[str]()
+        observations = [observed(one, values_of(one)) for one in sample(8)]
+        observations = [timed(one, 10.0 if one.candidate.method == "cascade" else 1.0) for one in observations]
+        if not is_timed:
+            observations = [timed(one, 0.0) for one in observations]
+        for _ in range(24):
+            suggested = source.suggest(observations, [])
+            assert suggested is not None
+            methods.append(suggested.method)
+            seconds = 0.0 if not is_timed else 10.0 if suggested.method == "cascade" else 1.0
+            observations.append(timed(observed(suggested, values_of(suggested)), seconds))
+        share_cheap[is_timed] = [methods[:12].count("global") / 12, methods[12:].count("global") / 12]
+    assert share_cheap[True][0] >= 0.6 > 0.4 >= share_cheap[False][0]  # the cheap one first
+    assert share_cheap[True][1] < share_cheap[True][0]  # then the slow one, where it can win
+
+
+def test_seconds_are_predicted_for_methods_that_were_timed_on_this_machine() -> None:
+    source = surrogate()
+    cascade, other = (replace(sample(1)[0], method=method) for method in ("cascade", "global"))
+    cascades = [one for one in sample(60) if one.method == "cascade"][:10]
+    observations = [timed(observed(one, values_of(one)), 5.0) for one in cascades]
+    assert source.predicted_seconds(cascade) is None
+    source.suggest([replace(one, duration=replace(one.duration, is_elsewhere=True)) for one in observations], [])
+    assert source.predicted_seconds(cascade) is None
+    source.suggest(observations, [])
+    assert source.predicted_seconds(cascade) == pytest.approx(5.0)
+    assert source.predicted_seconds(other) is None
+
+
+# Methods that can run, and observations that are fitted
+
+
+def test_only_candidates_of_the_methods_that_can_run_are_suggested() -> None:
+    observations = [observed(one, values_of(one)) for one in sample(12)]
+    source = surrogate()
+    assert {source.sample_uniform(["global"]).method for _ in range(30)} == {"global"}
+    for _ in range(4):
+        suggested = source.suggest(observations, [], ["global"])
+        assert suggested is not None
+        assert suggested.method == "global"
+        observations.append(observed(suggested, values_of(suggested)))
+
+
+def test_of_many_observations_the_best_and_the_latest_are_fitted() -> None:
+    rng = np.random.default_rng(0)
+    candidates = sample(MAX_FITTED + 60)
+    good = {3, 7, 20}
+    observations = [
+        observed(one, (0.9, 2.0 + row / 1000) if row in good else tuple(0.4 * rng.random(2)))  # type: ignore[arg-type]
+        for row, one in enumerate(candidates)
+    ]
+    observations[-2] = observed(candidates[-2])  # failed
+    kept = best_and_latest(observations)
+    assert len(kept) == MAX_FITTED
+    assert kept == [one for one in observations if one in kept]
+    assert {observations[row].candidate for row in good} <= {one.candidate for one in kept}
+    assert kept[-MAX_FITTED // 4 :] == observations[-MAX_FITTED // 4 :]
+    assert best_and_latest(observations[-MAX_FITTED:]) == observations[-MAX_FITTED:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from search.config import Config, SpaceConfig
 from search.outcome import Candidate
 from search.space import Space
 from search.trial.context import TrialContext
-from search.trial.warm_start import NUM_TARGETS, first_candidates, propose
+from search.trial.warm_start import NUM_FEW, SHARES, first_candidates, propose
 from tests.search_tests import tiny
 from tests.search_tests.test_space import BOTH, CONFIGS, DEPTH, FIXED, GLOBAL, WIDE, is_within, swin_space
 
@@ -28,7 +29,9 @@ def test_first_candidates_of_a_swin_answer_after_its_stages(method: Any) -> None
     space = swin_space((1, 12), method=method, round_to="auto")
     candidates = first_candidates(space)
     assert len(set(candidates)) == len(candidates)
-    assert {candidate.exit_block for candidate in candidates} == ({12} if method == "global" else {2, 10, 12})
+    assert {candidate.exit_block for candidate in candidates} == (
+        {2, 10, 12} if method == "cascade" else {2, 4, 10, 12}
+    )
     assert {(candidate.token_reduction, candidate.round_to) for candidate in candidates} == {("none", "auto")}
     assert all(space.clip(candidate) == candidate for candidate in candidates)
     assert candidates[0].target_ratio == 1.0
@@ -51,23 +54,57 @@ def test_dense_model_is_tried_first_then_the_papers_settings() -> None:
     }
 
 
-def test_where_both_methods_are_searched_global_candidates_come_after_those_of_the_cascade() -> None:
-    candidates = first_candidates(Space(BOTH, DEPTH))
-    cascade = first_candidates(Space(WIDE, DEPTH))
-    assert candidates[: len(cascade)] == cascade
-    of_global = candidates[len(cascade) :]
-    assert [round(candidate.target_ratio, 9) for candidate in of_global] == [0.6, 0.4, 0.8]
-    assert {(candidate.method, candidate.token_share, candidate.exit_block) for candidate in of_global} == {
-        ("global", 0.5, DEPTH)
+def shares_of(candidates: list[Candidate], low: float, high: float = 1.0) -> list[float]:
+    """Places of targets on the way from the largest to the least, by their logarithm."""
+    return [round(math.log(candidate.target_ratio / high) / math.log(low / high), 6) for candidate in candidates]
+
+
+def test_where_both_methods_are_searched_cheap_global_candidates_come_before_those_of_the_cascade() -> None:
+    dense, *candidates = first_candidates(Space(BOTH, DEPTH))
+    assert dense.method == "cascade"  # it needs no profile
+    assert [candidate.method for candidate in candidates[: len(SHARES)]] == ["global"] * len(SHARES)
+    assert [dense, *candidates[len(SHARES) :]] == first_candidates(Space(WIDE, DEPTH))
+
+
+def test_targets_span_the_range_first_and_halve_its_gaps_then() -> None:
+    dense, *candidates = first_candidates(Space(GLOBAL, DEPTH))
+    low, high = GLOBAL.target_ratio if isinstance(GLOBAL.target_ratio, tuple) else (0.2, 1.0)
+    assert dense.target_ratio == 1.0
+    shares = shares_of(candidates, low, high)
+    assert shares == [0.5, 1.0, 0.75, 0.25, 0.875, 0.625, 0.375, 0.125] == list(SHARES)
+    assert {(candidate.method, candidate.token_share, candidate.round_to) for candidate in candidates} == {
+        ("global", 0.5, 8)
     }
 
 
-def test_where_all_is_global_the_dense_model_and_three_targets_are_tried_first() -> None:
-    candidates = first_candidates(Space(GLOBAL, DEPTH))
-    assert [round(candidate.target_ratio, 9) for candidate in candidates] == [1.0, 0.6, 0.4, 0.8]
-    assert {
-        (candidate.method, candidate.token_share, candidate.exit_block, candidate.round_to) for candidate in candidates
-    } == {("global", 0.5, DEPTH, 8)}
+def test_schedules_get_the_first_targets_and_the_dense_model_which_need_no_profile() -> None:
+    config = SpaceConfig(
+        method=("cascade", "global", "constant", "decreasing"), token_reduction="merge", target_ratio=(0.25, 1.0),
+        exit_block=(9, DEPTH),
+    )  # fmt: skip
+    candidates = first_candidates(Space(config, DEPTH))
+    assert (candidates[0].method, candidates[0].target_ratio) == ("constant", 1.0)
+    methods = list(dict.fromkeys(candidate.method for candidate in candidates[1:]))
+    assert methods == ["global", "constant", "decreasing", "cascade"]
+    for schedule in ("constant", "decreasing"):
+        of_schedule = [candidate for candidate in candidates[1:] if candidate.method == schedule]
+        assert shares_of(of_schedule, 0.25) == [0.5, 1.0, 0.75, 0.25]
+        assert {candidate.exit_block for candidate in of_schedule} == {DEPTH}
+
+
+def test_earlier_exits_go_with_smaller_targets() -> None:
+    _, *candidates = first_candidates(Space(SpaceConfig(method="global", exit_block=(9, 12)), 12))
+    exits = {share: candidate.exit_block for share, candidate in zip(SHARES, candidates, strict=True)}
+    assert [exits[share] for share in sorted(SHARES)] == [
+        12,
+        12,
+        11,
+        11,
+        11,
+        10,
+        9,
+        9,
+    ]  # from the last eighth to the least
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, SpaceConfig(), SpaceConfig(exit_block=1), SpaceConfig(method="global")])
@@ -103,15 +140,18 @@ def test_proposals_lie_along_the_front_and_within_the_space(context: TrialContex
     proposed = propose(context, space)
     assert all(space.holds(candidate) for candidate in proposed)
     assert len(set(proposed)) == len(proposed)
-    for method in ("cascade", "global"):
+    for method, count in (("cascade", NUM_FEW), ("global", len(SHARES))):
         of_method = [candidate for candidate in proposed if candidate.method == method]
-        assert of_method[0].target_ratio < of_method[1].target_ratio < of_method[3].target_ratio  # from the middle on
+        assert shares_of(of_method, 0.2) == list(SHARES[:count])
         of_method.sort(key=lambda candidate: -candidate.target_ratio)
-        ratios = [candidate.target_ratio for candidate in of_method]
-        assert len(of_method) == NUM_TARGETS
-        assert ratios[-1] == pytest.approx(0.2)
-        assert ratios[0] / ratios[1] == pytest.approx(ratios[-2] / ratios[-1])
-        assert [candidate.exit_block for candidate in of_method] == [3, 3, 2, 2]
+        exits = [candidate.exit_block for candidate in of_method]
+        assert exits == sorted(exits, reverse=True)
+        assert set(exits) == {2, 3}
+
+
+def test_what_is_proposed_for_global_is_what_comes_first_without_a_profile(context: TrialContext) -> None:
+    space = space_of(config(method="global"))
+    assert first_candidates(space, propose(context, space)) == first_candidates(space)
 
 
 def test_budgets_are_dealt_as_the_profile_pays(context: TrialContext) -> None:
@@ -144,8 +184,8 @@ def test_first_candidates_are_the_dense_model_then_what_is_proposed(context: Tri
 
 
 RECORDED = json.loads((Path(__file__).parents[2] / "data" / "first_candidates.json").read_text())
-"""The first candidates of a search, recorded at commit d706483: a list of candidates, then for each
-combination, with and without proposals, the places in that list."""
+"""The first candidates of a search, recorded when `global` came first, with eight targets: a list of candidates, then
+for each combination, with and without proposals, the places in that list."""
 RECORDED_DEPTH = 6
 
 

@@ -135,10 +135,6 @@ class CandidateSearch:
         """
         return self.learner.predicted_seconds(candidate)
 
-    def add_first(self, candidates: Sequence[Candidate]) -> None:
-        """Adds candidates to those that are suggested before the sampler's."""
-        self._first += candidates
-
     def tell(self, trial_id: str, outcome: Outcome | None) -> None:
         """Takes what came of a suggested trial; None if it broke without an outcome."""
         self.learner.tell(self._running.pop(trial_id), outcome)

@@ -62,12 +62,12 @@ class BlockRepair:
         self._dense = as_slim(stream.blocks[self.index], stream.anatomy, is_last=False)
         self._factors: tuple[Tensor, Tensor] | None = None
         self._attentions: dict[tuple[object, ...], tuple[dict[str, Tensor], list[str]]] = {}
-        self._projections: BatchStore[Projected] = BatchStore()
+        self._projections: BatchStore[Projected] = BatchStore(stream.kept_bytes)
         self._mid_key: tuple[object, ...] | None = None
-        self._mids: BatchStore[BlockBatch] = BatchStore()
+        self._mids: BatchStore[BlockBatch] = BatchStore(stream.kept_bytes)
         """Batches after the attention of `_mid_key`, before any reduction of tokens."""
         self._last: SlimBlock | None = None
-        self._hidden: BatchStore[BlockBatch] = BatchStore()
+        self._hidden: BatchStore[BlockBatch] = BatchStore(stream.kept_bytes)
         """Batches with the active hidden units of the block that was repaired last."""
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class BlockRepair:
     def _repair_attention(self, block: SlimBlock, plan: BlockPlan) -> list[str]:
         key = self._attention_key(plan)
         if key != self._mid_key:
-            self._mid_key, self._mids = key, BatchStore()
+            self._mid_key, self._mids = key, BatchStore(self.stream.kept_bytes)
         if key not in self._attentions:
             notes = self._refit_attention(block, plan)
             self._attentions[key] = {name: value.clone() for name, value in block.attn.state_dict().items()}, notes
@@ -156,7 +156,7 @@ class BlockRepair:
             gain=dense.ls1(torch.ones(anatomy.width, device=heads.device)), sensitivity=sensitivity,
             token_weights=sensitivity.token_weights(stream.num_all_tokens, anatomy.num_prefix_tokens), may_lose=True,
         )  # fmt: skip
-        has_all_heads, wide = len(heads) == anatomy.num_heads, BatchStore[BlockBatch]()
+        has_all_heads, wide = len(heads) == anatomy.num_heads, BatchStore[BlockBatch](stream.kept_bytes)
         for rows_of_batch in stream.rows():
             q, k, v = projected = self._project(rows_of_batch)
             if not has_all_heads:
@@ -227,7 +227,7 @@ class BlockRepair:
         )  # fmt: skip
         bias = None if dense.fc1.bias is None else dense.fc1.bias[~is_kept]
         rows, columns = dense.fc1.weight[~is_kept], dense.fc2.weight[:, ~is_kept]
-        self._last, self._hidden = slim, BatchStore()
+        self._last, self._hidden = slim, BatchStore(stream.kept_bytes)
         for batch in self._activated(slim):
             assert batch.hidden is not None
             sample = sample_of(batch, layer.token_weights)

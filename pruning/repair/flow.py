@@ -51,6 +51,7 @@ class CalibrationStream:
         cutoff_token: float,
         batch_size: int = 64,
         precision: Precision = "float32",
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
         """Embeds the images and puts them before the first block.
 
@@ -58,10 +59,11 @@ class CalibrationStream:
             model: dense, in eval mode, on the device to work on.
             sensitivity: of the dense model's blocks, for whatever is fitted on the stream.
             cutoff_token: cut-off frequency of the token filter, in (0, 1].
+            kept_bytes: most bytes of activations that a repair keeps at each of its steps.
         """
         self.anatomies, self.sensitivity = examine(model).blocks, sensitivity
         self.token_reduction, self.cutoff_token = token_reduction, cutoff_token
-        self.batch_size, self.precision = batch_size, precision
+        self.batch_size, self.precision, self.kept_bytes = batch_size, precision, kept_bytes
         self.blocks = list(blocks_of(model))
         device = next(model.parameters()).device
         with torch.no_grad(), autocast(device, precision):
@@ -251,11 +253,11 @@ class BlockBatch:
 
 
 class BatchStore(Generic[T]):
-    """Keeps what was made of a stream's batches, for as many of them as fit into `KEPT_BYTES`."""
+    """Keeps what was made of a stream's batches, for as many of them as fit into a number of bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int) -> None:
         self._kept: dict[int, T] = {}
-        self._bytes_left = KEPT_BYTES
+        self._bytes_left = max_bytes
 
     def keep(self, rows: slice, value: T, num_bytes: int) -> None:
         """Keeps what was made of a batch, if it fits."""

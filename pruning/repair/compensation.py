@@ -53,8 +53,9 @@ class RepairedBlock:
 class BlockRepair:
     """Repairs plans of a stream's current block, and remembers what several plans have in common.
 
-    A repair is for one block: once the stream moves on, a new one is made. The images run through the block once:
-    activations are kept from one step to the next (`pruning.repair.flow.KEPT_BYTES`).
+    A repair is for one block: once the stream moves on, a new one is made. The images run through the block once, and
+    through its attention once more; activations are kept from one step to the next (`CalibrationStream.kept_bytes`).
+    To take those of the fit instead, recombined, would spare the second attention, but round otherwise than the block.
     """
 
     def __init__(self, stream: CalibrationStream) -> None:
@@ -156,7 +157,7 @@ class BlockRepair:
             gain=dense.ls1(torch.ones(anatomy.width, device=heads.device)), sensitivity=sensitivity,
             token_weights=sensitivity.token_weights(stream.num_all_tokens, anatomy.num_prefix_tokens), may_lose=True,
         )  # fmt: skip
-        has_all_heads, wide = len(heads) == anatomy.num_heads, BatchStore[BlockBatch](stream.kept_bytes)
+        has_all_heads = len(heads) == anatomy.num_heads
         for rows_of_batch in stream.rows():
             q, k, v = projected = self._project(rows_of_batch)
             if not has_all_heads:
@@ -171,20 +172,13 @@ class BlockRepair:
                 mixed = self._mix(projected, batch.size, sample.tokens).float()
                 lost = mixed @ dense.proj.weight.T - features @ layer.weight.T
             layer.observe(sample, features, lost, batch.missing(stream.dense_mid, sample.tokens))
-            wide.keep(rows_of_batch, batch, batch.num_bytes)
 
         covariance = layer.moments.covariance()[:, : len(columns)]
         directions = _value_directions(covariance, layer.weight * layer.gain[:, None], sensitivity.metric, len(heads))
         directions = directions[:, : plan.shape.v_width]
         rows = _recombined(dense.qkv, 2, directions, heads)
         _write_rows(slim.attn.qkv, slim.attn.qkv.out_features - rows[0].shape[0], *rows)
-        notes = layer.refit(torch.block_diag(*directions))
-        for rows_of_batch in stream.rows():
-            if (kept := wide.pop(rows_of_batch)) is not None:
-                values = kept.mixed.unflatten(-1, (len(heads), -1))
-                kept.mixed = torch.einsum("bnhd,hvd->bnhv", values, directions.to(values.dtype)).flatten(2)
-                self._keep_mid(kept)
-        return notes
+        return layer.refit(torch.block_diag(*directions))
 
     def _mix(self, projected: Projected, size: Tensor | None, tokens: Tensor) -> Tensor:
         """Attends as the dense block does, for some tokens alone: (b, n, H*D)."""
@@ -194,10 +188,6 @@ class BlockRepair:
             return attention.mix(q, k, v, size)[:, tokens]
         return attention.mix(q[:, :, tokens], k, v, size)
 
-    def _keep_mid(self, batch: BlockBatch) -> None:
-        batch.add_attention()
-        self._mids.keep(batch.rows, batch, batch.num_bytes)
-
     def _activated(self, block: SlimBlock) -> Iterator[BlockBatch]:
         """Yields the batches with the active hidden units of a block whose attention is repaired."""
         for rows in self.stream.rows():
@@ -206,7 +196,8 @@ class BlockRepair:
                 mid = self._mids.get(rows)
                 if mid is None:
                     mid = BlockBatch(self.stream, block, rows)
-                    self._keep_mid(mid)
+                    mid.add_attention()
+                    self._mids.keep(rows, mid, mid.num_bytes)
                 batch = mid.of(block)
                 batch.reduce()
                 batch.activate()

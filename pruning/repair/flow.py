@@ -268,10 +268,6 @@ class BatchStore(Generic[T]):
     def get(self, rows: slice) -> T | None:
         return self._kept.get(rows.start)
 
-    def pop(self, rows: slice) -> T | None:
-        """Returns what was kept of the batch of these rows, if it was, and keeps it no longer."""
-        return self._kept.pop(rows.start, None)
-
 
 def num_bytes(values: Iterable[object]) -> int:
     """Returns the bytes of the tensors among some values."""

@@ -18,25 +18,27 @@ B images, N tokens, C model width, H heads, H' kept heads, D dense head width, n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.data import Images
 from pruning.model.anatomy import examine, parts_of, with_blocks
-from pruning.model.layers import SlimBlock
+from pruning.model.layers import SlimBlock, WindowedAttention
 from pruning.model.surgery import as_slim, check_plan, keep_all_block
 from pruning.plan import BlockPlan, Plan
 from pruning.precision import Precision, autocast
-from pruning.repair.flow import BlockBatch, CalibrationStream, sample_tokens
+from pruning.repair.flow import BatchStore, BlockBatch, CalibrationStream, Projected, Sample, num_bytes, sample_of
 from pruning.repair.moments import Moments
 from pruning.repair.regression import fit_layer, matrix_power
 from pruning.repair.sensitivity import BlockSensitivity, StreamSensitivity, measure_sensitivity
 
-REPAIR_PASSES = 7
-"""Forward passes over the calibration images that `repaired_model` costs: sensitivity 3, dense stream 1, moments 2,
-pruned stream 1."""
+REPAIR_PASSES = 5
+"""Forward passes over the calibration images that `repaired_model` costs: sensitivity 3, dense stream 1, pruned stream
+1, which is smaller the more is pruned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +53,23 @@ class RepairedBlock:
 class BlockRepair:
     """Repairs plans of a stream's current block, and remembers what several plans have in common.
 
-    A repair is for one block: once the stream moves on, a new one is made.
+    A repair is for one block: once the stream moves on, a new one is made. The images run through the block once, and
+    through its attention once more; activations are kept from one step to the next (`CalibrationStream.kept_bytes`).
+    To take those of the fit instead, recombined, would spare the second attention, but round otherwise than the block.
     """
 
     def __init__(self, stream: CalibrationStream) -> None:
         self.stream, self.index = stream, stream.index
+        self._dense = as_slim(stream.blocks[self.index], stream.anatomy, is_last=False)
         self._factors: tuple[Tensor, Tensor] | None = None
         self._attentions: dict[tuple[object, ...], tuple[dict[str, Tensor], list[str]]] = {}
+        self._projections: BatchStore[Projected] = BatchStore(stream.kept_bytes)
+        self._mid_key: tuple[object, ...] | None = None
+        self._mids: BatchStore[BlockBatch] = BatchStore(stream.kept_bytes)
+        """Batches after the attention of `_mid_key`, before any reduction of tokens."""
+        self._last: SlimBlock | None = None
+        self._hidden: BatchStore[BlockBatch] = BatchStore(stream.kept_bytes)
+        """Batches with the active hidden units of the block that was repaired last."""
 
     @torch.no_grad()
     def repair(self, plan: BlockPlan) -> RepairedBlock:
@@ -67,8 +79,22 @@ class BlockRepair:
         if plan == keep_all_block(self.stream.anatomy, self.stream.num_tokens):
             return RepairedBlock(block=block)
         assert isinstance(block, SlimBlock)
-        notes = self._repair_attention(block, plan) + _refit_mlp(self.stream, block, plan)
+        with autocast(self.stream.x.device, self.stream.precision):
+            notes = self._repair_attention(block, plan) + self._refit_mlp(block, plan)
         return RepairedBlock(block=block, notes=tuple(f"block {self.index} {note}" for note in notes))
+
+    @torch.no_grad()
+    def advance(self, repaired: RepairedBlock) -> None:
+        """Takes the stream through a block that was repaired here, on to the next one."""
+        block, stream = repaired.block, self.stream
+        assert self.index == stream.index, "the stream has moved on to another block"
+        if not isinstance(block, SlimBlock):
+            stream.advance(stream.blocks[self.index])  # all of it stays
+        elif block is not self._last:
+            stream.advance(block)
+        else:
+            with autocast(stream.x.device, stream.precision):
+                stream.leave((batch.finish(), batch.share) for batch in self._activated(block))
 
     def has_attention(self, plan: BlockPlan) -> bool:
         """Tells whether the attention that `repair` gives this plan was fitted before, for another plan."""
@@ -78,16 +104,6 @@ class BlockRepair:
         shape = plan.shape  # which channels are kept does not matter: all are combined anew
         return plan.keep_heads, shape.qk_width, shape.v_width, plan.num_tokens < self.stream.num_tokens
 
-    def _repair_attention(self, block: SlimBlock, plan: BlockPlan) -> list[str]:
-        key = self._attention_key(plan)
-        if key not in self._attentions:
-            is_narrow = plan.shape.qk_width < self.stream.anatomy.head_dim
-            notes = _refit_attention(self.stream, block, plan, self.logit_factors() if is_narrow else None)
-            self._attentions[key] = {name: value.clone() for name, value in block.attn.state_dict().items()}, notes
-        weights, notes = self._attentions[key]
-        block.attn.load_state_dict(weights)
-        return list(notes)
-
     @torch.no_grad()
     def logit_factors(self) -> tuple[Tensor, Tensor]:
         """The best combinations of query and of key channels, (H, D, D) each, the one that counts most first.
@@ -96,8 +112,142 @@ class BlockRepair:
         """
         assert self.index == self.stream.index, "the stream has moved on to another block"
         if self._factors is None:
-            self._factors = _logit_factors(self.stream)
+            with autocast(self.stream.x.device, self.stream.precision):
+                self._factors = self._measure_logit_factors()
         return self._factors
+
+    def _repair_attention(self, block: SlimBlock, plan: BlockPlan) -> list[str]:
+        key = self._attention_key(plan)
+        if key != self._mid_key:
+            self._mid_key, self._mids = key, BatchStore(self.stream.kept_bytes)
+        if key not in self._attentions:
+            notes = self._refit_attention(block, plan)
+            self._attentions[key] = {name: value.clone() for name, value in block.attn.state_dict().items()}, notes
+        weights, notes = self._attentions[key]
+        block.attn.load_state_dict(weights)
+        return list(notes)
+
+    def _project(self, rows: slice) -> Projected:
+        """Returns the dense block's queries, keys and values of a batch."""
+        projected = self._projections.get(rows)
+        if projected is None:
+            x, _ = self._dense.enter(self.stream.x[rows])
+            projected = self._dense.attn.project(self._dense.norm1(x))
+            self._projections.keep(rows, projected, num_bytes(projected))
+        return projected
+
+    def _refit_attention(self, slim: SlimBlock, plan: BlockPlan) -> list[str]:
+        """Refits queries and keys, then values and projection, in place.
+
+        Args:
+            slim: the block, cut to the plan.
+        """
+        stream, anatomy = self.stream, self.stream.anatomy
+        sensitivity, dense = stream.sensitivity[self.index].mid, parts_of(stream.blocks[self.index])
+        heads = torch.tensor(plan.keep_heads, device=stream.x.device)
+        narrow: list[Tensor] = []
+        if plan.shape.qk_width < anatomy.head_dim:
+            narrow = [factor[heads, : plan.shape.qk_width] for factor in self.logit_factors()]
+        for part, factor in enumerate(narrow):
+            rows = _recombined(dense.qkv, part, factor, heads)
+            _write_rows(slim.attn.qkv, part * rows[0].shape[0], *rows)
+        columns = (heads[:, None] * anatomy.head_dim + torch.arange(anatomy.head_dim, device=heads.device)).flatten()
+        layer = _LayerRepair(
+            name="projection", dense=dense.proj, slim=slim.attn.proj, weight=dense.proj.weight[:, columns],
+            gain=dense.ls1(torch.ones(anatomy.width, device=heads.device)), sensitivity=sensitivity,
+            token_weights=sensitivity.token_weights(stream.num_all_tokens, anatomy.num_prefix_tokens), may_lose=True,
+        )  # fmt: skip
+        has_all_heads = len(heads) == anatomy.num_heads
+        for rows_of_batch in stream.rows():
+            q, k, v = projected = self._project(rows_of_batch)
+            if not has_all_heads:
+                q, k, v = q[:, heads], k[:, heads], v[:, heads]
+            if narrow:
+                q, k = (torch.einsum("bhnd,hkd->bhnk", x, f.to(x.dtype)) for x, f in zip((q, k), narrow, strict=True))
+            batch = BlockBatch(stream, slim, rows_of_batch, (q, k, v))
+            sample = sample_of(batch, layer.token_weights)
+            features = batch.mixed[:, sample.tokens].float()
+            lost = None
+            if narrow or not has_all_heads:
+                mixed = self._mix(projected, batch.size, sample.tokens).float()
+                lost = mixed @ dense.proj.weight.T - features @ layer.weight.T
+            layer.observe(sample, features, lost, batch.missing(stream.dense_mid, sample.tokens))
+
+        covariance = layer.moments.covariance()[:, : len(columns)]
+        directions = _value_directions(covariance, layer.weight * layer.gain[:, None], sensitivity.metric, len(heads))
+        directions = directions[:, : plan.shape.v_width]
+        rows = _recombined(dense.qkv, 2, directions, heads)
+        _write_rows(slim.attn.qkv, slim.attn.qkv.out_features - rows[0].shape[0], *rows)
+        return layer.refit(torch.block_diag(*directions))
+
+    def _mix(self, projected: Projected, size: Tensor | None, tokens: Tensor) -> Tensor:
+        """Attends as the dense block does, for some tokens alone: (b, n, H*D)."""
+        q, k, v = projected
+        attention = self._dense.attn
+        if isinstance(attention, WindowedAttention):
+            return attention.mix(q, k, v, size)[:, tokens]
+        return attention.mix(q[:, :, tokens], k, v, size)
+
+    def _activated(self, block: SlimBlock) -> Iterator[BlockBatch]:
+        """Yields the batches with the active hidden units of a block whose attention is repaired."""
+        for rows in self.stream.rows():
+            batch = self._hidden.get(rows)
+            if batch is None:
+                mid = self._mids.get(rows)
+                if mid is None:
+                    mid = BlockBatch(self.stream, block, rows)
+                    mid.add_attention()
+                    self._mids.keep(rows, mid, mid.num_bytes)
+                batch = mid.of(block)
+                batch.reduce()
+                batch.activate()
+                self._hidden.keep(rows, batch, batch.num_bytes)
+            yield batch
+
+    def _refit_mlp(self, slim: SlimBlock, plan: BlockPlan) -> list[str]:
+        """Refits the second layer, in place, on the stream as the repaired attention leaves it."""
+        stream, num_prefix = self.stream, self.stream.anatomy.num_prefix_tokens
+        dense, sensitivity = parts_of(stream.blocks[self.index]), stream.sensitivity[self.index].out
+        is_kept = torch.zeros(stream.anatomy.num_hidden, dtype=torch.bool, device=stream.x.device)
+        is_kept[list(plan.keep_hidden)] = True
+        layer = _LayerRepair(
+            name="second MLP layer", dense=dense.fc2, slim=slim.mlp.fc2, weight=dense.fc2.weight[:, is_kept],
+            gain=dense.ls2(torch.ones(stream.anatomy.width, device=stream.x.device)), sensitivity=sensitivity,
+            token_weights=sensitivity.token_weights(plan.num_tokens + num_prefix, num_prefix),
+            may_lose=not bool(is_kept.all()),
+        )  # fmt: skip
+        bias = None if dense.fc1.bias is None else dense.fc1.bias[~is_kept]
+        rows, columns = dense.fc1.weight[~is_kept], dense.fc2.weight[:, ~is_kept]
+        self._last, self._hidden = slim, BatchStore(stream.kept_bytes)
+        for batch in self._activated(slim):
+            assert batch.hidden is not None
+            sample = sample_of(batch, layer.token_weights)
+            lost = None
+            if len(rows):
+                lost = dense.act(F.linear(dense.norm2(batch.x[:, sample.tokens]), rows, bias)).float() @ columns.T
+            missing = batch.missing(stream.dense_out, sample.tokens)
+            layer.observe(sample, batch.hidden[:, sample.tokens].float(), lost, missing)
+        return layer.refit()
+
+    def _measure_logit_factors(self) -> tuple[Tensor, Tensor]:
+        stream, anatomy = self.stream, self.stream.anatomy
+        shape = (anatomy.num_heads, anatomy.head_dim, anatomy.head_dim)
+        weights = stream.sensitivity[self.index].mid.token_weights(stream.num_all_tokens, anatomy.num_prefix_tokens)
+        query_moments, key_moments = torch.zeros(2, *shape, dtype=torch.float64, device=stream.x.device)
+        for rows in stream.rows():
+            q, k = (part.float() for part in self._project(rows)[:2])
+            k = k - k.mean(dim=2, keepdim=True)
+            # Tokens of one window are all patches, which weigh the same.
+            query_weights = weights[:, None] if len(weights) == q.shape[2] else 1 / q.shape[2]
+            query_moments = query_moments + ((q * query_weights).transpose(-2, -1) @ q).double().sum(dim=0)
+            key_moments = key_moments + (k.transpose(-2, -1) @ k).double().sum(dim=0) / k.shape[2]
+        query_factors, key_factors = [], []
+        for queries, keys in zip(query_moments / len(stream.x), key_moments / len(stream.x), strict=True):
+            left, strength, right = torch.linalg.svd(matrix_power(queries, 0.5) @ matrix_power(keys, 0.5))
+            root = strength.sqrt()[:, None]
+            query_factors.append(root * left.T @ matrix_power(queries, -0.5))
+            key_factors.append(root * right @ matrix_power(keys, -0.5))
+        return torch.stack(query_factors), torch.stack(key_factors)
 
 
 def repair_block(stream: CalibrationStream, plan: BlockPlan) -> RepairedBlock:
@@ -105,37 +255,43 @@ def repair_block(stream: CalibrationStream, plan: BlockPlan) -> RepairedBlock:
     return BlockRepair(stream).repair(plan)
 
 
-@dataclass(frozen=True, kw_only=True)
 class _LayerRepair:
     """The repair of one linear layer y = W f + b: what was observed of it so far, and where the result goes."""
 
-    name: str
-    dense: nn.Linear
-    slim: nn.Linear
-    """The layer to write the result to."""
-    weight: Tensor
-    """(C, n): the dense weight on the features that are observed."""
-    gain: Tensor
-    """(C,): what the layer's output is multiplied by before it is added to the stream."""
-    sensitivity: StreamSensitivity
-    """The sensitivity of the stream where the layer's output is added."""
-    token_weights: Tensor
-    """(N,): how much an error in each token counts."""
-    moments: Moments = field(default_factory=Moments)
+    def __init__(
+        self, *, name: str, dense: nn.Linear, slim: nn.Linear, weight: Tensor, gain: Tensor,
+        sensitivity: StreamSensitivity, token_weights: Tensor, may_lose: bool,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            slim: the layer to write the result to.
+            weight: (C, n), the dense weight on the features that are observed.
+            gain: (C,), by which the layer's output is multiplied before it is added to the stream.
+            sensitivity: of the stream where the layer's output is added.
+            token_weights: (N,), how much an error in each token counts.
+            may_lose: not all of the dense layer's features stay.
+        """
+        self.may_lose = may_lose
+        self.name, self.dense, self.slim, self.weight, self.gain = name, dense, slim, weight, gain
+        self.sensitivity, self.token_weights = sensitivity, token_weights
+        self.moments = Moments(weight.shape[1])
 
-    def observe(self, batch: BlockBatch, features: Tensor, dense_output: Tensor, drift: Tensor) -> None:
-        """Takes in a batch.
+    def observe(self, sample: Sample, features: Tensor, lost: Tensor | None, missing: Tensor) -> None:
+        """Takes in the sampled tokens of a batch.
 
         Args:
-            features: (B, N, n).
-            dense_output: (B, N, C), the dense layer's output for the same tokens.
-            drift: (B, N, C), what the stream lacks of the dense one after this output is added.
+            features: (b, n, f).
+            lost: (b, n, C), what the dense layer's output for the same tokens has beside bias and weight @ features;
+                None for nothing.
+            missing: (b, n, C), what the stream lacks of the dense one before this output is added.
         """
-        bias = 0.0 if self.dense.bias is None else self.dense.bias
-        lost = dense_output - bias - features @ self.weight.T
+        output = features @ self.weight.T
+        lost = torch.zeros_like(output) if lost is None else lost
+        output = output + lost if self.dense.bias is None else output + lost + self.dense.bias
         # The layer cannot make up where its gain is (nearly) none.
-        drift = torch.where(self.gain.abs() > 1e-6, drift / self.gain, 0.0)
-        self.moments.add(*sample_tokens(batch, self.token_weights, features, lost, drift))
+        drift = torch.where(self.gain.abs() > 1e-6, missing / self.gain - output, 0.0)
+        values = [features, drift, *([lost] if self.may_lose else [])]
+        self.moments.add(torch.cat(values, dim=-1).flatten(0, 1), sample.weight, sample.is_held)
 
     def refit(self, combinations: Tensor | None = None) -> list[str]:
         """Writes the repaired weight and bias; the layer keeps `combinations @ f`, or all of f. Returns notes."""
@@ -146,90 +302,6 @@ class _LayerRepair:
         if fit.bias is not None:
             self.slim.bias.copy_(fit.bias)
         return [f"{self.name}: only the bias is repaired"] if fit.is_loss_left else []
-
-
-def _refit_attention(
-    stream: CalibrationStream, slim: SlimBlock, plan: BlockPlan, factors: tuple[Tensor, Tensor] | None
-) -> list[str]:
-    """Refits queries and keys, then values and projection, in place.
-
-    Args:
-        slim: the block, cut to the plan.
-        factors: logit factors where the plan drops query/key channels.
-    """
-    anatomy, dense_block, sensitivity = (
-        stream.anatomy,
-        stream.blocks[stream.index],
-        stream.sensitivity[stream.index].mid,
-    )
-    dense, heads = parts_of(dense_block), torch.tensor(plan.keep_heads, device=stream.x.device)
-    wide = stream.slim(replace(plan, keep_v=(tuple(range(anatomy.head_dim)),) * len(heads)))
-    if not isinstance(wide, SlimBlock):
-        wide = as_slim(wide, anatomy, is_last=slim.is_last)
-    for part, factor in enumerate(factors or ()):
-        rows = _recombined(dense.qkv, part, factor[heads, : plan.shape.qk_width], heads)
-        for block in (wide, slim):
-            _write_rows(block.attn.qkv, part * rows[0].shape[0], *rows)
-
-    columns = (heads[:, None] * anatomy.head_dim + torch.arange(anatomy.head_dim, device=heads.device)).flatten()
-    gain = dense.ls1(torch.ones(anatomy.width, device=heads.device))
-    layer = _LayerRepair(
-        name="projection", dense=dense.proj, slim=slim.attn.proj, weight=dense.proj.weight[:, columns], gain=gain,
-        sensitivity=sensitivity,
-        token_weights=sensitivity.token_weights(stream.num_all_tokens, anatomy.num_prefix_tokens),
-    )  # fmt: skip
-    dense_slim = as_slim(dense_block, anatomy, is_last=slim.is_last)
-    with autocast(stream.x.device, stream.precision):
-        for batch, dense_batch in zip(stream.batches(wide), stream.batches(dense_slim), strict=True):
-            dense_output = dense.proj(dense_batch.mixed).float()
-            layer.observe(batch, batch.mixed.float(), dense_output, batch.mid_drift(gain * dense_output))
-
-    covariance = layer.moments.covariance()
-    directions = _value_directions(covariance, layer.weight * gain[:, None], sensitivity.metric, len(heads))
-    directions = directions[:, : plan.shape.v_width]
-    rows = _recombined(dense.qkv, 2, directions, heads)
-    _write_rows(slim.attn.qkv, slim.attn.qkv.out_features - rows[0].shape[0], *rows)
-    return layer.refit(torch.block_diag(*directions))
-
-
-def _refit_mlp(stream: CalibrationStream, slim: SlimBlock, plan: BlockPlan) -> list[str]:
-    """Refits the second layer, in place, on the stream as the repaired attention leaves it."""
-    dense, sensitivity = parts_of(stream.blocks[stream.index]), stream.sensitivity[stream.index].out
-    num_prefix, units = stream.anatomy.num_prefix_tokens, torch.tensor(plan.keep_hidden, device=stream.x.device)
-    gain = dense.ls2(torch.ones(stream.anatomy.width, device=stream.x.device))
-    layer = _LayerRepair(
-        name="second MLP layer", dense=dense.fc2, slim=slim.mlp.fc2, weight=dense.fc2.weight[:, units], gain=gain,
-        sensitivity=sensitivity, token_weights=sensitivity.token_weights(plan.num_tokens + num_prefix, num_prefix),
-    )  # fmt: skip
-    with autocast(stream.x.device, stream.precision):
-        for batch in stream.batches(slim):
-            batch.reduce()
-            hidden = dense.act(dense.fc1(dense.norm2(batch.x)))
-            dense_output = dense.fc2(hidden).float()
-            layer.observe(batch, hidden[..., units].float(), dense_output, batch.out_drift(gain * dense_output))
-    return layer.refit()
-
-
-def _logit_factors(stream: CalibrationStream) -> tuple[Tensor, Tensor]:
-    anatomy, block = stream.anatomy, as_slim(stream.blocks[stream.index], stream.anatomy, is_last=False)
-    sensitivity, shape = stream.sensitivity[stream.index].mid, (anatomy.num_heads, anatomy.head_dim, anatomy.head_dim)
-    weights = sensitivity.token_weights(stream.num_all_tokens, anatomy.num_prefix_tokens)
-    query_moments, key_moments = torch.zeros(2, *shape, dtype=torch.float64, device=stream.x.device)
-    with autocast(stream.x.device, stream.precision):
-        for batch in stream.batches(block):
-            q, k = batch.state.q.float(), batch.state.k.float()
-            k = k - k.mean(dim=2, keepdim=True)
-            # Tokens of one window are all patches, which weigh the same.
-            query_weights = weights[:, None] if len(weights) == q.shape[2] else 1 / q.shape[2]
-            query_moments = query_moments + ((q * query_weights).transpose(-2, -1) @ q).double().sum(dim=0)
-            key_moments = key_moments + (k.transpose(-2, -1) @ k).double().sum(dim=0) / k.shape[2]
-    query_factors, key_factors = [], []
-    for queries, keys in zip(query_moments / len(stream.x), key_moments / len(stream.x), strict=True):
-        left, strength, right = torch.linalg.svd(matrix_power(queries, 0.5) @ matrix_power(keys, 0.5))
-        root = strength.sqrt()[:, None]
-        query_factors.append(root * left.T @ matrix_power(queries, -0.5))
-        key_factors.append(root * right @ matrix_power(keys, -0.5))
-    return torch.stack(query_factors), torch.stack(key_factors)
 
 
 def _value_directions(covariance: Tensor, projection: Tensor, metric: Tensor, num_heads: int) -> Tensor:
@@ -307,8 +379,9 @@ def repaired_model(
     blocks: list[nn.Module] = []
     notes: list[str] = []
     for block_plan in plan.blocks:
-        repaired = repair_block(stream, block_plan)
+        repair = BlockRepair(stream)
+        repaired = repair.repair(block_plan)
         blocks.append(repaired.block)
         notes += repaired.notes
-        stream.advance(repaired.block)
+        repair.advance(repaired)
     return RepairedModel(model=with_blocks(model, blocks), notes=tuple(notes))

@@ -1,6 +1,6 @@
 """Weighted mean and covariance of samples that come in batches, with a part of the samples held out.
 
-n features, S samples.
+n values of a sample, k of them features, S samples.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ class Moments:
     Products are taken in float32 around the first batch's mean and summed in float64: as exact as needed, and fast.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_features: int | None = None) -> None:
+        """num_features: values that the covariance has rows for, the first k of each sample; by default all."""
+        self._num_features = num_features
         self._weight: Tensor | None = None
 
     def add(self, x: Tensor, weight: Tensor, is_held: Tensor) -> None:
         """Adds samples. x: (S, n); weight: (S,), at least 0; is_held: (S,) bool."""
         x = x.detach().float()
         if self._weight is None:
+            width = x.shape[1]
+            num_rows = width if self._num_features is None else self._num_features
             self._origin = x.mean(dim=0)
             self._weight = torch.zeros(2, dtype=torch.float64, device=x.device)
-            self._sum = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
-            self._products = torch.zeros(2, x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+            self._sum, self._squares = torch.zeros(2, 2, width, dtype=torch.float64, device=x.device)
+            self._products = torch.zeros(2, num_rows, width, dtype=torch.float64, device=x.device)
         x = x - self._origin
         for row, chosen in enumerate((~is_held, is_held)):
             if not chosen.any():
@@ -39,7 +43,8 @@ class Moments:
             weighted = samples * weights
             self._weight[row] += weights.sum()
             self._sum[row] += weighted.sum(dim=0)
-            self._products[row] += weighted.T @ samples
+            self._squares[row] += (weighted * samples).sum(dim=0)
+            self._products[row] += weighted[:, : self._products.shape[1]].T @ samples
 
     @property
     def has_held(self) -> bool:
@@ -50,10 +55,14 @@ class Moments:
         """Returns the weighted mean of a part of the samples: (n,), float64."""
         return self._origin.double() + self._shift(part)
 
+    def variance(self, part: Part = "all") -> Tensor:
+        """Returns the weighted variance of a part of the samples, divided by the sum of weights: (n,), float64."""
+        return self._total(self._squares, part) / self._total_weight(part) - self._shift(part).square()
+
     def covariance(self, part: Part = "all") -> Tensor:
-        """Returns the weighted covariance of a part of the samples, divided by the sum of weights: (n, n), float64."""
-        shift = self._shift(part)
-        return self._total(self._products, part) / self._total_weight(part) - shift[:, None] * shift
+        """Returns the weighted covariance of a part of the samples, divided by the sum of weights: (k, n), float64."""
+        shift, products = self._shift(part), self._total(self._products, part)
+        return products / self._total_weight(part) - shift[: len(products), None] * shift
 
     def _total_weight(self, part: Part) -> Tensor:
         assert self._weight is not None, "no sample yet"

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pruning.data import Images
 from pruning.errors import PlanError
@@ -17,7 +19,7 @@ from pruning.model.layers import SlimBlock, unpack
 from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
 from pruning.model.tokens import merges
 from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, Plan, TokenReduction
-from pruning.repair.compensation import BlockRepair, repair_block, repaired_model
+from pruning.repair.compensation import REPAIR_PASSES, BlockRepair, repair_block, repaired_model
 from pruning.repair.flow import CalibrationStream
 from pruning.repair.sensitivity import measure_sensitivity
 from tests.pruning_tests import builders, reference
@@ -147,6 +149,80 @@ def test_a_repair_is_for_the_block_that_the_stream_had_come_to() -> None:
         repair.repair(keep_all_block(stream.anatomy))
     with pytest.raises(AssertionError, match="moved on"):
         repair.logit_factors()
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), builders.in_rotation(["vit", "distilled", "registers"], TOKEN_REDUCTIONS, 2)
+)
+def test_activations_that_are_kept_give_what_running_the_blocks_again_gives(family: str, kind: TokenReduction) -> None:
+    """Kept are those of all batches, of some, or of none; and `advance` goes through them or through the block."""
+    model, images = builders.model(family), builders.images(16)
+    anatomy, sensitivity = examine(model), measure_sensitivity(model, images)
+    plans = builders.plan(anatomy, seed=3, num_tokens=(13, 9, 9)).blocks
+    streams = [
+        CalibrationStream(
+            model, images, sensitivity, token_reduction=kind, cutoff_token=0.85, batch_size=3, kept_bytes=kept_bytes
+        )
+        for kept_bytes in (10**9, 10**9, 30_000, 0)
+    ]
+    for plan in plans:
+        repairs = [BlockRepair(stream) for stream in streams]
+        blocks = [repair.repair(plan) for repair in repairs]
+        for repair, repaired in zip(repairs[1:], blocks[1:], strict=True):
+            repair.advance(repaired)
+            for name, tensor in blocks[0].block.state_dict().items():
+                torch.testing.assert_close(repaired.block.state_dict()[name], tensor, rtol=1e-3, atol=1e-3)
+        streams[0].advance(blocks[0].block)
+        for stream in streams[1:]:
+            assert stream.index == streams[0].index
+            torch.testing.assert_close(stream.x, streams[0].x, rtol=1e-3, atol=1e-3)
+            assert stream.share is not None and streams[0].share is not None
+            torch.testing.assert_close(stream.share, streams[0].share, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stream_may_go_on_through_a_block_that_was_repaired_before_the_last_one() -> None:
+    model = builders.model()
+    stream = builders.calibration_stream(model, builders.images(12), 0)
+    other, repair = stream.copy(), BlockRepair(stream)
+    first, second = (
+        repair.repair(replace(keep_all_block(stream.anatomy), keep_hidden=tuple(range(count)))) for count in (30, 60)
+    )
+    assert repair.has_attention(keep_all_block(stream.anatomy))
+    repair.advance(first)
+    other.advance(first.block)
+    torch.testing.assert_close(stream.x, other.x, rtol=1e-5, atol=1e-5)
+    assert parts_of(second.block).fc2.in_features == 60
+
+
+class CountedWork(TorchFunctionMode):
+    """Counts the multiply-adds of linear layers, and of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            self.macs += result.numel() * args[0].shape[-1]
+        if func is F.scaled_dot_product_attention:
+            self.macs += (
+                2 * args[0].shape[0] * args[0].shape[1] * args[0].shape[2] * args[1].shape[2] * args[0].shape[3]
+            )
+        return result
+
+
+@pytest.mark.parametrize("kind", ["none", "merge"])
+def test_a_repair_runs_the_images_through_the_dense_and_the_pruned_model_once(kind: TokenReduction) -> None:
+    model, images = builders.model(depth=6), builders.images(16)
+    anatomy, sensitivity = examine(model), measure_sensitivity(model, images)
+    num_tokens = None if kind == "none" else (16, 12, 12, 8, 8, 4)
+    plan = replace(builders.plan(anatomy, num_tokens=num_tokens), token_reduction=kind)
+    with CountedWork() as dense:
+        predict(model, images)
+    with CountedWork() as repair:
+        repaired_model(model, plan, images, sensitivity)
+    assert repair.macs < (REPAIR_PASSES - 3) * 1.05 * dense.macs
 
 
 # Redundant units

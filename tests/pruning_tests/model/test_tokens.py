@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pruning.model.anatomy import Anatomy, BlockAnatomy, blocks_of, examine
 from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
-from pruning.model.tokens import REDUCERS, AttentionState, Reduced, Reducer, class_attention, merges
+from pruning.model.tokens import REDUCERS, AttentionState, Reduced, Reducer, Step, class_attention, merges
 from pruning.plan import TOKEN_REDUCTIONS, Plan, TokenReduction
 from tests.pruning_tests import builders, reference
 
@@ -291,6 +291,38 @@ def test_of_equally_near_pairs_the_one_of_least_weight_goes_first(kind: TokenRed
     weights = matrix(reducer(kind, 8, 7).choose(x, state_of(q, k)), 9, images=1)
     assert weights[0, :, 1 + 4].nonzero().tolist() == weights[0, :, 1 + 5].nonzero().tolist()
     assert weights[0, :, 1 + 4].max() == 0.5
+
+
+@every_reduction
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_an_image_of_nan_leaves_the_others_of_its_batch_as_they_are(kind: TokenReduction, prefix: int) -> None:
+    x, state = stream(prefix + 9), drawn_state(prefix + 9)
+    reduce = reducer(kind, 9, 4, prefix)
+    expected = reduce.choose(x, state).apply(x)
+    broken = [part.index_fill(0, torch.tensor([0]), torch.nan) for part in (x, state.q, state.k)]
+    out = reduce.choose(broken[0], state_of(broken[1], broken[2])).apply(broken[0])
+    assert out[0].isnan().all()
+    assert torch.equal(out[1:], expected[1:])
+
+
+@every_reduction
+def test_gradients_through_a_reduction_are_those_of_its_matrix(kind: TokenReduction) -> None:
+    x, state = stream(10).requires_grad_(), drawn_state(10)
+    reduced = reducer(kind, 9, 4).choose(x, state)
+    weights, after = matrix(reduced, 10).float(), stream(5, seed=7)
+    (given,) = torch.autograd.grad(reduced.apply(x).mul(after).sum(), x)
+    torch.testing.assert_close(given, weights.transpose(1, 2) @ after)
+
+
+def test_gradients_reach_the_weights_of_an_average() -> None:
+    x, weight = stream(4, images=1).double(), torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)[None, :, None]
+    weight.requires_grad_()
+
+    def average(weight: Tensor) -> Tensor:
+        moved, into = torch.tensor([[1, 3]]), torch.tensor([[1, 0]])
+        return Step(num_tokens=4, kept=torch.tensor([[0, 2]]), moved=moved, into=into, weight=weight).average(x)
+
+    assert torch.autograd.gradcheck(average, weight)
 
 
 def test_a_large_token_weighs_as_many_patches_as_it_stands_for() -> None:

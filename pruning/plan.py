@@ -13,10 +13,11 @@ from pruning.errors import PlanError
 
 Indices = tuple[int, ...]
 
-TokenReduction = Literal["none", "lfe", "attention", "merge", "lfe-merge", "attention-merge"]
+TokenReduction = Literal["none", "lfe", "attention", "merge", "lfe-merge", "attention-merge", "quickshift"]
 """The ways to reduce tokens. none: all tokens stay. lfe: drop by low-frequency energy (VTC-LFC). attention: drop by
 class attention, the dropped become one token (EViT). merge: average the most similar pairs (ToMe). lfe-merge,
-attention-merge: average pairs, tokens of little low-frequency energy, or of little class attention, first."""
+attention-merge: average pairs, tokens of little low-frequency energy, or of little class attention, first. quickshift:
+average each token that goes with its most similar among those of more class attention."""
 
 TOKEN_REDUCTIONS: tuple[TokenReduction, ...] = get_args(TokenReduction)[1:]
 """The token reductions that take tokens away: all but `none`."""

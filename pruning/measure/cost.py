@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pruning.model.anatomy import Anatomy, BlockAnatomy
-from pruning.model.tokens import REDUCERS, merges
+from pruning.model.tokens import REDUCERS
 from pruning.plan import BlockShape, Plan, TokenReduction
 
 
@@ -75,15 +75,15 @@ def channel_macs(anatomy: BlockAnatomy, num_tokens: int) -> int:
 
 
 def reduction_macs(anatomy: BlockAnatomy, shape: BlockShape, patches_in: int, token_reduction: TokenReduction) -> int:
-    """Counts the multiply-adds of reducing M patches to M': the filter M^2*C, and M/2 * M/2 * K a round of matching."""
+    """Counts the multiply-adds of reducing M patches to M': the filter M^2*C, and the matching.
+
+    A round of matching takes M/2 * M/2 * K for pairs of places, (M-1) * M * K for a quick shift.
+    """
     if shape.num_tokens == patches_in:
         return 0
-    total = patches_in**2 * anatomy.width if REDUCERS[token_reduction].has_filter else 0
-    left = patches_in
-    while merges(token_reduction) and left > shape.num_tokens:
-        total += (left // 2) * (left - left // 2) * shape.qk_width
-        left = max(shape.num_tokens, left - left // 2)
-    return total
+    reducer = REDUCERS[token_reduction]
+    filtering = patches_in**2 * anatomy.width if reducer.has_filter else 0
+    return filtering + reducer.matching_macs(patches_in, shape.num_tokens, shape.qk_width)
 
 
 def count_params(model: nn.Module) -> int:

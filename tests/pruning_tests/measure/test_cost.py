@@ -55,12 +55,15 @@ def test_different_widths_and_a_token_drop_count_as_by_hand() -> None:
 FILTER = 16 * 16 * 24
 MATCHING = 3 * (8 * 8 + 4 * 4 + 2 * 2)  # keys 3 wide; 16 patches become 8, then 4, then 3
 
+LEFT = (16, 12, 9, 7, 6, 5, 4)  # a quarter goes at a time, rounded down, and one at least
+SHIFTING = 3 * sum((left - 1) * left for left in LEFT)  # all but the most attended against all
+
 
 @pytest.mark.parametrize(
     ("kind", "reduction"),
     [
         ("lfe", FILTER), ("attention", 0), ("merge", MATCHING), ("lfe-merge", FILTER + MATCHING),
-        ("attention-merge", MATCHING),
+        ("attention-merge", MATCHING), ("quickshift", SHIFTING),
     ],
 )  # fmt: skip
 def test_every_reduction_counts_as_by_hand(kind: TokenReduction, reduction: int) -> None:
@@ -107,7 +110,8 @@ def test_a_reduction_counts_as_by_torch(kind: TokenReduction, counts: tuple[int,
     x = torch.randn(1, patches + 1, 24, generator=generator)
     with FlopCounterMode(display=False) as counter:
         reducer.choose(x, state)
-    row = 3 * (patches + 1) * 5 if "attention" in kind else 0  # the class token's logits again: part of the choice
+    asks_class = "attention" in kind or kind == "quickshift"  # for the class token's logits again: part of the choice
+    row = 3 * (patches + 1) * 5 if asks_class else 0
     shape = BlockShape(num_heads=3, qk_width=5, v_width=2, num_hidden=9, num_tokens=left)
     assert counter.get_total_flops() == 2 * (
         block_macs(builders.anatomy().blocks[0], shape, patches, kind).reduction + row

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pruning.model.anatomy import Anatomy, BlockAnatomy, blocks_of, examine
 from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
-from pruning.model.tokens import REDUCERS, AttentionState, Reduced, Reducer, class_attention, merges
+from pruning.model.tokens import REDUCERS, AttentionState, Reduced, Reducer, Step, class_attention, merges
 from pruning.plan import TOKEN_REDUCTIONS, Plan, TokenReduction
 from tests.pruning_tests import builders, reference
 
@@ -195,7 +195,7 @@ def test_what_drops_tokens_counts_no_sizes_and_what_merges_does() -> None:
     x, state = stream(10), drawn_state(10)
     counted = {kind: reducer(kind, 9, 4).choose(x, state).size is not None for kind in TOKEN_REDUCTIONS}
     assert counted == {
-        "lfe": False, "attention": False, "merge": True, "lfe-merge": True, "attention-merge": True
+        "lfe": False, "attention": False, "merge": True, "lfe-merge": True, "attention-merge": True, "quickshift": True
     }  # fmt: skip
 
 
@@ -214,11 +214,11 @@ def test_merging_conserves_the_patches_and_their_sum(kind: TokenReduction, prefi
     torch.testing.assert_close((reduced.size * reduced.apply(x)).sum(dim=1), (size * x).sum(dim=1))
 
 
-@every_merge
+@pytest.mark.parametrize("kind", ["merge", "lfe-merge", "attention-merge"])
 @pytest.mark.parametrize(
     ("count", "keep", "rounds"), [(9, 8, 1), (9, 5, 1), (9, 4, 2), (16, 8, 1), (16, 7, 2), (16, 4, 2), (16, 1, 4)]
 )
-def test_more_than_half_goes_in_rounds(kind: TokenReduction, count: int, keep: int, rounds: int) -> None:
+def test_in_pairs_more_than_half_goes_in_rounds(kind: TokenReduction, count: int, keep: int, rounds: int) -> None:
     reduced = reducer(kind, count, keep).choose(stream(count + 1), drawn_state(count + 1))
     assert len(reduced.steps) == rounds
     moved = [step.moved.shape[1] for step in reduced.steps if step.moved is not None]
@@ -240,6 +240,39 @@ def test_the_two_patches_with_parallel_keys_merge_and_all_others_stay_bit_equal(
     assert torch.equal(out[0, 2:], x[0, 3:]) and torch.equal(out[1:, 1:3], x[1:, 1:3])
 
 
+@pytest.mark.parametrize(
+    ("count", "keep", "moved"),
+    [(9, 8, [1]), (9, 7, [2]), (9, 6, [2, 1]), (16, 1, [4, 3, 2, 1, 1, 1, 1, 1, 1]), (2, 1, [1])],
+)
+def test_a_quick_shift_moves_a_quarter_in_a_round(count: int, keep: int, moved: list[int]) -> None:
+    reduced = reducer("quickshift", count, keep).choose(stream(count + 1), drawn_state(count + 1))
+    assert [step.moved.shape[1] for step in reduced.steps if step.moved is not None] == moved
+
+
+def turned(angles: list[float]) -> Tensor:
+    """Keys (1, 1, N, 2) of a class token and of patches at these angles, in degrees."""
+    degrees = torch.tensor([90.0, *angles]).deg2rad()
+    return torch.stack([degrees.cos(), degrees.sin()], dim=-1)[None, None]
+
+
+def test_a_patch_goes_to_its_nearest_of_more_attention_wherever_that_is_and_chains_end_where_none_goes_on() -> None:
+    # The class token looks up, so the patch at 80 degrees has most of its attention, that at -90 degrees least.
+    k = turned([-90, 80, -78, 20, -69, 35, -85, 50])
+    weights = matrix(reducer("quickshift", 8, 6).choose(stream(9, images=1), state_of(k, k)), 9, images=1)
+    assert weights[0].argmax(dim=1).tolist() == [0, 2, 1, 4, 5, 6, 8]  # -90 went to -85, and with that to -78
+    assert weights[0, 2].tolist() == pytest.approx([0, 1 / 3, 0, 1 / 3, 0, 0, 0, 1 / 3, 0])
+
+
+def test_a_head_of_long_keys_does_not_drown_the_others() -> None:
+    one, other = turned([0, 1, 60, 120]), turned([0, 100, 1, 200])  # patches 0 and 1 are alike, or 0 and 2
+    x, q = stream(5, images=1), torch.zeros(1, 2, 5, 2)
+    heads = torch.cat([one, other], dim=1)
+    expected = matrix(reducer("quickshift", 4, 3).choose(x, state_of(q, heads)), 5, images=1)
+    for lengths in ([1.0, 1000.0], [1000.0, 1.0]):
+        k = heads * torch.tensor(lengths)[:, None, None]
+        assert torch.equal(matrix(reducer("quickshift", 4, 3).choose(x, state_of(q, k)), 5, images=1), expected)
+
+
 def test_patches_at_places_of_the_same_kind_never_merge() -> None:
     k = torch.eye(9).expand(1, 2, -1, -1).clone()
     k[:, :, 1] = k[:, :, 3]  # patches 0 and 2: both even
@@ -258,6 +291,38 @@ def test_of_equally_near_pairs_the_one_of_least_weight_goes_first(kind: TokenRed
     weights = matrix(reducer(kind, 8, 7).choose(x, state_of(q, k)), 9, images=1)
     assert weights[0, :, 1 + 4].nonzero().tolist() == weights[0, :, 1 + 5].nonzero().tolist()
     assert weights[0, :, 1 + 4].max() == 0.5
+
+
+@every_reduction
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_an_image_of_nan_leaves_the_others_of_its_batch_as_they_are(kind: TokenReduction, prefix: int) -> None:
+    x, state = stream(prefix + 9), drawn_state(prefix + 9)
+    reduce = reducer(kind, 9, 4, prefix)
+    expected = reduce.choose(x, state).apply(x)
+    broken = [part.index_fill(0, torch.tensor([0]), torch.nan) for part in (x, state.q, state.k)]
+    out = reduce.choose(broken[0], state_of(broken[1], broken[2])).apply(broken[0])
+    assert out[0].isnan().all()
+    assert torch.equal(out[1:], expected[1:])
+
+
+@every_reduction
+def test_gradients_through_a_reduction_are_those_of_its_matrix(kind: TokenReduction) -> None:
+    x, state = stream(10).requires_grad_(), drawn_state(10)
+    reduced = reducer(kind, 9, 4).choose(x, state)
+    weights, after = matrix(reduced, 10).float(), stream(5, seed=7)
+    (given,) = torch.autograd.grad(reduced.apply(x).mul(after).sum(), x)
+    torch.testing.assert_close(given, weights.transpose(1, 2) @ after)
+
+
+def test_gradients_reach_the_weights_of_an_average() -> None:
+    x, weight = stream(4, images=1).double(), torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)[None, :, None]
+    weight.requires_grad_()
+
+    def average(weight: Tensor) -> Tensor:
+        moved, into = torch.tensor([[1, 3]]), torch.tensor([[1, 0]])
+        return Step(num_tokens=4, kept=torch.tensor([[0, 2]]), moved=moved, into=into, weight=weight).average(x)
+
+    assert torch.autograd.gradcheck(average, weight)
 
 
 def test_a_large_token_weighs_as_many_patches_as_it_stands_for() -> None:
@@ -399,7 +464,7 @@ def test_whole_blocks_that_lose_tokens_equal_the_slow_definition(kind: TokenRedu
         torch.testing.assert_close(apply_plan(model, plan)(x), reference.logits(model, plan, x), atol=1e-6, rtol=1e-6)
 
 
-def test_reductions_give_five_different_models() -> None:
+def test_reductions_give_six_different_models() -> None:
     model, x = builders.model(), builders.batch(8)
     with torch.no_grad():
         out = [apply_plan(model, shrinking(examine(model), kind))(x) for kind in TOKEN_REDUCTIONS]

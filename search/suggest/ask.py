@@ -104,6 +104,8 @@ class CandidateSearch:
         Args:
             methods: methods that can run now, by default all; candidates of others stay where they are in the order.
         """
+        if methods is not None and set(self._space.method) <= set(methods):
+            methods = None  # the sampler is as free as ever
         self._is_waiting = False
         unfinished = (row for row, (_, one) in enumerate(self._unfinished) if _can_run(one, methods))
         row = next(unfinished, None)

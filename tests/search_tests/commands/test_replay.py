@@ -313,6 +313,7 @@ def test_every_sampler_searches_the_table(table: Recorded, learned: list[Outcome
     assert 0 < after_first <= after_all <= hypervolume_of(table.outcomes, goal)
 
 
+@pytest.mark.slow
 def test_a_search_of_the_table_finds_more_in_less_seconds_than_chance(table: Recorded) -> None:
     goal = Goal(dense=table.dense)
     learned, at_random = replayed(table, 60, sampler="auto"), replayed(table, 80, seed=0)

@@ -415,6 +415,17 @@ def test_the_sampler_draws_what_can_run(sampler: Sampler) -> None:
     search.close()
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_where_all_methods_can_run_the_sampler_draws_as_ever(sampler: Sampler) -> None:
+    searches = [new_search(CHOICES, sampler=sampler, first_candidates=()) for _ in range(2)]
+    for number in range(12):
+        one, other = searches[0].ask(), searches[1].ask(["global", "cascade", "constant"])
+        assert one == other
+        assert one is not None
+        for search in searches:
+            tell(search, one, top1=0.5 + number % 5 / 10, speedup=1 + number % 3)
+
+
 @pytest.mark.parametrize("sampler", ["gp", "random", "grid"])
 def test_a_search_that_waits_is_told_from_one_that_is_exhausted(sampler: Sampler) -> None:
     few = SpaceConfig(

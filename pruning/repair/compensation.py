@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from pruning.data import Images
 from pruning.model.anatomy import examine, parts_of, with_blocks
-from pruning.model.layers import SlimBlock, WindowedAttention
+from pruning.model.layers import SlimAttention, SlimBlock, WindowedAttention
 from pruning.model.surgery import as_slim, check_plan, keep_all_block
 from pruning.plan import BlockPlan, Plan
 from pruning.precision import Precision, autocast
-from pruning.repair.flow import BatchStore, BlockBatch, CalibrationStream, Projected, Sample, num_bytes, sample_of
+from pruning.repair.flow import BatchStore, BlockBatch, CalibrationStream, EnteringBatch, Sample, num_bytes, sample_of
 from pruning.repair.moments import Moments
 from pruning.repair.regression import fit_layer, matrix_power
 from pruning.repair.sensitivity import BlockSensitivity, StreamSensitivity, measure_sensitivity
@@ -39,6 +39,10 @@ from pruning.repair.sensitivity import BlockSensitivity, StreamSensitivity, meas
 REPAIR_PASSES = 5
 """Forward passes over the calibration images that `repaired_model` costs: sensitivity 3, dense stream 1, pruned stream
 1, which is smaller the more is pruned."""
+
+
+Projected = tuple[Tensor, Tensor, Tensor]
+"""Queries (b, H, N, K), keys (b, H, N, K) and values (b, H, N, V) of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +58,8 @@ class BlockRepair:
     """Repairs plans of a stream's current block, and remembers what several plans have in common.
 
     A repair is for one block: once the stream moves on, a new one is made. The images run through the block once, and
-    through its attention once more; activations are kept from one step to the next (`CalibrationStream.kept_bytes`).
-    To take those of the fit instead, recombined, would spare the second attention, but round otherwise than the block.
+    before that their sampled tokens through its attention; activations are kept from one step to the next, as far as
+    `CalibrationStream.kept_bytes` allows.
     """
 
     def __init__(self, stream: CalibrationStream) -> None:
@@ -66,7 +70,7 @@ class BlockRepair:
         self._projections: BatchStore[Projected] = BatchStore(stream.kept_bytes)
         self._mid_key: tuple[object, ...] | None = None
         self._mids: BatchStore[BlockBatch] = BatchStore(stream.kept_bytes)
-        """Batches after the attention of `_mid_key`, before any reduction of tokens."""
+        """Batches after the attention of `_mid_key`, before a reduction of tokens."""
         self._last: SlimBlock | None = None
         self._hidden: BatchStore[BlockBatch] = BatchStore(stream.kept_bytes)
         """Batches with the active hidden units of the block that was repaired last."""
@@ -101,8 +105,8 @@ class BlockRepair:
         return self._attention_key(plan) in self._attentions
 
     def _attention_key(self, plan: BlockPlan) -> tuple[object, ...]:
-        shape = plan.shape  # which channels are kept does not matter: all are combined anew
-        return plan.keep_heads, shape.qk_width, shape.v_width, plan.num_tokens < self.stream.num_tokens
+        # Which channels are kept does not matter: all are combined anew. Tokens are reduced after attention.
+        return plan.keep_heads, plan.shape.qk_width, plan.shape.v_width
 
     @torch.no_grad()
     def logit_factors(self) -> tuple[Tensor, Tensor]:
@@ -118,8 +122,9 @@ class BlockRepair:
 
     def _repair_attention(self, block: SlimBlock, plan: BlockPlan) -> list[str]:
         key = self._attention_key(plan)
-        if key != self._mid_key:
-            self._mid_key, self._mids = key, BatchStore(self.stream.kept_bytes)
+        mid_key = *key, plan.num_tokens < self.stream.num_tokens  # only a reduction looks at queries and keys
+        if mid_key != self._mid_key:
+            self._mid_key, self._mids = mid_key, BatchStore(self.stream.kept_bytes)
         if key not in self._attentions:
             notes = self._refit_attention(block, plan)
             self._attentions[key] = {name: value.clone() for name, value in block.attn.state_dict().items()}, notes
@@ -164,12 +169,12 @@ class BlockRepair:
                 q, k, v = q[:, heads], k[:, heads], v[:, heads]
             if narrow:
                 q, k = (torch.einsum("bhnd,hkd->bhnk", x, f.to(x.dtype)) for x, f in zip((q, k), narrow, strict=True))
-            batch = BlockBatch(stream, slim, rows_of_batch, (q, k, v))
+            batch = EnteringBatch(stream, self._dense, rows_of_batch)
             sample = sample_of(batch, layer.token_weights)
-            features = batch.mixed[:, sample.tokens].float()
+            features = _mix_at(sample.tokens, slim.attn, (q, k, v), batch.size).float()
             lost = None
             if narrow or not has_all_heads:
-                mixed = self._mix(projected, batch.size, sample.tokens).float()
+                mixed = _mix_at(sample.tokens, self._dense.attn, projected, batch.size).float()
                 lost = mixed @ dense.proj.weight.T - features @ layer.weight.T
             layer.observe(sample, features, lost, batch.missing(stream.dense_mid, sample.tokens))
 
@@ -179,14 +184,6 @@ class BlockRepair:
         rows = _recombined(dense.qkv, 2, directions, heads)
         _write_rows(slim.attn.qkv, slim.attn.qkv.out_features - rows[0].shape[0], *rows)
         return layer.refit(torch.block_diag(*directions))
-
-    def _mix(self, projected: Projected, size: Tensor | None, tokens: Tensor) -> Tensor:
-        """Attends as the dense block does, for some tokens alone: (b, n, H*D)."""
-        q, k, v = projected
-        attention = self._dense.attn
-        if isinstance(attention, WindowedAttention):
-            return attention.mix(q, k, v, size)[:, tokens]
-        return attention.mix(q[:, :, tokens], k, v, size)
 
     def _activated(self, block: SlimBlock) -> Iterator[BlockBatch]:
         """Yields the batches with the active hidden units of a block whose attention is repaired."""
@@ -248,6 +245,14 @@ class BlockRepair:
             query_factors.append(root * left.T @ matrix_power(queries, -0.5))
             key_factors.append(root * right @ matrix_power(keys, -0.5))
         return torch.stack(query_factors), torch.stack(key_factors)
+
+
+def _mix_at(tokens: Tensor, attention: SlimAttention, projected: Projected, size: Tensor | None) -> Tensor:
+    """Mixes the values for some tokens (n,) alone: (b, n, H*V)."""
+    q, k, v = projected
+    if isinstance(attention, WindowedAttention):
+        return attention.mix(q, k, v, size)[:, tokens]
+    return attention.mix(q[:, :, tokens], k, v, size)
 
 
 def repair_block(stream: CalibrationStream, plan: BlockPlan) -> RepairedBlock:

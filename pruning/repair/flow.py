@@ -160,47 +160,14 @@ class CalibrationStream:
             yield slice(start, start + self.batch_size)
 
 
-Projected = tuple[Tensor, Tensor, Tensor]
-"""Queries (b, H, N, K), keys (b, H, N, K) and values (b, H, N, V)."""
+class EnteringBatch:
+    """A batch of the stream where it enters a slim block."""
 
-
-class BlockBatch:
-    """A batch of the stream on its way through one slim block.
-
-    It comes halted after attention, goes on by `add_attention`, `reduce` and `activate`, and ends with `finish`, which
-    makes up for the steps that were not taken.
-    """
-
-    def __init__(
-        self, stream: CalibrationStream, block: SlimBlock, rows: slice, projected: Projected | None = None
-    ) -> None:
-        """
-        Args:
-            rows: the batch's rows among the stream's images.
-            projected: to attend by instead of the block's own queries, keys and values; of its number of heads.
-        """
+    def __init__(self, stream: CalibrationStream, block: SlimBlock, rows: slice) -> None:
+        """rows: the batch's rows among the stream's images."""
         self.stream, self.block, self.rows = stream, block, rows
         self.x, self.size = block.enter(stream.x[rows])
-        self.mixed, self.state = (
-            block.attend(self.x, self.size) if projected is None else block.mix(*projected, self.size)
-        )
-        """(b, N, H*V): the input of the attention's projection; and what the token reduction may look at."""
-        self.is_added = False
-        """True once the attention is added to x."""
-        self.hidden: Tensor | None = None
-        """(b, N', h): the hidden units, once they are active."""
         self.share = None if stream.share is None else stream.share[rows]
-
-    def of(self, block: SlimBlock) -> BlockBatch:
-        """Returns the batch at the same point of another block, which is the same up to there."""
-        batch = copy.copy(self)
-        batch.block = block
-        return batch
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the batch's activations."""
-        return num_bytes([*vars(self).values(), *vars(self.state).values()])
 
     def missing(self, dense: Tensor, tokens: Tensor) -> Tensor:
         """Returns what some of the batch's tokens lack of a dense stream. (B, n, C).
@@ -212,6 +179,34 @@ class BlockBatch:
         target = dense[self.rows]
         target = target[:, tokens] if self.share is None else self.share[:, tokens] @ target
         return target - self.x[:, tokens]
+
+
+class BlockBatch(EnteringBatch):
+    """A batch of the stream on its way through one slim block.
+
+    It comes halted after attention, goes on by `add_attention`, `reduce` and `activate`, and ends with `finish`, which
+    makes up for the steps that were not taken.
+    """
+
+    def __init__(self, stream: CalibrationStream, block: SlimBlock, rows: slice) -> None:
+        super().__init__(stream, block, rows)
+        self.mixed, self.state = block.attend(self.x, self.size)
+        """(b, N, H*V): the input of the attention's projection; and what the token reduction may look at."""
+        self.is_added = False
+        """True once the attention is added to x."""
+        self.hidden: Tensor | None = None
+        """(b, N', h): the hidden units, once they are active."""
+
+    def of(self, block: SlimBlock) -> BlockBatch:
+        """Returns the batch at the same point of another block, which is the same up to there."""
+        batch = copy.copy(self)
+        batch.block = block
+        return batch
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the batch's activations."""
+        return num_bytes([*vars(self).values(), *vars(self.state).values()])
 
     def add_attention(self) -> None:
         """Adds the projected attention to the stream."""
@@ -286,7 +281,7 @@ class Sample:
     """(b * n,) bool: those of the images that are held out."""
 
 
-def sample_of(batch: BlockBatch, weights: Tensor) -> Sample:
+def sample_of(batch: EnteringBatch, weights: Tensor) -> Sample:
     """Picks the tokens of a batch that a fit looks at.
 
     All prefix tokens are taken. Of the patches, an even spread of at least `PATCH_SAMPLES` and fewer than twice as

@@ -128,16 +128,16 @@ def test_plans_of_one_block_share_the_attention_that_depends_on_no_kept_channel(
         replace(plan, keep_heads=(0, 1), keep_qk=plan.keep_qk[:2], keep_v=plan.keep_v[:2]),
         replace(plan, keep_qk=((0, 1),) * 3),
         replace(plan, keep_v=((0, 1),) * 3),
-        replace(plan, num_tokens=9),
     ]
-    assert repair.has_attention(plan) and repair.has_attention(same)
+    fewer_tokens = replace(plan, num_tokens=9)
+    assert all(repair.has_attention(shared) for shared in (plan, same, fewer_tokens))
     assert not any(repair.has_attention(other) for other in others)
-    for other in (same, *others):
+    for other in (same, fewer_tokens, *others, plan):
         again = repair.repair(other)
         alone = repair_block(repair.stream, other)
         assert builders.same_state(again.block, builders.state(alone.block)) and again.notes == alone.notes
         attentions = [parts_of(repaired.block).proj.weight for repaired in (first, again)]
-        assert torch.equal(*attentions) == (other is same)
+        assert torch.equal(*attentions) == (other not in others)
 
 
 def test_a_repair_is_for_the_block_that_the_stream_had_come_to() -> None:

@@ -18,8 +18,10 @@ B images, N tokens, C model width, H heads, H' kept heads, D dense head width, n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,6 @@ class BlockRepair:
 
     def __init__(self, stream: CalibrationStream) -> None:
         self.stream, self.index = stream, stream.index
-        self._dense = as_slim(stream.blocks[self.index], stream.anatomy, is_last=False)
         self._factors: tuple[Tensor, Tensor] | None = None
         self._attentions: dict[tuple[object, ...], tuple[dict[str, Tensor], list[str]]] = {}
         self._projections: BatchStore[Projected] = BatchStore(stream.kept_bytes)
@@ -132,6 +133,38 @@ class BlockRepair:
         block.attn.load_state_dict(weights)
         return list(notes)
 
+    @cached_property
+    def _dense(self) -> SlimBlock:
+        """The dense block to cut: where tokens were merged or dropped, refitted to them."""
+        dense = as_slim(self.stream.blocks[self.index], self.stream.anatomy, is_last=False)
+        if self.stream.share is not None:
+            dense.attn.qkv = self._refit_qkv(dense)  # of this form of the block alone
+        return dense
+
+    def _refit_qkv(self, dense: SlimBlock) -> nn.Linear:
+        """Refits queries, keys and values of the stream's tokens to the means of the dense tokens that they stand for.
+
+        A norm does not commute with the mean, so a merged token is too large behind it.
+        """
+        stream, qkv = self.stream, copy.deepcopy(dense.attn.qkv)
+        num_prefix, width = stream.anatomy.num_prefix_tokens, stream.anatomy.width
+        # The place where the block reads the stream.
+        weights = stream.sensitivity[self.index - 1].out.token_weights(stream.num_all_tokens, num_prefix)
+        moments = Moments(width)
+        for rows in stream.rows():
+            batch = EnteringBatch(stream, dense, rows)
+            sample = sample_of(batch, weights)
+            normed = dense.norm1(batch.x[:, sample.tokens]).float()
+            target = batch.as_here(dense.norm1(stream.dense_x[rows]).float(), sample.tokens)
+            values = torch.cat([normed, target - normed], dim=-1).flatten(0, 1)
+            moments.add(values, sample.weight, sample.is_held)
+        weight, eye = qkv.weight.double(), torch.eye(width, dtype=torch.float64, device=qkv.weight.device)
+        fit = fit_layer(eye, None if qkv.bias is None else torch.zeros_like(eye[0]), None, moments, weight.T @ weight)
+        qkv.weight.copy_(weight @ fit.weight)
+        if fit.bias is not None:
+            qkv.bias.copy_(qkv.bias.double() + weight @ fit.bias)
+        return qkv
+
     def _project(self, rows: slice) -> Projected:
         """Returns the dense block's queries, keys and values of a batch."""
         projected = self._projections.get(rows)
@@ -150,11 +183,13 @@ class BlockRepair:
         stream, anatomy = self.stream, self.stream.anatomy
         sensitivity, dense = stream.sensitivity[self.index].mid, parts_of(stream.blocks[self.index])
         heads = torch.tensor(plan.keep_heads, device=stream.x.device)
-        narrow: list[Tensor] = []
-        if plan.shape.qk_width < anatomy.head_dim:
-            narrow = [factor[heads, : plan.shape.qk_width] for factor in self.logit_factors()]
-        for part, factor in enumerate(narrow):
-            rows = _recombined(dense.qkv, part, factor, heads)
+        qkv, is_narrow = self._dense.attn.qkv, plan.shape.qk_width < anatomy.head_dim
+        eye = torch.eye(anatomy.head_dim, device=heads.device).expand(anatomy.num_heads, -1, -1)
+        factors = [
+            factor[heads, : plan.shape.qk_width] for factor in (self.logit_factors() if is_narrow else (eye, eye))
+        ]
+        for part, factor in enumerate(factors):
+            rows = _recombined(qkv, part, factor, heads)
             _write_rows(slim.attn.qkv, part * rows[0].shape[0], *rows)
         columns = (heads[:, None] * anatomy.head_dim + torch.arange(anatomy.head_dim, device=heads.device)).flatten()
         layer = _LayerRepair(
@@ -167,13 +202,13 @@ class BlockRepair:
             q, k, v = projected = self._project(rows_of_batch)
             if not has_all_heads:
                 q, k, v = q[:, heads], k[:, heads], v[:, heads]
-            if narrow:
-                q, k = (torch.einsum("bhnd,hkd->bhnk", x, f.to(x.dtype)) for x, f in zip((q, k), narrow, strict=True))
+            if is_narrow:
+                q, k = (torch.einsum("bhnd,hkd->bhnk", x, f.to(x.dtype)) for x, f in zip((q, k), factors, strict=True))
             batch = EnteringBatch(stream, self._dense, rows_of_batch)
             sample = sample_of(batch, layer.token_weights)
             features = _mix_at(sample.tokens, slim.attn, (q, k, v), batch.size).float()
             lost = None
-            if narrow or not has_all_heads:
+            if is_narrow or not has_all_heads:
                 mixed = _mix_at(sample.tokens, self._dense.attn, projected, batch.size).float()
                 lost = mixed @ dense.proj.weight.T - features @ layer.weight.T
             layer.observe(sample, features, lost, batch.missing(stream.dense_mid, sample.tokens))
@@ -181,7 +216,7 @@ class BlockRepair:
         covariance = layer.moments.covariance()[:, : len(columns)]
         directions = _value_directions(covariance, layer.weight * layer.gain[:, None], sensitivity.metric, len(heads))
         directions = directions[:, : plan.shape.v_width]
-        rows = _recombined(dense.qkv, 2, directions, heads)
+        rows = _recombined(qkv, 2, directions, heads)
         _write_rows(slim.attn.qkv, slim.attn.qkv.out_features - rows[0].shape[0], *rows)
         return layer.refit(torch.block_diag(*directions))
 

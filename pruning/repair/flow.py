@@ -80,7 +80,7 @@ class CalibrationStream:
     @torch.no_grad()
     def _enter(self, index: int, dense_x: Tensor) -> None:
         """Makes block `index` the current one. dense_x: (B, N, C), the dense model's input of it."""
-        self.index = index
+        self.index, self.dense_x = index, dense_x
         block = as_slim(self.blocks[index], self.anatomy, is_last=False)
         with autocast(dense_x.device, self.precision):
             halves = [block.halves(x) for x in yielding_between(dense_x.split(self.batch_size))]
@@ -169,16 +169,23 @@ class EnteringBatch:
         self.x, self.size = block.enter(stream.x[rows])
         self.share = None if stream.share is None else stream.share[rows]
 
+    def as_here(self, dense: Tensor, tokens: Tensor) -> Tensor:
+        """Returns a dense stream of the batch's images at some of the batch's tokens, averaged as these are. (b, n, C).
+
+        Args:
+            dense: (b, N of the dense model, C).
+            tokens: (n,), indices of the batch's tokens.
+        """
+        return dense[:, tokens] if self.share is None else self.share[:, tokens] @ dense
+
     def missing(self, dense: Tensor, tokens: Tensor) -> Tensor:
-        """Returns what some of the batch's tokens lack of a dense stream. (B, n, C).
+        """Returns what some of the batch's tokens lack of a dense stream. (b, n, C).
 
         Args:
             dense: (images, N of the dense model, C), of all the stream's images.
             tokens: (n,), indices of the batch's tokens.
         """
-        target = dense[self.rows]
-        target = target[:, tokens] if self.share is None else self.share[:, tokens] @ target
-        return target - self.x[:, tokens]
+        return self.as_here(dense[self.rows], tokens) - self.x[:, tokens]
 
 
 class BlockBatch(EnteringBatch):

@@ -498,6 +498,45 @@ def test_the_second_mlp_layer_regresses_what_it_loses_and_what_the_stream_has_lo
 # Token reductions
 
 
+@pytest.mark.parametrize("family", ["vit", "no_qkv_bias", "average_pooling"])
+def test_queries_keys_and_values_of_merged_tokens_are_refitted_to_the_means_of_the_dense_ones(family: str) -> None:
+    """The regression is done by hand: behind the norm, from the merged tokens to the mean of those that they are."""
+    model, images = builders.model(family).requires_grad_(False), builders.images(60)
+    anatomy, sensitivity = examine(model).blocks[0], measure_sensitivity(model, images)
+    stream = CalibrationStream(model, images, sensitivity, token_reduction="merge", cutoff_token=0.85, batch_size=25)
+    stream.advance(repair_block(stream, keep_all_block(anatomy, 6)).block)
+    slim: Any = repair_block(stream, replace(keep_all_block(anatomy, 6), keep_hidden=tuple(range(50)))).block
+
+    parts, (x, _), share = parts_of(blocks_of(model)[1]), unpack(stream.x, anatomy.width), stream.share
+    assert share is not None
+    merged = parts.norm1(x).flatten(0, 1).double()
+    means = (share @ parts.norm1(blocks_of(model)[0](embed(model, images.normalized(slice(None)))))).flatten(0, 1)
+    weight, matrix = (
+        sensitivity[0].out.token_weights(x.shape[1], anatomy.num_prefix_tokens).repeat(60),
+        parts.qkv.weight,
+    )
+    is_held, has_bias = (torch.arange(60) % 4 == 3).repeat_interleave(x.shape[1]), parts.qkv.bias is not None
+    slope = reference.ridge_slope(
+        merged, means - merged, is_held, (matrix.T @ matrix).double(), weight, centred=has_bias
+    )
+    assert slope is not None and float(slope.abs().max()) > 0.05
+    expected = matrix.double() @ (torch.eye(24) + slope)
+    torch.testing.assert_close(slim.attn.qkv.weight[:48].double(), expected[:48], rtol=1e-3, atol=1e-4)
+    if has_bias:
+        shift = ((weight[:, None] * (means - merged - merged @ slope.T)).sum(dim=0) / weight.sum()).double()
+        bias = parts.qkv.bias + matrix.double() @ shift
+        torch.testing.assert_close(slim.attn.qkv.bias[:48].double(), bias[:48], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_that_are_all_there_have_the_queries_and_keys_of_the_dense_block() -> None:
+    model = builders.model()
+    stream = builders.calibration_stream(model, builders.images(24), 0)
+    stream.advance(repair_block(stream, builders.plan(examine(model)).blocks[0]).block)
+    slim: Any = repair_block(stream, replace(keep_all_block(stream.anatomy), keep_hidden=tuple(range(50)))).block
+    assert torch.equal(slim.attn.qkv.weight[:48], parts_of(blocks_of(model)[1]).qkv.weight[:48])
+
+
 @pytest.mark.parametrize(("family", "kind"), builders.in_rotation(list(builders.FAMILIES), TOKEN_REDUCTIONS, 2))
 def test_every_family_and_every_token_reduction_is_repaired(family: str, kind: TokenReduction) -> None:
     """The stream ends with the tokens that the repaired model computes, sizes included."""

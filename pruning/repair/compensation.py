@@ -33,7 +33,16 @@ from pruning.model.layers import SlimAttention, SlimBlock, WindowedAttention
 from pruning.model.surgery import as_slim, check_plan, keep_all_block
 from pruning.plan import BlockPlan, Plan
 from pruning.precision import Precision, autocast
-from pruning.repair.flow import BatchStore, BlockBatch, CalibrationStream, EnteringBatch, Sample, num_bytes, sample_of
+from pruning.repair.flow import (
+    BatchStore,
+    BlockBatch,
+    CalibrationStream,
+    DenseStream,
+    EnteringBatch,
+    Sample,
+    num_bytes,
+    sample_of,
+)
 from pruning.repair.moments import Moments
 from pruning.repair.regression import fit_layer, matrix_power
 from pruning.repair.sensitivity import BlockSensitivity, StreamSensitivity, measure_sensitivity
@@ -397,6 +406,7 @@ def repaired_model(
     *,
     batch_size: int = 64,
     precision: Precision = "float32",
+    dense: DenseStream | None = None,
 ) -> RepairedModel:
     """Does what `apply_plan` does, and repairs every pruned block on these images, from the first block to the last.
 
@@ -405,6 +415,7 @@ def repaired_model(
     Args:
         model: a dense model of `plan.exit_block` blocks, in eval mode.
         sensitivity: of the dense model on these images; measured if it is not given.
+        dense: of these images, to share between plans; by default their own pass through the dense model.
 
     Raises:
         PlanError: the plan does not fit the model, as for `apply_plan`.
@@ -414,7 +425,7 @@ def repaired_model(
         sensitivity = measure_sensitivity(model, images, batch_size=batch_size, precision=precision)
     stream = CalibrationStream(
         model, images, sensitivity, token_reduction=plan.token_reduction, cutoff_token=plan.cutoff_token,
-        batch_size=batch_size, precision=precision,
+        batch_size=batch_size, precision=precision, dense=dense,
     )  # fmt: skip
     blocks: list[nn.Module] = []
     notes: list[str] = []

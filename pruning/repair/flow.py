@@ -35,6 +35,55 @@ HELD_EVERY = 4
 """Every fourth calibration image is held out to choose the ridge, then joins the others for the fit."""
 
 
+class DenseStream:
+    """The calibration images on their way through the dense model, kept for all plans that are repaired on them.
+
+    With it a repair runs the pruned model alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Images,
+        *,
+        batch_size: int = 64,
+        precision: Precision = "float32",
+        max_bytes: int = KEPT_BYTES,
+    ) -> None:
+        """Embeds the images; what they become block by block is computed when it is first asked for.
+
+        Args:
+            model: dense, in eval mode, on the device to work on. Models cut from it behind an exit share its stream.
+            max_bytes: most bytes to keep. What does not fit is computed again for every plan: ViT-Tiny takes 3.6 MB an
+                image, ViT-Base 14 MB.
+        """
+        self.batch_size, self.precision = batch_size, precision
+        device = next(model.parameters()).device
+        with torch.no_grad(), autocast(device, precision):
+            self.embedded = torch.cat([embed(model, batch).float() for batch, _ in images.batches(batch_size, device)])
+        """(B, N, C)."""
+        self._halves: dict[int, tuple[Tensor, Tensor]] = {}
+        self._bytes_left = max_bytes
+
+    @torch.no_grad()
+    def halves(self, index: int, block: SlimBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the stream after attention and after the MLP of block `index`, (B, N, C) both, float32.
+
+        Args:
+            x: (B, N, C), the block's input.
+        """
+        if index in self._halves:
+            return self._halves[index]
+        with autocast(x.device, self.precision):
+            batches = [block.halves(batch) for batch in yielding_between(x.split(self.batch_size))]
+        mids, outs = zip(*batches, strict=True)
+        halves = torch.cat(mids).float(), torch.cat(outs).float()
+        if num_bytes(halves) <= self._bytes_left:
+            self._halves[index] = halves
+            self._bytes_left -= num_bytes(halves)
+        return halves
+
+
 class CalibrationStream:
     """The calibration images at the input of one block, as the blocks pruned so far give them and as the dense ones do.
 
@@ -52,6 +101,7 @@ class CalibrationStream:
         batch_size: int = 64,
         precision: Precision = "float32",
         kept_bytes: int = KEPT_BYTES,
+        dense: DenseStream | None = None,
     ) -> None:
         """Embeds the images and puts them before the first block.
 
@@ -60,32 +110,32 @@ class CalibrationStream:
             sensitivity: of the dense model's blocks, for whatever is fitted on the stream.
             cutoff_token: cut-off frequency of the token filter, in (0, 1].
             kept_bytes: most bytes of activations that a repair keeps at each of its steps.
+            dense: of the same model, images, batch size and precision; made for this stream alone if it is not given.
         """
         self.anatomies, self.sensitivity = examine(model).blocks, sensitivity
         self.token_reduction, self.cutoff_token = token_reduction, cutoff_token
         self.batch_size, self.precision, self.kept_bytes = batch_size, precision, kept_bytes
         self.blocks = list(blocks_of(model))
-        device = next(model.parameters()).device
-        with torch.no_grad(), autocast(device, precision):
-            self.x = torch.cat([embed(model, batch).float() for batch, _ in images.batches(batch_size, device)])
+        if dense is None:
+            dense = DenseStream(model, images, batch_size=batch_size, precision=precision, max_bytes=0)
+        assert (dense.batch_size, dense.precision) == (batch_size, precision)
+        assert len(dense.embedded) == len(images), "the dense stream is of other images"
+        self.dense = dense
+        self.x = dense.embedded
         """(B, N, C), or (B, N, C + 1) with sizes: the output of the pruned model's block before the current one."""
         self.share: Tensor | None = None
         """(B, N, dense N): each token as a weighted mean of the dense model's tokens; None while they are the same."""
-        self.is_held = torch.arange(len(self.x), device=device) % HELD_EVERY == HELD_EVERY - 1
+        self.is_held = torch.arange(len(self.x), device=self.x.device) % HELD_EVERY == HELD_EVERY - 1
         """(B,): images that are held out to choose the ridge."""
         self.is_dense = True
         """True while all blocks before the current one were the dense ones."""
         self._enter(0, self.x)
 
-    @torch.no_grad()
     def _enter(self, index: int, dense_x: Tensor) -> None:
         """Makes block `index` the current one. dense_x: (B, N, C), the dense model's input of it."""
         self.index, self.dense_x = index, dense_x
         block = as_slim(self.blocks[index], self.anatomy, is_last=False)
-        with autocast(dense_x.device, self.precision):
-            halves = [block.halves(x) for x in yielding_between(dense_x.split(self.batch_size))]
-        mids, outs = zip(*halves, strict=True)
-        self.dense_mid, self.dense_out = torch.cat(mids).float(), torch.cat(outs).float()
+        self.dense_mid, self.dense_out = self.dense.halves(index, block, dense_x)
 
     def copy(self) -> CalibrationStream:
         """Returns the stream at the same block; moving one of both on does not move the other."""

@@ -20,7 +20,7 @@ from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
 from pruning.model.tokens import merges
 from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, Plan, TokenReduction
 from pruning.repair.compensation import REPAIR_PASSES, BlockRepair, repair_block, repaired_model
-from pruning.repair.flow import CalibrationStream
+from pruning.repair.flow import CalibrationStream, DenseStream
 from pruning.repair.sensitivity import measure_sensitivity
 from tests.pruning_tests import builders, reference
 
@@ -180,6 +180,18 @@ def test_activations_that_are_kept_give_what_running_the_blocks_again_gives(fami
             torch.testing.assert_close(stream.share, streams[0].share, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("max_bytes", [10**9, 60_000, 0])
+def test_plans_that_share_a_dense_stream_give_the_same_models_and_leave_it_as_it_was(max_bytes: int) -> None:
+    model, images = builders.model(), builders.images(12)
+    anatomy, sensitivity = examine(model), measure_sensitivity(model, images)
+    dense = DenseStream(model, images, batch_size=5, max_bytes=max_bytes)
+    for seed, num_tokens in enumerate([(16, 9, 4), (12, 12, 12), (16, 16, 16)]):
+        plan = replace(builders.plan(anatomy, seed=seed, num_tokens=num_tokens), token_reduction="merge")
+        shared = repaired_model(model, plan, images, sensitivity, batch_size=5, dense=dense)
+        alone = repaired_model(model, plan, images, sensitivity, batch_size=5)
+        assert builders.same_state(shared.model, builders.state(alone.model)) and shared.notes == alone.notes
+
+
 def test_a_stream_may_go_on_through_a_block_that_was_repaired_before_the_last_one() -> None:
     model = builders.model()
     stream = builders.calibration_stream(model, builders.images(12), 0)
@@ -223,6 +235,11 @@ def test_a_repair_runs_the_images_through_the_dense_and_the_pruned_model_once(ki
     with CountedWork() as repair:
         repaired_model(model, plan, images, sensitivity)
     assert repair.macs < (REPAIR_PASSES - 3) * 1.05 * dense.macs
+    shared = DenseStream(model, images)
+    repaired_model(model, plan, images, sensitivity, dense=shared)
+    with CountedWork() as again:
+        repaired_model(model, plan, images, sensitivity, dense=shared)
+    assert again.macs < (REPAIR_PASSES - 4) * 1.05 * dense.macs
 
 
 # Redundant units

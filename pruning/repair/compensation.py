@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -93,8 +94,7 @@ class BlockRepair:
         if plan == keep_all_block(self.stream.anatomy, self.stream.num_tokens):
             return RepairedBlock(block=block)
         assert isinstance(block, SlimBlock)
-        with autocast(self.stream.x.device, self.stream.precision):
-            notes = self._repair_attention(block, plan) + self._refit_mlp(block, plan)
+        notes = self._repair_attention(block, plan) + self._refit_mlp(block, plan)
         return RepairedBlock(block=block, notes=tuple(f"block {self.index} {note}" for note in notes))
 
     @torch.no_grad()
@@ -107,7 +107,7 @@ class BlockRepair:
         elif block is not self._last:
             stream.advance(block)
         else:
-            with autocast(stream.x.device, stream.precision):
+            with self._running():
                 stream.leave((batch.finish(), batch.share) for batch in self._activated(block))
 
     def has_attention(self, plan: BlockPlan) -> bool:
@@ -126,8 +126,7 @@ class BlockRepair:
         """
         assert self.index == self.stream.index, "the stream has moved on to another block"
         if self._factors is None:
-            with autocast(self.stream.x.device, self.stream.precision):
-                self._factors = self._measure_logit_factors()
+            self._factors = self._measure_logit_factors()
         return self._factors
 
     def _repair_attention(self, block: SlimBlock, plan: BlockPlan) -> list[str]:
@@ -174,12 +173,17 @@ class BlockRepair:
             qkv.bias.copy_(qkv.bias.double() + weight @ fit.bias)
         return qkv
 
+    def _running(self) -> AbstractContextManager[object]:
+        """Returns the context in which blocks are run; what is fitted is taken in float32 outside it."""
+        return autocast(self.stream.x.device, self.stream.precision)
+
     def _project(self, rows: slice) -> Projected:
         """Returns the dense block's queries, keys and values of a batch."""
         projected = self._projections.get(rows)
         if projected is None:
-            x, _ = self._dense.enter(self.stream.x[rows])
-            projected = self._dense.attn.project(self._dense.norm1(x))
+            with self._running():
+                x, _ = self._dense.enter(self.stream.x[rows])
+                projected = self._dense.attn.project(self._dense.norm1(x))
             self._projections.keep(rows, projected, num_bytes(projected))
         return projected
 
@@ -215,10 +219,12 @@ class BlockRepair:
                 q, k = (torch.einsum("bhnd,hkd->bhnk", x, f.to(x.dtype)) for x, f in zip((q, k), factors, strict=True))
             batch = EnteringBatch(stream, self._dense, rows_of_batch)
             sample = sample_of(batch, layer.token_weights)
-            features = _mix_at(sample.tokens, slim.attn, (q, k, v), batch.size).float()
+            with self._running():
+                features = _mix_at(sample.tokens, slim.attn, (q, k, v), batch.size).float()
             lost = None
             if is_narrow or not has_all_heads:
-                mixed = _mix_at(sample.tokens, self._dense.attn, projected, batch.size).float()
+                with self._running():
+                    mixed = _mix_at(sample.tokens, self._dense.attn, projected, batch.size).float()
                 lost = mixed @ dense.proj.weight.T - features @ layer.weight.T
             layer.observe(sample, features, lost, batch.missing(stream.dense_mid, sample.tokens))
 
@@ -234,14 +240,15 @@ class BlockRepair:
         for rows in self.stream.rows():
             batch = self._hidden.get(rows)
             if batch is None:
-                mid = self._mids.get(rows)
-                if mid is None:
-                    mid = BlockBatch(self.stream, block, rows)
-                    mid.add_attention()
-                    self._mids.keep(rows, mid, mid.num_bytes)
-                batch = mid.of(block)
-                batch.reduce()
-                batch.activate()
+                with self._running():
+                    mid = self._mids.get(rows)
+                    if mid is None:
+                        mid = BlockBatch(self.stream, block, rows)
+                        mid.add_attention()
+                        self._mids.keep(rows, mid, mid.num_bytes)
+                    batch = mid.of(block)
+                    batch.reduce()
+                    batch.activate()
                 self._hidden.keep(rows, batch, batch.num_bytes)
             yield batch
 
@@ -265,7 +272,9 @@ class BlockRepair:
             sample = sample_of(batch, layer.token_weights)
             lost = None
             if len(rows):
-                lost = dense.act(F.linear(dense.norm2(batch.x[:, sample.tokens]), rows, bias)).float() @ columns.T
+                with self._running():
+                    dropped = dense.act(F.linear(dense.norm2(batch.x[:, sample.tokens]), rows, bias)).float()
+                lost = dropped @ columns.T
             missing = batch.missing(stream.dense_out, sample.tokens)
             layer.observe(sample, batch.hidden[:, sample.tokens].float(), lost, missing)
         return layer.refit()

@@ -162,10 +162,7 @@ class SlimBlock(nn.Module):
 
     def attend(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, AttentionState]:
         """Returns the input of the attention's projection (B, N, H*V), and the state that a reduction may look at."""
-        return self.mix(*self.attn.project(self.norm1(x)), size)
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> tuple[Tensor, AttentionState]:
-        """Does what `attend` does, from queries, keys and values."""
+        q, k, v = self.attn.project(self.norm1(x))
         if self.reducer is not None and self.reducer.needs_map:
             mixed, attention = self.attn.mix_with_map(q, k, v, size)
             return mixed, AttentionState(q=q, k=k, scale=self.attn.scale, size=size, attention=attention)

@@ -18,8 +18,11 @@ B images, N tokens, C model width, H heads, H' kept heads, D dense head width, n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +30,20 @@ from torch import Tensor, nn
 
 from pruning.data import Images
 from pruning.model.anatomy import examine, parts_of, with_blocks
-from pruning.model.layers import SlimBlock, WindowedAttention
+from pruning.model.layers import SlimAttention, SlimBlock, WindowedAttention
 from pruning.model.surgery import as_slim, check_plan, keep_all_block
 from pruning.plan import BlockPlan, Plan
 from pruning.precision import Precision, autocast
-from pruning.repair.flow import BatchStore, BlockBatch, CalibrationStream, Projected, Sample, num_bytes, sample_of
+from pruning.repair.flow import (
+    BatchStore,
+    BlockBatch,
+    CalibrationStream,
+    DenseStream,
+    EnteringBatch,
+    Sample,
+    num_bytes,
+    sample_of,
+)
 from pruning.repair.moments import Moments
 from pruning.repair.regression import fit_layer, matrix_power
 from pruning.repair.sensitivity import BlockSensitivity, StreamSensitivity, measure_sensitivity
@@ -39,6 +51,10 @@ from pruning.repair.sensitivity import BlockSensitivity, StreamSensitivity, meas
 REPAIR_PASSES = 5
 """Forward passes over the calibration images that `repaired_model` costs: sensitivity 3, dense stream 1, pruned stream
 1, which is smaller the more is pruned."""
+
+
+Projected = tuple[Tensor, Tensor, Tensor]
+"""Queries (b, H, N, K), keys (b, H, N, K) and values (b, H, N, V) of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +70,18 @@ class BlockRepair:
     """Repairs plans of a stream's current block, and remembers what several plans have in common.
 
     A repair is for one block: once the stream moves on, a new one is made. The images run through the block once, and
-    through its attention once more; activations are kept from one step to the next (`CalibrationStream.kept_bytes`).
-    To take those of the fit instead, recombined, would spare the second attention, but round otherwise than the block.
+    before that their sampled tokens through its attention; activations are kept from one step to the next, as far as
+    `CalibrationStream.kept_bytes` allows.
     """
 
     def __init__(self, stream: CalibrationStream) -> None:
         self.stream, self.index = stream, stream.index
-        self._dense = as_slim(stream.blocks[self.index], stream.anatomy, is_last=False)
         self._factors: tuple[Tensor, Tensor] | None = None
         self._attentions: dict[tuple[object, ...], tuple[dict[str, Tensor], list[str]]] = {}
         self._projections: BatchStore[Projected] = BatchStore(stream.kept_bytes)
         self._mid_key: tuple[object, ...] | None = None
         self._mids: BatchStore[BlockBatch] = BatchStore(stream.kept_bytes)
-        """Batches after the attention of `_mid_key`, before any reduction of tokens."""
+        """Batches after the attention of `_mid_key`, before a reduction of tokens."""
         self._last: SlimBlock | None = None
         self._hidden: BatchStore[BlockBatch] = BatchStore(stream.kept_bytes)
         """Batches with the active hidden units of the block that was repaired last."""
@@ -79,8 +94,7 @@ class BlockRepair:
         if plan == keep_all_block(self.stream.anatomy, self.stream.num_tokens):
             return RepairedBlock(block=block)
         assert isinstance(block, SlimBlock)
-        with autocast(self.stream.x.device, self.stream.precision):
-            notes = self._repair_attention(block, plan) + self._refit_mlp(block, plan)
+        notes = self._repair_attention(block, plan) + self._refit_mlp(block, plan)
         return RepairedBlock(block=block, notes=tuple(f"block {self.index} {note}" for note in notes))
 
     @torch.no_grad()
@@ -93,7 +107,7 @@ class BlockRepair:
         elif block is not self._last:
             stream.advance(block)
         else:
-            with autocast(stream.x.device, stream.precision):
+            with self._running():
                 stream.leave((batch.finish(), batch.share) for batch in self._activated(block))
 
     def has_attention(self, plan: BlockPlan) -> bool:
@@ -101,8 +115,8 @@ class BlockRepair:
         return self._attention_key(plan) in self._attentions
 
     def _attention_key(self, plan: BlockPlan) -> tuple[object, ...]:
-        shape = plan.shape  # which channels are kept does not matter: all are combined anew
-        return plan.keep_heads, shape.qk_width, shape.v_width, plan.num_tokens < self.stream.num_tokens
+        # Which channels are kept does not matter: all are combined anew. Tokens are reduced after attention.
+        return plan.keep_heads, plan.shape.qk_width, plan.shape.v_width
 
     @torch.no_grad()
     def logit_factors(self) -> tuple[Tensor, Tensor]:
@@ -112,14 +126,14 @@ class BlockRepair:
         """
         assert self.index == self.stream.index, "the stream has moved on to another block"
         if self._factors is None:
-            with autocast(self.stream.x.device, self.stream.precision):
-                self._factors = self._measure_logit_factors()
+            self._factors = self._measure_logit_factors()
         return self._factors
 
     def _repair_attention(self, block: SlimBlock, plan: BlockPlan) -> list[str]:
         key = self._attention_key(plan)
-        if key != self._mid_key:
-            self._mid_key, self._mids = key, BatchStore(self.stream.kept_bytes)
+        mid_key = *key, plan.num_tokens < self.stream.num_tokens  # only a reduction looks at queries and keys
+        if mid_key != self._mid_key:
+            self._mid_key, self._mids = mid_key, BatchStore(self.stream.kept_bytes)
         if key not in self._attentions:
             notes = self._refit_attention(block, plan)
             self._attentions[key] = {name: value.clone() for name, value in block.attn.state_dict().items()}, notes
@@ -127,12 +141,49 @@ class BlockRepair:
         block.attn.load_state_dict(weights)
         return list(notes)
 
+    @cached_property
+    def _dense(self) -> SlimBlock:
+        """The dense block to cut: where tokens were merged or dropped, refitted to them."""
+        dense = as_slim(self.stream.blocks[self.index], self.stream.anatomy, is_last=False)
+        if self.stream.share is not None:
+            dense.attn.qkv = self._refit_qkv(dense)  # of this form of the block alone
+        return dense
+
+    def _refit_qkv(self, dense: SlimBlock) -> nn.Linear:
+        """Refits queries, keys and values of the stream's tokens to the means of the dense tokens that they stand for.
+
+        A norm does not commute with the mean, so a merged token is too large behind it.
+        """
+        stream, qkv = self.stream, copy.deepcopy(dense.attn.qkv)
+        num_prefix, width = stream.anatomy.num_prefix_tokens, stream.anatomy.width
+        # The place where the block reads the stream.
+        weights = stream.sensitivity[self.index - 1].out.token_weights(stream.num_all_tokens, num_prefix)
+        moments = Moments(width)
+        for rows in stream.rows():
+            batch = EnteringBatch(stream, dense, rows)
+            sample = sample_of(batch, weights)
+            normed = dense.norm1(batch.x[:, sample.tokens]).float()
+            target = batch.as_here(dense.norm1(stream.dense_x[rows]).float(), sample.tokens)
+            values = torch.cat([normed, target - normed], dim=-1).flatten(0, 1)
+            moments.add(values, sample.weight, sample.is_held)
+        weight, eye = qkv.weight.double(), torch.eye(width, dtype=torch.float64, device=qkv.weight.device)
+        fit = fit_layer(eye, None if qkv.bias is None else torch.zeros_like(eye[0]), None, moments, weight.T @ weight)
+        qkv.weight.copy_(weight @ fit.weight)
+        if fit.bias is not None:
+            qkv.bias.copy_(qkv.bias.double() + weight @ fit.bias)
+        return qkv
+
+    def _running(self) -> AbstractContextManager[object]:
+        """Returns the context in which blocks are run; what is fitted is taken in float32 outside it."""
+        return autocast(self.stream.x.device, self.stream.precision)
+
     def _project(self, rows: slice) -> Projected:
         """Returns the dense block's queries, keys and values of a batch."""
         projected = self._projections.get(rows)
         if projected is None:
-            x, _ = self._dense.enter(self.stream.x[rows])
-            projected = self._dense.attn.project(self._dense.norm1(x))
+            with self._running():
+                x, _ = self._dense.enter(self.stream.x[rows])
+                projected = self._dense.attn.project(self._dense.norm1(x))
             self._projections.keep(rows, projected, num_bytes(projected))
         return projected
 
@@ -145,11 +196,13 @@ class BlockRepair:
         stream, anatomy = self.stream, self.stream.anatomy
         sensitivity, dense = stream.sensitivity[self.index].mid, parts_of(stream.blocks[self.index])
         heads = torch.tensor(plan.keep_heads, device=stream.x.device)
-        narrow: list[Tensor] = []
-        if plan.shape.qk_width < anatomy.head_dim:
-            narrow = [factor[heads, : plan.shape.qk_width] for factor in self.logit_factors()]
-        for part, factor in enumerate(narrow):
-            rows = _recombined(dense.qkv, part, factor, heads)
+        qkv, is_narrow = self._dense.attn.qkv, plan.shape.qk_width < anatomy.head_dim
+        eye = torch.eye(anatomy.head_dim, device=heads.device).expand(anatomy.num_heads, -1, -1)
+        factors = [
+            factor[heads, : plan.shape.qk_width] for factor in (self.logit_factors() if is_narrow else (eye, eye))
+        ]
+        for part, factor in enumerate(factors):
+            rows = _recombined(qkv, part, factor, heads)
             _write_rows(slim.attn.qkv, part * rows[0].shape[0], *rows)
         columns = (heads[:, None] * anatomy.head_dim + torch.arange(anatomy.head_dim, device=heads.device)).flatten()
         layer = _LayerRepair(
@@ -162,45 +215,40 @@ class BlockRepair:
             q, k, v = projected = self._project(rows_of_batch)
             if not has_all_heads:
                 q, k, v = q[:, heads], k[:, heads], v[:, heads]
-            if narrow:
-                q, k = (torch.einsum("bhnd,hkd->bhnk", x, f.to(x.dtype)) for x, f in zip((q, k), narrow, strict=True))
-            batch = BlockBatch(stream, slim, rows_of_batch, (q, k, v))
+            if is_narrow:
+                q, k = (torch.einsum("bhnd,hkd->bhnk", x, f.to(x.dtype)) for x, f in zip((q, k), factors, strict=True))
+            batch = EnteringBatch(stream, self._dense, rows_of_batch)
             sample = sample_of(batch, layer.token_weights)
-            features = batch.mixed[:, sample.tokens].float()
+            with self._running():
+                features = _mix_at(sample.tokens, slim.attn, (q, k, v), batch.size).float()
             lost = None
-            if narrow or not has_all_heads:
-                mixed = self._mix(projected, batch.size, sample.tokens).float()
+            if is_narrow or not has_all_heads:
+                with self._running():
+                    mixed = _mix_at(sample.tokens, self._dense.attn, projected, batch.size).float()
                 lost = mixed @ dense.proj.weight.T - features @ layer.weight.T
             layer.observe(sample, features, lost, batch.missing(stream.dense_mid, sample.tokens))
 
         covariance = layer.moments.covariance()[:, : len(columns)]
         directions = _value_directions(covariance, layer.weight * layer.gain[:, None], sensitivity.metric, len(heads))
         directions = directions[:, : plan.shape.v_width]
-        rows = _recombined(dense.qkv, 2, directions, heads)
+        rows = _recombined(qkv, 2, directions, heads)
         _write_rows(slim.attn.qkv, slim.attn.qkv.out_features - rows[0].shape[0], *rows)
         return layer.refit(torch.block_diag(*directions))
-
-    def _mix(self, projected: Projected, size: Tensor | None, tokens: Tensor) -> Tensor:
-        """Attends as the dense block does, for some tokens alone: (b, n, H*D)."""
-        q, k, v = projected
-        attention = self._dense.attn
-        if isinstance(attention, WindowedAttention):
-            return attention.mix(q, k, v, size)[:, tokens]
-        return attention.mix(q[:, :, tokens], k, v, size)
 
     def _activated(self, block: SlimBlock) -> Iterator[BlockBatch]:
         """Yields the batches with the active hidden units of a block whose attention is repaired."""
         for rows in self.stream.rows():
             batch = self._hidden.get(rows)
             if batch is None:
-                mid = self._mids.get(rows)
-                if mid is None:
-                    mid = BlockBatch(self.stream, block, rows)
-                    mid.add_attention()
-                    self._mids.keep(rows, mid, mid.num_bytes)
-                batch = mid.of(block)
-                batch.reduce()
-                batch.activate()
+                with self._running():
+                    mid = self._mids.get(rows)
+                    if mid is None:
+                        mid = BlockBatch(self.stream, block, rows)
+                        mid.add_attention()
+                        self._mids.keep(rows, mid, mid.num_bytes)
+                    batch = mid.of(block)
+                    batch.reduce()
+                    batch.activate()
                 self._hidden.keep(rows, batch, batch.num_bytes)
             yield batch
 
@@ -224,7 +272,9 @@ class BlockRepair:
             sample = sample_of(batch, layer.token_weights)
             lost = None
             if len(rows):
-                lost = dense.act(F.linear(dense.norm2(batch.x[:, sample.tokens]), rows, bias)).float() @ columns.T
+                with self._running():
+                    dropped = dense.act(F.linear(dense.norm2(batch.x[:, sample.tokens]), rows, bias)).float()
+                lost = dropped @ columns.T
             missing = batch.missing(stream.dense_out, sample.tokens)
             layer.observe(sample, batch.hidden[:, sample.tokens].float(), lost, missing)
         return layer.refit()
@@ -248,6 +298,14 @@ class BlockRepair:
             query_factors.append(root * left.T @ matrix_power(queries, -0.5))
             key_factors.append(root * right @ matrix_power(keys, -0.5))
         return torch.stack(query_factors), torch.stack(key_factors)
+
+
+def _mix_at(tokens: Tensor, attention: SlimAttention, projected: Projected, size: Tensor | None) -> Tensor:
+    """Mixes the values for some tokens (n,) alone: (b, n, H*V)."""
+    q, k, v = projected
+    if isinstance(attention, WindowedAttention):
+        return attention.mix(q, k, v, size)[:, tokens]
+    return attention.mix(q[:, :, tokens], k, v, size)
 
 
 def repair_block(stream: CalibrationStream, plan: BlockPlan) -> RepairedBlock:
@@ -357,6 +415,7 @@ def repaired_model(
     *,
     batch_size: int = 64,
     precision: Precision = "float32",
+    dense: DenseStream | None = None,
 ) -> RepairedModel:
     """Does what `apply_plan` does, and repairs every pruned block on these images, from the first block to the last.
 
@@ -365,6 +424,7 @@ def repaired_model(
     Args:
         model: a dense model of `plan.exit_block` blocks, in eval mode.
         sensitivity: of the dense model on these images; measured if it is not given.
+        dense: of these images, to share between plans; by default their own pass through the dense model.
 
     Raises:
         PlanError: the plan does not fit the model, as for `apply_plan`.
@@ -374,7 +434,7 @@ def repaired_model(
         sensitivity = measure_sensitivity(model, images, batch_size=batch_size, precision=precision)
     stream = CalibrationStream(
         model, images, sensitivity, token_reduction=plan.token_reduction, cutoff_token=plan.cutoff_token,
-        batch_size=batch_size, precision=precision,
+        batch_size=batch_size, precision=precision, dense=dense,
     )  # fmt: skip
     blocks: list[nn.Module] = []
     notes: list[str] = []

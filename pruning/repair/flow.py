@@ -35,6 +35,55 @@ HELD_EVERY = 4
 """Every fourth calibration image is held out to choose the ridge, then joins the others for the fit."""
 
 
+class DenseStream:
+    """The calibration images on their way through the dense model, kept for all plans that are repaired on them.
+
+    With it a repair runs the pruned model alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Images,
+        *,
+        batch_size: int = 64,
+        precision: Precision = "float32",
+        max_bytes: int = KEPT_BYTES,
+    ) -> None:
+        """Embeds the images; what they become block by block is computed when it is first asked for.
+
+        Args:
+            model: dense, in eval mode, on the device to work on. Models cut from it behind an exit share its stream.
+            max_bytes: most bytes to keep. What does not fit is computed again for every plan: ViT-Tiny takes 3.6 MB an
+                image, ViT-Base 14 MB.
+        """
+        self.batch_size, self.precision = batch_size, precision
+        device = next(model.parameters()).device
+        with torch.no_grad(), autocast(device, precision):
+            self.embedded = torch.cat([embed(model, batch).float() for batch, _ in images.batches(batch_size, device)])
+        """(B, N, C)."""
+        self._halves: dict[int, tuple[Tensor, Tensor]] = {}
+        self._bytes_left = max_bytes
+
+    @torch.no_grad()
+    def halves(self, index: int, block: SlimBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the stream after attention and after the MLP of block `index`, (B, N, C) both, float32.
+
+        Args:
+            x: (B, N, C), the block's input.
+        """
+        if index in self._halves:
+            return self._halves[index]
+        with autocast(x.device, self.precision):
+            batches = [block.halves(batch) for batch in yielding_between(x.split(self.batch_size))]
+        mids, outs = zip(*batches, strict=True)
+        halves = torch.cat(mids).float(), torch.cat(outs).float()
+        if num_bytes(halves) <= self._bytes_left:
+            self._halves[index] = halves
+            self._bytes_left -= num_bytes(halves)
+        return halves
+
+
 class CalibrationStream:
     """The calibration images at the input of one block, as the blocks pruned so far give them and as the dense ones do.
 
@@ -52,6 +101,7 @@ class CalibrationStream:
         batch_size: int = 64,
         precision: Precision = "float32",
         kept_bytes: int = KEPT_BYTES,
+        dense: DenseStream | None = None,
     ) -> None:
         """Embeds the images and puts them before the first block.
 
@@ -60,32 +110,32 @@ class CalibrationStream:
             sensitivity: of the dense model's blocks, for whatever is fitted on the stream.
             cutoff_token: cut-off frequency of the token filter, in (0, 1].
             kept_bytes: most bytes of activations that a repair keeps at each of its steps.
+            dense: of the same model, images, batch size and precision; made for this stream alone if it is not given.
         """
         self.anatomies, self.sensitivity = examine(model).blocks, sensitivity
         self.token_reduction, self.cutoff_token = token_reduction, cutoff_token
         self.batch_size, self.precision, self.kept_bytes = batch_size, precision, kept_bytes
         self.blocks = list(blocks_of(model))
-        device = next(model.parameters()).device
-        with torch.no_grad(), autocast(device, precision):
-            self.x = torch.cat([embed(model, batch).float() for batch, _ in images.batches(batch_size, device)])
+        if dense is None:
+            dense = DenseStream(model, images, batch_size=batch_size, precision=precision, max_bytes=0)
+        assert (dense.batch_size, dense.precision) == (batch_size, precision)
+        assert len(dense.embedded) == len(images), "the dense stream is of other images"
+        self.dense = dense
+        self.x = dense.embedded
         """(B, N, C), or (B, N, C + 1) with sizes: the output of the pruned model's block before the current one."""
         self.share: Tensor | None = None
         """(B, N, dense N): each token as a weighted mean of the dense model's tokens; None while they are the same."""
-        self.is_held = torch.arange(len(self.x), device=device) % HELD_EVERY == HELD_EVERY - 1
+        self.is_held = torch.arange(len(self.x), device=self.x.device) % HELD_EVERY == HELD_EVERY - 1
         """(B,): images that are held out to choose the ridge."""
         self.is_dense = True
         """True while all blocks before the current one were the dense ones."""
         self._enter(0, self.x)
 
-    @torch.no_grad()
     def _enter(self, index: int, dense_x: Tensor) -> None:
         """Makes block `index` the current one. dense_x: (B, N, C), the dense model's input of it."""
-        self.index = index
+        self.index, self.dense_x = index, dense_x
         block = as_slim(self.blocks[index], self.anatomy, is_last=False)
-        with autocast(dense_x.device, self.precision):
-            halves = [block.halves(x) for x in yielding_between(dense_x.split(self.batch_size))]
-        mids, outs = zip(*halves, strict=True)
-        self.dense_mid, self.dense_out = torch.cat(mids).float(), torch.cat(outs).float()
+        self.dense_mid, self.dense_out = self.dense.halves(index, block, dense_x)
 
     def copy(self) -> CalibrationStream:
         """Returns the stream at the same block; moving one of both on does not move the other."""
@@ -160,36 +210,49 @@ class CalibrationStream:
             yield slice(start, start + self.batch_size)
 
 
-Projected = tuple[Tensor, Tensor, Tensor]
-"""Queries (b, H, N, K), keys (b, H, N, K) and values (b, H, N, V)."""
+class EnteringBatch:
+    """A batch of the stream where it enters a slim block."""
+
+    def __init__(self, stream: CalibrationStream, block: SlimBlock, rows: slice) -> None:
+        """rows: the batch's rows among the stream's images."""
+        self.stream, self.block, self.rows = stream, block, rows
+        self.x, self.size = block.enter(stream.x[rows])
+        self.share = None if stream.share is None else stream.share[rows]
+
+    def as_here(self, dense: Tensor, tokens: Tensor) -> Tensor:
+        """Returns a dense stream of the batch's images at some of the batch's tokens, averaged as these are. (b, n, C).
+
+        Args:
+            dense: (b, N of the dense model, C).
+            tokens: (n,), indices of the batch's tokens.
+        """
+        return dense[:, tokens] if self.share is None else self.share[:, tokens] @ dense
+
+    def missing(self, dense: Tensor, tokens: Tensor) -> Tensor:
+        """Returns what some of the batch's tokens lack of a dense stream. (b, n, C).
+
+        Args:
+            dense: (images, N of the dense model, C), of all the stream's images.
+            tokens: (n,), indices of the batch's tokens.
+        """
+        return self.as_here(dense[self.rows], tokens) - self.x[:, tokens]
 
 
-class BlockBatch:
+class BlockBatch(EnteringBatch):
     """A batch of the stream on its way through one slim block.
 
     It comes halted after attention, goes on by `add_attention`, `reduce` and `activate`, and ends with `finish`, which
     makes up for the steps that were not taken.
     """
 
-    def __init__(
-        self, stream: CalibrationStream, block: SlimBlock, rows: slice, projected: Projected | None = None
-    ) -> None:
-        """
-        Args:
-            rows: the batch's rows among the stream's images.
-            projected: to attend by instead of the block's own queries, keys and values; of its number of heads.
-        """
-        self.stream, self.block, self.rows = stream, block, rows
-        self.x, self.size = block.enter(stream.x[rows])
-        self.mixed, self.state = (
-            block.attend(self.x, self.size) if projected is None else block.mix(*projected, self.size)
-        )
+    def __init__(self, stream: CalibrationStream, block: SlimBlock, rows: slice) -> None:
+        super().__init__(stream, block, rows)
+        self.mixed, self.state = block.attend(self.x, self.size)
         """(b, N, H*V): the input of the attention's projection; and what the token reduction may look at."""
         self.is_added = False
         """True once the attention is added to x."""
         self.hidden: Tensor | None = None
         """(b, N', h): the hidden units, once they are active."""
-        self.share = None if stream.share is None else stream.share[rows]
 
     def of(self, block: SlimBlock) -> BlockBatch:
         """Returns the batch at the same point of another block, which is the same up to there."""
@@ -201,17 +264,6 @@ class BlockBatch:
     def num_bytes(self) -> int:
         """Bytes of the batch's activations."""
         return num_bytes([*vars(self).values(), *vars(self.state).values()])
-
-    def missing(self, dense: Tensor, tokens: Tensor) -> Tensor:
-        """Returns what some of the batch's tokens lack of a dense stream. (B, n, C).
-
-        Args:
-            dense: (images, N of the dense model, C), of all the stream's images.
-            tokens: (n,), indices of the batch's tokens.
-        """
-        target = dense[self.rows]
-        target = target[:, tokens] if self.share is None else self.share[:, tokens] @ target
-        return target - self.x[:, tokens]
 
     def add_attention(self) -> None:
         """Adds the projected attention to the stream."""
@@ -286,7 +338,7 @@ class Sample:
     """(b * n,) bool: those of the images that are held out."""
 
 
-def sample_of(batch: BlockBatch, weights: Tensor) -> Sample:
+def sample_of(batch: EnteringBatch, weights: Tensor) -> Sample:
     """Picks the tokens of a batch that a fit looks at.
 
     All prefix tokens are taken. Of the patches, an even spread of at least `PATCH_SAMPLES` and fewer than twice as

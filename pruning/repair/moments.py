@@ -27,7 +27,10 @@ class Moments:
 
     def add(self, x: Tensor, weight: Tensor, is_held: Tensor) -> None:
         """Adds samples. x: (S, n); weight: (S,), at least 0; is_held: (S,) bool."""
-        x = x.detach().float()
+        with torch.autocast(x.device.type, enabled=False):
+            self._add(x.detach().float(), weight, is_held)
+
+    def _add(self, x: Tensor, weight: Tensor, is_held: Tensor) -> None:
         if self._weight is None:
             width = x.shape[1]
             num_rows = width if self._num_features is None else self._num_features

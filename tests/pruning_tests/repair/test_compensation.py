@@ -20,7 +20,7 @@ from pruning.model.surgery import apply_plan, keep_all_block, keep_all_plan
 from pruning.model.tokens import merges
 from pruning.plan import TOKEN_REDUCTIONS, BlockPlan, Plan, TokenReduction
 from pruning.repair.compensation import REPAIR_PASSES, BlockRepair, repair_block, repaired_model
-from pruning.repair.flow import CalibrationStream
+from pruning.repair.flow import CalibrationStream, DenseStream
 from pruning.repair.sensitivity import measure_sensitivity
 from tests.pruning_tests import builders, reference
 
@@ -128,16 +128,16 @@ def test_plans_of_one_block_share_the_attention_that_depends_on_no_kept_channel(
         replace(plan, keep_heads=(0, 1), keep_qk=plan.keep_qk[:2], keep_v=plan.keep_v[:2]),
         replace(plan, keep_qk=((0, 1),) * 3),
         replace(plan, keep_v=((0, 1),) * 3),
-        replace(plan, num_tokens=9),
     ]
-    assert repair.has_attention(plan) and repair.has_attention(same)
+    fewer_tokens = replace(plan, num_tokens=9)
+    assert all(repair.has_attention(shared) for shared in (plan, same, fewer_tokens))
     assert not any(repair.has_attention(other) for other in others)
-    for other in (same, *others):
+    for other in (same, fewer_tokens, *others, plan):
         again = repair.repair(other)
         alone = repair_block(repair.stream, other)
         assert builders.same_state(again.block, builders.state(alone.block)) and again.notes == alone.notes
         attentions = [parts_of(repaired.block).proj.weight for repaired in (first, again)]
-        assert torch.equal(*attentions) == (other is same)
+        assert torch.equal(*attentions) == (other not in others)
 
 
 def test_a_repair_is_for_the_block_that_the_stream_had_come_to() -> None:
@@ -178,6 +178,18 @@ def test_activations_that_are_kept_give_what_running_the_blocks_again_gives(fami
             torch.testing.assert_close(stream.x, streams[0].x, rtol=1e-3, atol=1e-3)
             assert stream.share is not None and streams[0].share is not None
             torch.testing.assert_close(stream.share, streams[0].share, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("max_bytes", [10**9, 60_000, 0])
+def test_plans_that_share_a_dense_stream_give_the_same_models_and_leave_it_as_it_was(max_bytes: int) -> None:
+    model, images = builders.model(), builders.images(12)
+    anatomy, sensitivity = examine(model), measure_sensitivity(model, images)
+    dense = DenseStream(model, images, batch_size=5, max_bytes=max_bytes)
+    for seed, num_tokens in enumerate([(16, 9, 4), (12, 12, 12), (16, 16, 16)]):
+        plan = replace(builders.plan(anatomy, seed=seed, num_tokens=num_tokens), token_reduction="merge")
+        shared = repaired_model(model, plan, images, sensitivity, batch_size=5, dense=dense)
+        alone = repaired_model(model, plan, images, sensitivity, batch_size=5)
+        assert builders.same_state(shared.model, builders.state(alone.model)) and shared.notes == alone.notes
 
 
 def test_a_stream_may_go_on_through_a_block_that_was_repaired_before_the_last_one() -> None:
@@ -223,6 +235,11 @@ def test_a_repair_runs_the_images_through_the_dense_and_the_pruned_model_once(ki
     with CountedWork() as repair:
         repaired_model(model, plan, images, sensitivity)
     assert repair.macs < (REPAIR_PASSES - 3) * 1.05 * dense.macs
+    shared = DenseStream(model, images)
+    repaired_model(model, plan, images, sensitivity, dense=shared)
+    with CountedWork() as again:
+        repaired_model(model, plan, images, sensitivity, dense=shared)
+    assert again.macs < (REPAIR_PASSES - 4) * 1.05 * dense.macs
 
 
 # Redundant units
@@ -496,6 +513,45 @@ def test_the_second_mlp_layer_regresses_what_it_loses_and_what_the_stream_has_lo
 
 
 # Token reductions
+
+
+@pytest.mark.parametrize("family", ["vit", "no_qkv_bias", "average_pooling"])
+def test_queries_keys_and_values_of_merged_tokens_are_refitted_to_the_means_of_the_dense_ones(family: str) -> None:
+    """The regression is done by hand: behind the norm, from the merged tokens to the mean of those that they are."""
+    model, images = builders.model(family).requires_grad_(False), builders.images(60)
+    anatomy, sensitivity = examine(model).blocks[0], measure_sensitivity(model, images)
+    stream = CalibrationStream(model, images, sensitivity, token_reduction="merge", cutoff_token=0.85, batch_size=25)
+    stream.advance(repair_block(stream, keep_all_block(anatomy, 6)).block)
+    slim: Any = repair_block(stream, replace(keep_all_block(anatomy, 6), keep_hidden=tuple(range(50)))).block
+
+    parts, (x, _), share = parts_of(blocks_of(model)[1]), unpack(stream.x, anatomy.width), stream.share
+    assert share is not None
+    merged = parts.norm1(x).flatten(0, 1).double()
+    means = (share @ parts.norm1(blocks_of(model)[0](embed(model, images.normalized(slice(None)))))).flatten(0, 1)
+    weight, matrix = (
+        sensitivity[0].out.token_weights(x.shape[1], anatomy.num_prefix_tokens).repeat(60),
+        parts.qkv.weight,
+    )
+    is_held, has_bias = (torch.arange(60) % 4 == 3).repeat_interleave(x.shape[1]), parts.qkv.bias is not None
+    slope = reference.ridge_slope(
+        merged, means - merged, is_held, (matrix.T @ matrix).double(), weight, centred=has_bias
+    )
+    assert slope is not None and float(slope.abs().max()) > 0.05
+    expected = matrix.double() @ (torch.eye(24) + slope)
+    torch.testing.assert_close(slim.attn.qkv.weight[:48].double(), expected[:48], rtol=1e-3, atol=1e-4)
+    if has_bias:
+        shift = ((weight[:, None] * (means - merged - merged @ slope.T)).sum(dim=0) / weight.sum()).double()
+        bias = parts.qkv.bias + matrix.double() @ shift
+        torch.testing.assert_close(slim.attn.qkv.bias[:48].double(), bias[:48], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_that_are_all_there_have_the_queries_and_keys_of_the_dense_block() -> None:
+    model = builders.model()
+    stream = builders.calibration_stream(model, builders.images(24), 0)
+    stream.advance(repair_block(stream, builders.plan(examine(model)).blocks[0]).block)
+    slim: Any = repair_block(stream, replace(keep_all_block(stream.anatomy), keep_hidden=tuple(range(50)))).block
+    assert torch.equal(slim.attn.qkv.weight[:48], parts_of(blocks_of(model)[1]).qkv.weight[:48])
 
 
 @pytest.mark.parametrize(("family", "kind"), builders.in_rotation(list(builders.FAMILIES), TOKEN_REDUCTIONS, 2))

@@ -60,6 +60,24 @@ def test_a_mean_far_above_the_spread_costs_no_digits() -> None:
     check(moments_of(x, weight, is_held, (20,) * 10), x, weight, is_held)
 
 
+def test_moments_are_as_exact_where_products_run_in_bfloat16() -> None:
+    samples = drawn()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moments = moments_of(*samples, (50, 150))
+    check(moments, *samples)
+
+
+def test_the_first_values_alone_may_be_features_that_have_rows() -> None:
+    x, weight, is_held = drawn()
+    every, some = Moments(), Moments(2)
+    for moments in (every, some):
+        moments.add(x, weight, is_held)
+    for part in PARTS:
+        torch.testing.assert_close(some.covariance(part), every.covariance(part)[:2])
+        torch.testing.assert_close(every.covariance(part).diagonal(), every.variance(part), rtol=1e-5, atol=1e-6)
+        assert torch.equal(some.variance(part), every.variance(part)) and torch.equal(some.mean(part), every.mean(part))
+
+
 def test_batches_of_one_part_each_give_the_same_as_mixed_ones() -> None:
     x, weight, is_held = drawn()
     order = is_held.int().argsort(stable=True)

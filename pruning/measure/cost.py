@@ -77,7 +77,7 @@ def channel_macs(anatomy: BlockAnatomy, num_tokens: int) -> int:
 def reduction_macs(anatomy: BlockAnatomy, shape: BlockShape, patches_in: int, token_reduction: TokenReduction) -> int:
     """Counts the multiply-adds of reducing M patches to M': the filter M^2*C, and the matching.
 
-    A round of matching takes M/2 * M/2 * K for pairs of places, (M-1) * M * K for a quick shift.
+    Matching takes M/2 * M/2 * K a round for pairs of places, (M-1) * M * K for a quick shift.
     """
     if shape.num_tokens == patches_in:
         return 0

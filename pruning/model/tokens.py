@@ -18,9 +18,6 @@ from pruning.model.lfe import low_frequency_energy, score_tokens
 from pruning.plan import TokenReduction
 from pruning.spectrum import token_filter
 
-ROUND_SHARE = 0.25
-"""The share of the patches that a quick shift moves at once: in longer chains the ends have little in common."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionState:
@@ -263,35 +260,38 @@ class Quickshift(Reducer):
 
     Distance: 1 - cosine of the mean over heads of the keys, each of length 1, so that every head counts. Those
     patches go whose distance times the root of class attention is least; a patch whose nearest goes too follows it to
-    where that ends. Averages are by size. Where more than `ROUND_SHARE` of the patches have to go, this is repeated.
+    where that ends. Averages are by size. (Rounds of a quarter of the patches, with keys averaged between them, were
+    tried: no better, and slower.)
     """
 
     counts_sizes = True
 
     def choose(self, x: Tensor, state: AttentionState) -> Reduced:
-        prefix = self.num_prefix_tokens
+        prefix, num_patches, count = self.num_prefix_tokens, self.num_patches, self.num_patches - self.num_keep
         size = torch.ones_like(x[..., :1]) if state.size is None else state.size
-        keys = F.normalize(state.k.float(), dim=-1).mean(dim=1)
-        weight = class_attention(state, prefix, self.has_class_token)
-        weight = F.pad(weight, (prefix, 0), value=torch.inf)  # so the prefix comes last
-        steps = []
-        while (num_patches := keys.shape[1] - prefix) > self.num_keep:
-            count = shift_count(num_patches, self.num_keep)
-            step = _merging(*_shift(keys, weight, num_patches, count), size)
-            steps.append(step)
-            size = step.totals
-            if num_patches - count == self.num_keep:
-                break
-            keys, weight = step.average(keys), step.total(weight[..., None])[..., 0]
-        return Reduced(steps=tuple(steps), size=size)
+        if not count:
+            return Reduced(steps=(), size=size)
+        attention = class_attention(state, prefix, self.has_class_token)
+        ascending, order = attention.sort(dim=1, stable=True)  # a patch can only go to one that comes after it
+        order = order + prefix
+        keys = F.normalize(F.normalize(state.k.float(), dim=-1).mean(dim=1), dim=-1)
+        keys = _rows(keys, _row_numbers(order, x.shape[1]))
+        excluded = torch.full((num_patches - 1, num_patches), -torch.inf, device=x.device).tril()
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 most near pairs tie, and others are taken
+            cosine = torch.baddbmm(excluded, keys[:, :-1], keys.transpose(1, 2))
+        # The largest first, then its place in the rows that need it: ten times faster on a CPU than both at once.
+        cost = (1 - cosine.amax(dim=-1)) * ascending[:, :-1].sqrt()
+        moved = cost.argsort(dim=1, stable=True)[:, :count]
+        host = torch.arange(num_patches, device=x.device).expand(len(x), -1)
+        host = host.scatter(1, moved, _rows(cosine, _row_numbers(moved, num_patches - 1)).argmax(dim=-1))
+        for _ in range((count - 1).bit_length()):  # each time, chains are followed twice as far
+            host = host.gather(1, host)
+        step = _merging(order.gather(1, moved), order.gather(1, host.gather(1, moved)), size)
+        return Reduced(steps=(step,), size=step.totals)
 
     @classmethod
     def matching_macs(cls, num_patches: int, num_keep: int, qk_width: int) -> int:
-        total = 0
-        while num_patches > num_keep:
-            total += (num_patches - 1) * num_patches * qk_width
-            num_patches -= shift_count(num_patches, num_keep)
-        return total
+        return (num_patches - 1) * num_patches * qk_width
 
 
 REDUCERS: dict[TokenReduction, type[TokenDrop | TokenFuse | TokenMerge | Quickshift]] = {
@@ -333,33 +333,6 @@ def _match(keys: Tensor, weight: Tensor | None, count: int) -> tuple[Tensor, Ten
     nearest, partner = distance.min(dim=-1)
     moved = nearest.argsort(dim=1, stable=True)[:, :count]
     return 2 * moved, 2 * partner.gather(1, moved) + 1
-
-
-def shift_count(num_patches: int, num_keep: int) -> int:
-    """Returns how many of these patches the next round of a quick shift takes."""
-    return min(num_patches - num_keep, max(1, int(ROUND_SHARE * num_patches)))
-
-
-def _shift(keys: Tensor, weight: Tensor, num_patches: int, count: int) -> tuple[Tensor, Tensor]:
-    """Finds `count` tokens that move (B, count), and those into which they go in the end (B, count).
-
-    Args:
-        keys: (B, N, K).
-        weight: (B, N), at least 0; infinite for the prefix tokens.
-    """
-    ascending, order = weight.float().sort(dim=1, stable=True)  # a token can only go to one that comes after it
-    keys = _rows(F.normalize(keys, dim=-1), _row_numbers(order[:, :num_patches], keys.shape[1]))
-    excluded = torch.full((num_patches - 1, num_patches), -torch.inf, device=keys.device).tril()
-    with torch.autocast(keys.device.type, enabled=False):  # in bfloat16 most near pairs tie, and others are taken
-        cosine = torch.baddbmm(excluded, keys[:, :-1], keys.transpose(1, 2))
-    # The largest first, then its place in the rows that need it: ten times faster on a CPU than both at once.
-    distance = 1 - cosine.amax(dim=-1)
-    moved = (distance * ascending[:, : num_patches - 1].sqrt()).argsort(dim=1, stable=True)[:, :count]
-    host = torch.arange(num_patches, device=keys.device).expand(len(keys), -1)
-    host = host.scatter(1, moved, _rows(cosine, _row_numbers(moved, num_patches - 1)).argmax(dim=-1))
-    for _ in range((count - 1).bit_length()):  # each time, chains are followed twice as far
-        host = host.gather(1, host)
-    return order.gather(1, moved), order.gather(1, host.gather(1, moved))
 
 
 def _merging(moved: Tensor, host: Tensor, size: Tensor) -> Step:

@@ -98,27 +98,21 @@ def merged(keys: list[list[float]], size: list[float], weight: list[float] | Non
 
 
 def quickshifted(keys: list[list[float]], size: list[float], weight: list[float], keep: int) -> list[dict[int, float]]:
-    """Moves patches to their nearest among those of more weight, the cheapest first, a quarter at once (quick shift).
+    """Moves the patches that cost least to their nearest among those of more weight, or where that goes (quick shift).
 
     A move costs 1 - cosine, times the root of the weight of the patch that moves.
     """
-    groups = [{patch: size[patch]} for patch in range(len(keys))]
-    while (count := len(groups)) > keep:
-        order, moves = sorted(range(count), key=lambda place: weight[place]), []
-        for rank, a in enumerate(order[:-1]):
-            apart, b = min((one_minus_cosine(keys[a], keys[b]), b) for b in order[rank + 1 :])
-            moves.append((apart * math.sqrt(weight[a]), a, b))
-        into = {a: b for _, a, b in sorted(moves)[: min(count - keep, max(1, count // 4))]}
+    count = len(keys)
+    order, moves = sorted(range(count), key=lambda place: weight[place]), []
+    for rank, a in enumerate(order[:-1]):
+        apart, b = min((one_minus_cosine(keys[a], keys[b]), b) for b in order[rank + 1 :])
+        moves.append((apart * math.sqrt(weight[a]), a, b))
+    into = {a: b for _, a, b in sorted(moves)[: count - keep]}
 
-        def end(place: int, into: dict[int, int] = into) -> int:
-            return end(into[place]) if place in into else place
+    def end(place: int) -> int:
+        return end(into[place]) if place in into else place
 
-        parts = [[p for p in range(count) if end(p) == place] for place in range(count) if place not in into]
-        keys = [mean([keys[p] for p in places], [size[p] for p in places]) for places in parts]
-        groups = [{patch: n for p in places for patch, n in groups[p].items()} for places in parts]
-        size = [sum(size[p] for p in places) for places in parts]
-        weight = [sum(weight[p] for p in places) for places in parts]
-    return groups
+    return [{p: size[p] for p in range(count) if end(p) == place} for place in range(count) if place not in into]
 
 
 def one_minus_cosine(a: list[float], b: list[float]) -> float:

@@ -39,7 +39,8 @@ class Moments:
             weighted = samples * weights
             self._weight[row] += weights.sum()
             self._sum[row] += weighted.sum(dim=0)
-            self._products[row] += weighted.T @ samples
+            with torch.autocast(x.device.type, enabled=False):  # in bfloat16 a covariance has negative eigenvalues
+                self._products[row] += weighted.T @ samples
 
     @property
     def has_held(self) -> bool:

@@ -196,7 +196,7 @@ def _pair_curve(repair: BlockRepair, slim: SlimBlock) -> Tensor:
     query, key = repair.logit_factors()
     widths = sorted({math.ceil(head_dim * step / NUM_WIDTHS) for step in range(NUM_WIDTHS)}, reverse=True)
     removed, losses = [0], [0.0]
-    x, size = slim.enter(stream.x[:PAIR_IMAGES])
+    x, size = slim.enter(stream.x[: min(PAIR_IMAGES, stream.batch_size)])
     q, k, v = slim.attn.project(slim.norm1(x))
     mixed = slim.attn.mix(q, k, v, size)
     projection = slim.ls1(torch.ones(stream.anatomy.width, device=x.device))[:, None] * slim.attn.proj.weight

@@ -35,7 +35,7 @@ CHANNEL_TRIAL, TOKEN_TRIAL = 0.9, 0.65
 """Shares of the dense multiply-adds at which a model with fewer channels, and one with fewer tokens, is measured to
 scale its prediction. Both lose little there: farther down, the errors are no longer small."""
 
-TOKEN_IMAGES = 16
+TOKEN_IMAGES = 24
 """The probe images on which single removals of tokens are measured. The plans of 64 lose as much."""
 
 SCALE_IMAGES = 64

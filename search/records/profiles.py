@@ -20,7 +20,7 @@ from search.config import Config, Fingerprints
 from search.errors import SweepError
 from search.records.files import write_by
 
-FORMAT = 2
+FORMAT = 3
 """The format of the files, a part of their names: a file of another format is not found, and measured anew."""
 
 

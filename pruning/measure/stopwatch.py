@@ -99,8 +99,8 @@ def _lap(call: Callable[[], object], device: torch.device, num_repeats: int, clo
 def fastest_precision(model: nn.Module, batch: Tensor, repeats: int = 5, *, timer: Timer = time_in_turn) -> Precision:
     """Finds the precision in which this device runs the model faster, by timing both in turn.
 
-    A CPU with AMX runs bfloat16 three times faster than float32, one without it two times slower. Where one round, after
-    a warm-up, tells them apart by `CLEARLY_FASTER`, no other is run.
+    A CPU with AMX runs bfloat16 three times faster than float32, one without it two times slower. Where one round,
+    after a warm-up, tells them apart by `CLEARLY_FASTER`, no other is run.
 
     Args:
         batch: (B, channels, height, width), on the model's device.
@@ -160,7 +160,7 @@ def time_against_dense(
         dense_lap_s = _lap(calls[0], batch.device, 1, time.perf_counter)
         num_repeats = max(1, math.ceil(min_lap_s / dense_lap_s))
         timings: list[Timing] = []
-        while not timings or len(rounds) < num_rounds and any(_width(timing) > narrow_enough for timing in timings):
+        while not timings or (len(rounds) < num_rounds and any(_width(timing) > narrow_enough for timing in timings)):
             rounds.append([_lap(call, batch.device, num_repeats, time.perf_counter) for call in calls])
             if len(rounds) in ranks:
                 timings = _timings(rounds, ranks[len(rounds)], len(batch))

@@ -29,8 +29,8 @@ MIN_GAIN = 0.01
 
 NUM_HIDDEN, NUM_HEAD_WIDTHS, NUM_UNEQUAL_WIDTHS = 16, 8, 4
 """The most widths that are timed: of hidden units; of head channels, queries as wide as values; and of head channels in
-all pairs of two. They are evenly spread multiples of `GRAIN`. Twice as many hidden units, all 64 pairs and 5 repeats took
-five times as long, for plans that took 1 % longer and lost 2 to 10 % less at equal multiply-adds: the same trade."""
+all pairs of two. They are evenly spread multiples of `GRAIN`. Twice as many hidden units and all 64 pairs, repeated 5
+times, took five times as long, for plans that took 1 % longer and lost 2 to 10 % less at equal multiply-adds."""
 
 GRAIN = 8
 """The widths that are timed are multiples of this, beside the dense one."""

@@ -114,10 +114,12 @@ def test_forward_passes_are_counted_as_by_hand(kind: TokenReduction) -> None:
     model = builders.toy_model()
     profile = measure_profile(model, calibration, probe, token_reduction=kind)
     repair = REPAIR_PASSES - 3  # its sensitivity is known
-    images = 80 * (3 + 2) + 64 * repair + 64 * 2  # sensitivity and curves; a model with fewer channels and the dense one
+    images = (
+        80 * (3 + 2) + 64 * repair + 64 * 2
+    )  # sensitivity and curves; a model with fewer channels and the dense one
     if kind != "none":
-        # Shares of 1/24, 1/6, 1/2, 3/4, 11/12 leave 15, 13, 8, 4, 1 of 16 patches; a block and those behind it are 3, 2,
-        # and 1 of 3.
+        # Shares of 1/24, 1/6, 1/2, 3/4, 11/12 leave 15, 13, 8, 4, 1 of 16 patches; a block and those behind it are 3,
+        # 2, and 1 of 3.
         images += 64 * 0.65 + 24 * (1 + (15 + 13 + 8 + 4 + 1) / 16 * 2)
     assert profile.forward_passes == pytest.approx(images / 80)
     known = measure_profile(

@@ -92,7 +92,9 @@ def test_a_layer_that_is_never_used_loses_nothing_at_any_width() -> None:
         assert sorted(order.tolist()) == list(range(5))
 
 
-def test_a_covariance_of_fewer_samples_than_units_in_bfloat16_has_a_curve_that_ends_at_the_spread_of_the_outputs() -> None:
+def test_a_covariance_of_fewer_samples_than_units_in_bfloat16_has_a_curve_that_ends_at_the_spread_of_the_outputs() -> (
+    None
+):
     """Its products are taken in float32 whatever the autocast: negative eigenvalues let the losses grow to infinity."""
     x = torch.randn(40, 96, generator=torch.Generator().manual_seed(0)) ** 3
     moments = Moments()

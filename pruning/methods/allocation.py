@@ -19,7 +19,7 @@ from pruning.errors import TargetError
 from pruning.measure.cost import channel_macs, count_macs, reduction_macs
 from pruning.measure.widths import AllowedWidths, multiples
 from pruning.methods.bisection import bisect
-from pruning.methods.profile import Profile, block_costs, token_costs_at
+from pruning.methods.profile import Profile, block_costs, scaled, token_costs_at
 from pruning.model.anatomy import Anatomy
 from pruning.model.surgery import keep_all_plan
 from pruning.plan import BlockPlan, BlockShape, Indices, Plan
@@ -191,7 +191,7 @@ class PricedPlans:
         block, curves = self.anatomy.blocks[index], self.profile.channels[index]
         channel = np.array([block.num_heads * channel_macs(block, tokens) for tokens in self._num_tokens(index)])
         qk, v = np.array(self.allowed_widths[index].attention).T
-        cost = self.channel_scale * (curves.qk.numpy()[block.head_dim - qk] + curves.v.numpy()[block.head_dim - v])
+        cost = scaled(self.channel_scale, curves.qk.numpy()[block.head_dim - qk] + curves.v.numpy()[block.head_dim - v])
         total = cost[None] + price * channel[:, None] * (qk + v)[None]
         return _Cheapest(total.min(axis=1), np.stack([qk, v], axis=1)[total.argmin(axis=1)])
 
@@ -199,7 +199,7 @@ class PricedPlans:
         """The hidden units of a block, by the number of tokens that leave its attention."""
         block, tokens = self.anatomy.blocks[index], np.array(self._num_tokens(index))
         widths = np.array(self.allowed_widths[index].hidden)
-        cost = self.channel_scale * self.profile.channels[index].hidden.numpy()[block.num_hidden - widths]
+        cost = scaled(self.channel_scale, self.profile.channels[index].hidden.numpy()[block.num_hidden - widths])
         total = cost[None] + price * (2 * tokens * block.width)[:, None] * widths[None]
         return _Cheapest(total.min(axis=1), widths[total.argmin(axis=1), None])
 
@@ -210,7 +210,7 @@ class PricedPlans:
         counts = np.array(self.counts)
         shares = 1 - counts[None] / counts[:, None]
         costs = token_costs_at(self.profile.tokens[index], np.clip(shares, 1e-9, None))
-        return np.where(shares > 0, self.profile.token_scale * costs, np.where(shares < 0, np.inf, 0.0))
+        return np.where(shares > 0, scaled(self.profile.token_scale, costs), np.where(shares < 0, np.inf, 0.0))
 
     def _all_reduction_macs(self) -> np.ndarray:
         """(counts in, counts out): multiply-adds of the reduction itself."""

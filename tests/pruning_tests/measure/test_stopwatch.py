@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Callable, Sequence
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from resource import RUSAGE_SELF, getrusage
 
 import pytest
@@ -18,6 +18,8 @@ from pruning.measure.stopwatch import (
     device_name,
     fastest_precision,
     median_interval,
+    median_rank,
+    ranks_at_any_stop,
     time_against_dense,
     time_in_turn,
 )
@@ -84,11 +86,31 @@ def test_the_dense_model_can_run_alone() -> None:
 def test_all_models_run_equally_often_and_again_until_the_lap_is_long_enough() -> None:
     short, other = Work(1), Work(2)
     time_against_dense(short, [other], BATCH, num_rounds=6, min_lap_s=0.0)
-    assert (short.calls, other.calls) == (1 + 1 + 7, 1 + 7)  # first call, the one that is timed, a warm-up round, 6
+    assert (short.calls, other.calls) == (1 + 1 + 6, 1 + 6)  # a warm-up, the one that is timed, 6 rounds
     long, other = Work(1), Work(2)
     time_against_dense(long, [other], BATCH, num_rounds=6, min_lap_s=0.005)
-    assert other.calls > 1 + 7 and (other.calls - 1) % 7 == 0
+    assert other.calls > 1 + 6 and (other.calls - 1) % 6 == 0
     assert long.calls == other.calls + 1
+
+
+def test_rounds_end_as_soon_as_the_intervals_are_narrow_enough() -> None:
+    model = Work(1)
+    for narrow_enough, num_rounds in ((0.0, 12), (1e-9, 12), (1e9, 6)):
+        model.calls, other = 0, Work(2)
+        dense, (timing,) = time_against_dense(
+            model, [other], BATCH, num_rounds=12, min_lap_s=0.0, narrow_enough=narrow_enough
+        )
+        assert timing.num_rounds == dense.num_rounds == num_rounds
+        assert other.calls == 1 + num_rounds and model.calls == 2 + num_rounds
+
+
+def test_rounds_end_where_every_model_is_told_apart() -> None:
+    """The dense model itself has an interval of no width; the other one's decides."""
+    dense = Work(1)
+    _, timings = time_against_dense(dense, [dense, Work(3)], BATCH, num_rounds=7, min_lap_s=0.0, narrow_enough=1e-12)
+    assert {timing.num_rounds for timing in timings} == {7}
+    _, timings = time_against_dense(dense, [], BATCH, num_rounds=7, min_lap_s=0.0, narrow_enough=1e-12)
+    assert timings == []
 
 
 @pytest.mark.parametrize("num_rounds", [-1, 0, 5])
@@ -158,19 +180,36 @@ def test_the_faster_precision_is_found(slow: Precision, fast: Precision) -> None
 
 
 @pytest.mark.parametrize(
-    ("rounds", "fast"),
+    ("laps", "fast", "num_rounds"),
     [
-        ([[2.0, 9.0], [3.0, 1.0]], "bfloat16"),  # the least time of each counts, not its mean
-        ([[1.0, 1.5], [9.0, 1.5]], "float32"),
-        ([[1.0, 1.0]], "float32"),
+        ([(2.0, 9.0)], "float32", 1),  # clear after one round
+        ([(1.3, 1.0)], "bfloat16", 1),
+        ([(1.25, 1.0), (1.0, 1.5), (1.0, 1.0)], "float32", 3),  # the least time of each counts, and float32 if they tie
+        ([(1.25, 1.0), (1.0, 1.5), (1.0, 0.9)], "bfloat16", 3),
+        ([(1.0, 1.0), (9.0, 1.5), (9.0, 1.5)], "float32", 3),
     ],
 )
-def test_the_least_time_of_each_precision_decides(rounds: list[list[float]], fast: Precision) -> None:
-    def timer(calls: Sequence[Callable[[], object]], device: torch.device, num_rounds: int) -> list[list[float]]:
-        assert (len(calls), device, num_rounds) == (2, BATCH.device, 7)
-        return rounds
+def test_the_least_time_of_each_precision_decides_unless_one_round_is_clear(
+    laps: list[tuple[float, float]], fast: Precision, num_rounds: int
+) -> None:
+    left = iter(laps)
 
-    assert fastest_precision(Work(1), BATCH, 7, timer=timer) == fast
+    def timer(calls: Sequence[Callable[[], object]], device: torch.device, num_rounds: int) -> list[list[float]]:
+        assert (len(calls), device) == (2, BATCH.device)
+        return [list(next(left)) for _ in range(num_rounds)]
+
+    assert fastest_precision(Work(1), BATCH, 3, timer=timer) == fast
+    assert len(list(left)) == len(laps) - num_rounds == 0
+
+
+def test_one_repeat_is_one_round() -> None:
+    def timer(calls: Sequence[Callable[[], object]], device: torch.device, num_rounds: int) -> list[list[float]]:
+        asked.append(num_rounds)
+        return [[1.0, 0.9]]
+
+    asked: list[int] = []
+    assert fastest_precision(Work(1), BATCH, 1, timer=timer) == "bfloat16"
+    assert asked == [1]
 
 
 # The interval of the median
@@ -188,6 +227,34 @@ def test_the_interval_is_the_narrowest_pair_of_order_statistics_that_holds_95_pe
     rank = brute_force_rank(count)
     values = torch.randperm(count, generator=torch.Generator().manual_seed(count)).tolist()
     assert median_interval(values) == (rank, count - 1 - rank)
+
+
+def test_ranks_at_any_stop_hold_95_percent_for_whoever_stops_where_it_misses() -> None:
+    """All ways for 13 draws to fall about the median, one after the other; the ranks are the largest that hold."""
+    most = 13
+    ranks = ranks_at_any_stop(most)
+    assert list(ranks) == list(range(6, most + 1))
+
+    def missed(ranks: dict[int, int]) -> float:
+        """The share of ways in which some number of draws has too many on one side of the median."""
+        count = 0
+        for sides in product((0, 1), repeat=most):
+            below = list(accumulate(sides))
+            count += any(below[n - 1] <= rank or n - below[n - 1] <= rank for n, rank in ranks.items())
+        return count / 2**most
+
+    assert missed(ranks) <= 0.05
+    for n in ranks:  # none may be larger, whatever comes after it
+        assert missed({m: rank + (m == n) for m, rank in ranks.items() if m <= n}) > 0.05
+    assert all(rank <= median_rank(n) for n, rank in ranks.items())
+    assert ranks[most] > 0
+
+
+def test_ranks_at_any_stop_do_not_depend_on_how_far_it_may_go() -> None:
+    long = ranks_at_any_stop(45)
+    assert ranks_at_any_stop(6) == {6: 0}
+    assert ranks_at_any_stop(15) == {n: long[n] for n in range(6, 16)}
+    assert all(long[n] <= long[n + 1] <= long[n] + 1 for n in range(6, 45))
 
 
 @pytest.mark.parametrize(

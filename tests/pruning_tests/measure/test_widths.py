@@ -244,7 +244,7 @@ def test_a_device_that_pads_heads_and_runs_in_tiles_is_offered_equal_pairs_and_f
 def test_a_device_to_which_each_width_counts_is_offered_all_that_are_timed() -> None:
     (allowed, *_) = measured(wide_model(), Device(lambda qk, v: float(2 * qk + v), float))
     assert set(allowed.attention) == set(squared((8, 16, 24, 32)))
-    assert allowed.hidden == tuple(range(8, 257, 8))
+    assert allowed.hidden == tuple(range(16, 257, 16))
 
 
 def test_a_device_to_which_no_width_counts_is_offered_the_dense_ones() -> None:
@@ -264,8 +264,15 @@ def test_widths_that_are_few_or_no_multiples_of_eight_have_the_dense_one_at_the_
     model = builders.model(embed_dim=64, num_heads=heads, mlp_ratio=hidden_ratio)
     (allowed, *_) = measured(model, Device(lambda qk, v: float(qk + v), float), batch_size=1)
     head = 64 // heads
-    assert allowed.hidden == (*range(8, most, 8), most)
-    assert set(allowed.attention) == set(squared((*range(8, head, 8), head)))
+    grain = max(8, round(most / 16 / 8) * 8)
+    assert allowed.hidden == (*range(grain, most, grain), most)
+    equal = {(width, width) for width in (*range(8, head, 8), head)}
+    assert set(allowed.attention) == equal | set(squared((*range(grain_of(head), head, grain_of(head)), head)))
+
+
+def grain_of(head: int) -> int:
+    """The step of the widths in all pairs: at most four widths."""
+    return max(8, round(head / 4 / 8) * 8)
 
 
 def matched_pairs(patches: int, left: int, width: int) -> int:
@@ -302,8 +309,17 @@ def test_equal_blocks_are_timed_once() -> None:
     for number, depth in enumerate((1, 3), start=1):
         allowed = measured(wide_model(depth=depth), device, batch_size=1)
         assert allowed == (allowed[0],) * depth
-        # Four widths of queries and of values, 32 of hidden units.
-        assert device.num_laps == number * ROUNDS * (4 * 4 + 32)
+        # Four widths of queries and of values, 16 of hidden units.
+        assert device.num_laps == number * ROUNDS * (4 * 4 + 16)
+
+
+def test_of_wide_heads_equal_pairs_are_timed_in_small_steps_and_all_pairs_in_large_ones() -> None:
+    model = builders.model(embed_dim=64, num_heads=1)
+    (allowed, *_) = measured(model, Device(lambda qk, v: float(2 * qk + v), float))
+    equal = {(width, width) for width in range(8, 65, 8)}
+    assert set(allowed.attention) == equal | set(squared((16, 32, 48, 64)))
+    (normed, *_) = measured(builders.model("qk_norm", embed_dim=64, num_heads=1), Device(lambda qk, v: float(v), float))
+    assert set(normed.attention) == {(64, v) for v in range(8, 65, 8)}
 
 
 def swin(**args: Any) -> nn.Module:

@@ -273,3 +273,28 @@ def test_a_target_that_no_plan_reaches_is_refused_and_the_least_one_named(token_
     assert count_macs(MIDDLE, allocate(profile, MIDDLE, least, token_share, by_eight)) == least
     with pytest.raises(SettingError):
         allocate(profile, MIDDLE, least - 1, token_share, by_eight)
+
+
+@pytest.mark.parametrize("height", [1e12, 1e299, float("inf")])
+@pytest.mark.parametrize("token_share", [0.0, 0.5, 1.0])
+def test_costs_beyond_all_bounds_neither_overflow_nor_keep_a_target_from_being_met(
+    height: float, token_share: float
+) -> None:
+    profile = profile_of(MIDDLE, seed=4)
+    huge = [replace(curves, hidden=curves.hidden * height, v=curves.v * height) for curves in profile.channels]
+    huge = [replace(curves, hidden=curves.hidden.nan_to_num(0), v=curves.v.nan_to_num(0)) for curves in huge]
+    worst = replace(
+        profile, channels=(*huge[:2], *profile.channels[2:]), channel_scale=1e9, token_scale=1e9,
+        tokens=((1e250, 1e251, 1e299, 1e300, 1e301), *profile.tokens[1:]),
+    )  # fmt: skip
+    for share in (0.6, 0.8):
+        plan = allocate(worst, MIDDLE, int(share * DENSE_MACS), token_share, multiples_of(MIDDLE, 8))
+        check_plan(plan, MIDDLE)
+        assert count_macs(MIDDLE, plan) <= share * DENSE_MACS
+        assert token_share > 0 or count_macs(MIDDLE, plan) > (share - 0.1) * DENSE_MACS
+    with pytest.raises(SettingError, match="no plan has 1000 multiply-adds or fewer") as refused:
+        allocate(worst, MIDDLE, 1000, token_share, multiples_of(MIDDLE, 8))
+    least = int(str(refused.value).split()[-1])
+    assert allocate(worst, MIDDLE, least, token_share, multiples_of(MIDDLE, 8)) == allocate(
+        profile, MIDDLE, least, token_share, multiples_of(MIDDLE, 8)
+    )

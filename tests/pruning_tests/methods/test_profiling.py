@@ -14,11 +14,12 @@ from pruning.measure.accuracy import predict
 from pruning.measure.cost import count_macs
 from pruning.methods.allocation import allocate
 from pruning.methods.profile import REMOVED_SHARES, Profile, block_costs
-from pruning.methods.profiling import measure_profile
+from pruning.methods.profiling import SCALE_IMAGES, TOKEN_IMAGES, measure_profile
 from pruning.model.anatomy import Anatomy, examine
 from pruning.model.surgery import apply_plan, check_plan, keep_all_block, keep_all_plan
 from pruning.plan import Plan, TokenReduction
-from pruning.repair.compensation import repaired_model
+from pruning.repair.compensation import REPAIR_PASSES, repaired_model
+from pruning.repair.sensitivity import measure_sensitivity
 from tests.pruning_tests import builders
 
 CALIBRATION, PROBE = builders.toy_images(40, seed=2), builders.toy_images(45, seed=3)
@@ -34,7 +35,7 @@ def test_what_removing_tokens_costs_is_the_divergence_of_a_model_that_does_so_in
     kind: TokenReduction,
 ) -> None:
     profile, model = profile_of("average_pooling", kind), builders.toy_model("average_pooling")
-    pixels, blocks = PROBE.normalized(slice(None)), list(keep_all_plan(examine(model)).blocks)
+    pixels, blocks = PROBE.normalized(slice(0, TOKEN_IMAGES)), list(keep_all_plan(examine(model)).blocks)
     for index, costs in enumerate(profile.tokens):
         assert len(costs) == len(REMOVED_SHARES) and costs[-1] > 0
         assert all(fewer <= more for fewer, more in pairwise(costs))
@@ -76,7 +77,9 @@ def test_scales_are_measured_over_predicted_costs_of_a_model_that_loses_little(f
     dense_macs, scales = count_macs(anatomy, keep_all_plan(anatomy)), []
     for share, token_share in ((0.9, 0.0), (0.65, 1.0)):
         plan = allocate(unscaled, anatomy, int(share * dense_macs), token_share)
-        pruned = repaired_model(model, plan, CALIBRATION, batch_size=30).model
+        pruned = apply_plan(model, plan)
+        if token_share == 0:
+            pruned = repaired_model(model, plan, CALIBRATION, batch_size=30).model
         measured = divergence(predict(model, PROBE), predict(pruned, PROBE)).item()
         scales.append(max(1.0, measured / sum(map(sum, block_costs(unscaled, anatomy, plan)))))
     assert (profile.channel_scale, profile.token_scale) == pytest.approx(tuple(scales), rel=1e-3)
@@ -89,14 +92,41 @@ def test_without_a_token_reduction_there_are_no_token_costs_and_one_scale() -> N
     assert profile.token_scale == profile.channel_scale >= 1
 
 
-def test_forward_passes_are_counted_as_by_hand() -> None:
-    on_calibration = 3 + 1 + 1  # sensitivity, the dense stream, curves
-    trial = 3
-    # Every share of every block runs that block and the later ones: 3 + 2 + 1 blocks of 3, for 7 shares.
-    for kind, trials, probed in (("none", 1, 0.0), ("merge", 2, 1 + 7 * 2)):
-        profile = profile_of("vit", kind)
-        expected = on_calibration + trials * trial + (1 + trials + probed) * len(PROBE) / len(CALIBRATION)
-        assert profile.forward_passes == pytest.approx(expected)
+def test_scales_are_measured_on_a_few_of_many_images() -> None:
+    model, kind = builders.toy_model("average_pooling"), "merge"
+    calibration, probe = (builders.toy_images(SCALE_IMAGES + 30, seed=seed) for seed in (2, 3))
+    channels = profile_of("average_pooling", kind).channels
+    sensitivity = measure_sensitivity(model, calibration, batch_size=30)
+    few, many = (
+        measure_profile(
+            model, calibration.take(slice(0, count)), probe.take(slice(0, count)), token_reduction=kind, batch_size=30,
+            sensitivity=sensitivity, channels=channels,
+        )
+        for count in (SCALE_IMAGES, SCALE_IMAGES + 30)
+    )  # fmt: skip
+    assert few.tokens == many.tokens and few.channels is many.channels is channels
+    assert (few.channel_scale, few.token_scale) == (many.channel_scale, many.token_scale)
+
+
+@pytest.mark.parametrize("kind", ["none", "merge"])
+def test_forward_passes_are_counted_as_by_hand(kind: TokenReduction) -> None:
+    calibration, probe = (builders.toy_images(80, seed=seed) for seed in (2, 3))
+    model = builders.toy_model()
+    profile = measure_profile(model, calibration, probe, token_reduction=kind)
+    repair = REPAIR_PASSES - 3  # its sensitivity is known
+    images = (
+        80 * (3 + 2) + 64 * repair + 64 * 2
+    )  # sensitivity and curves; a model with fewer channels and the dense one
+    if kind != "none":
+        # Shares of 1/24, 1/6, 1/2, 3/4, 11/12 leave 15, 13, 8, 4, 1 of 16 patches; a block and those behind it are 3,
+        # 2, and 1 of 3.
+        images += 64 * 0.65 + 24 * (1 + (15 + 13 + 8 + 4 + 1) / 16 * 2)
+    assert profile.forward_passes == pytest.approx(images / 80)
+    known = measure_profile(
+        model, calibration, probe, token_reduction=kind, channels=profile.channels,
+        sensitivity=measure_sensitivity(model, calibration),
+    )  # fmt: skip
+    assert known.forward_passes == pytest.approx(images / 80 - 5)
 
 
 def test_tokens_that_nobody_reads_any_more_go_for_nothing() -> None:

@@ -13,7 +13,16 @@ from pruning.model.surgery import keep_all_block
 from pruning.plan import TokenReduction
 from pruning.repair.compensation import BlockRepair
 from pruning.repair.flow import CalibrationStream
-from pruning.scores.curves import RIDGE, RemovalCurves, _value_curve, interpolated, measure_curves, obs_removal_curve
+from pruning.repair.moments import Moments
+from pruning.scores.curves import (
+    PAIR_IMAGES,
+    RIDGE,
+    RemovalCurves,
+    _value_curve,
+    interpolated,
+    measure_curves,
+    obs_removal_curve,
+)
 from tests.pruning_tests import builders
 
 
@@ -73,7 +82,7 @@ def test_copies_and_dead_units_go_first_and_for_nothing() -> None:
     losses, order = obs_removal_curve(x.T @ x / 400, outer, num_steps=10)
     first = set(order[:4].tolist())
     assert {8, 9} <= first and len(first & {0, 6}) == len(first & {1, 7}) == 1
-    assert losses[4] < 1e-3 * losses[5]
+    assert losses[4] < 0.1 * losses[5]  # what the ridge adds
 
 
 def test_a_layer_that_is_never_used_loses_nothing_at_any_width() -> None:
@@ -81,6 +90,22 @@ def test_a_layer_that_is_never_used_loses_nothing_at_any_width() -> None:
         losses, order = obs_removal_curve(covariance, outer)
         assert losses.max() < 1e-9 and losses.isfinite().all()
         assert sorted(order.tolist()) == list(range(5))
+
+
+def test_a_covariance_of_fewer_samples_than_units_in_bfloat16_has_a_curve_that_ends_at_the_spread_of_the_outputs() -> (
+    None
+):
+    """Its products are taken in float32 whatever the autocast: negative eigenvalues let the losses grow to infinity."""
+    x = torch.randn(40, 96, generator=torch.Generator().manual_seed(0)) ** 3
+    moments = Moments()
+    with torch.autocast("cpu", torch.bfloat16):
+        moments.add(x, torch.full((40,), 0.025), torch.zeros(40, dtype=torch.bool))
+    centred = (x - x.mean(dim=0)).double()
+    torch.testing.assert_close(moments.covariance(), centred.T @ centred / 40, rtol=1e-5, atol=1e-5)
+    outer = torch.randn(12, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    losses, _ = obs_removal_curve(moments.covariance(), outer)
+    spread = float((centred @ outer.T).square().sum()) / 40 / 2
+    assert spread <= float(losses[-1]) <= 1.05 * spread
 
 
 # Values
@@ -185,11 +210,12 @@ def test_without_a_channel_left_the_loss_is_that_of_the_block_s_own_spread_or_of
 
     after = x + block.attn(block.norm1(x))
     expected = loss(block.mlp(block.norm2(after)), out, place.out.metric, around_mean=True)
-    assert float(curves.hidden[-1]) == pytest.approx(expected, rel=0.05)  # the ridge adds a little
+    assert expected <= float(curves.hidden[-1]) <= 1.15 * expected  # the ridge adds a little
 
     values = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, 3, 8))[:, :, 2].transpose(1, 2)
     even = block.attn.proj(values.mean(dim=2, keepdim=True).expand_as(values).transpose(1, 2).flatten(2))
-    missed = loss(even - block.attn(block.norm1(x)), mid, place.mid.metric, around_mean=False)
+    missing = (even - block.attn(block.norm1(x)))[:PAIR_IMAGES]
+    missed = loss(missing, mid, place.mid.metric, around_mean=False)
     assert float(curves.qk[-1]) == pytest.approx(missed, rel=1e-3)
 
     mixed = attention_inputs(block, x).unflatten(-1, (3, 8))
@@ -197,7 +223,7 @@ def test_without_a_channel_left_the_loss_is_that_of_the_block_s_own_spread_or_of
     heads = sum(
         loss(mixed[:, :, head] @ parts[:, head].T, mid, place.mid.metric, around_mean=True) for head in range(3)
     )
-    assert float(curves.v[-1]) == pytest.approx(heads, rel=1e-3)
+    assert heads <= float(curves.v[-1]) <= 1.15 * heads
 
 
 def attention_inputs(block: Any, x: Tensor) -> Tensor:

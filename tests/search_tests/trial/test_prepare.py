@@ -31,7 +31,7 @@ from tests.search_tests.trial.trials import EXITS, accuracy
 
 def prepared(config: Config, **changes: Any) -> TrialContext:
     """The context of a recipe; `changes` are fields of its inputs or arguments of `prepare`."""
-    arguments = {name: changes.pop(name) for name in ("exit_blocks", "profiles") if name in changes}
+    arguments = {name: changes.pop(name) for name in ("exit_blocks", "known", "proposes") if name in changes}
     return tiny.prepared(config, tiny.inputs(config, **changes), timer=tiny.timer, **arguments)[0]
 
 
@@ -164,7 +164,7 @@ def test_a_search_has_the_profiles_that_it_begins_with(context: TrialContext) ->
     assert context.profiles.keys() == {"lfe", "attention-merge", "none"}  # global is one of its methods
     cascade = tiny.config(space={"token_reduction": "lfe"})
     assert prepared(cascade).profiles == {}  # no trial of the cascade needs one
-    assert prepared(cascade, profiles={}).profiles.keys() == {"lfe"}
+    assert prepared(cascade, proposes=True).profiles.keys() == {"lfe"}
     assert profiled_reductions(space_of(token_reduction=["lfe", "merge"])) == ("lfe",)
     both = space_of(method=["cascade", "global"], token_reduction=["lfe", "merge"])
     assert profiled_reductions(both) == ("lfe", "merge")
@@ -176,9 +176,3 @@ def test_profiles_are_taken_on_all_images_only_where_trials_depend_on_them(conte
     assert profile_splits(space_of(method=["cascade", "global"]), splits) is splits
     part = profile_splits(space_of(), splits)
     assert (len(part.calibration), len(part.probe)) == (4, 10)
-
-
-def test_known_profiles_are_not_measured_again(context: TrialContext) -> None:
-    profile = replace(context.profiles["lfe"], forward_passes=-1.0)
-    again = prepared(tiny.config(space={"token_reduction": "lfe"}), profiles={"lfe": profile})
-    assert again.profiles == {"lfe": profile}

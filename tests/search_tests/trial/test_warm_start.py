@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from search.space import Space
 from search.trial.context import TrialContext
 from search.trial.warm_start import NUM_TARGETS, first_candidates, propose
 from tests.search_tests import tiny
+from tests.search_tests.trial import trials
 from tests.search_tests.test_space import BOTH, CONFIGS, DEPTH, FIXED, GLOBAL, WIDE, is_within, swin_space
 
 # By the papers
@@ -127,7 +127,7 @@ def test_budgets_are_dealt_as_the_profile_pays(context: TrialContext) -> None:
 
 
 def test_no_profile_and_targets_that_nothing_reaches_propose_nothing(context: TrialContext) -> None:
-    assert propose(replace(context, profiles={}), space_of(config())) == []
+    assert propose(trials.with_known(context, profiles={}), space_of(config())) == []
     assert propose(context, space_of(config(target_ratio=0.001))) == []
 
 

@@ -150,7 +150,8 @@ class Runner:
         assert job is not None
         product: Any
         try:
-            self._workplace.wait_for_all(job.needs)
+            if job.needs:
+                self._workplace.context(job.needs)  # it waits, while others may use the device
             began = self._clock()
             with self._workplace.lease.shared():
                 product = self._do(job, self._workplace)
@@ -174,11 +175,10 @@ class Runner:
         candidate = Candidate.from_json(config["candidate"])
         self._candidate, needs = candidate, config["needs"]
         try:
-            self._workplace.wait_for_all(needs)
+            context = self._workplace.context(needs)
         except NeedFailedError as error:
             return iter([_failed(self._id, candidate, str(error))])
         state = self._states.take(self._id) if config["is_resumed"] else None
-        context = self._workplace.context(needs)
         self._context = context if config["has_rungs"] else context.without_rungs()
         self._waited_s = self._clock() - self._free_since
         return self._start(self._context, candidate, self._id, state, self._cache)

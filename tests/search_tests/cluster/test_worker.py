@@ -70,14 +70,12 @@ class FakeWorkplace:
         self.wait_s = 0.0
         self.error: NeedFailedError | None = None
 
-    def wait_for_all(self, needs: Sequence[str]) -> None:
+    def context(self, needs: Sequence[str] = ()) -> Context:
         self.waits.append(tuple(needs))
         self.held_while_waiting.append(self.lease.is_held)
         self._clock.sleep(self.wait_s)
         if self.error is not None:
             raise self.error
-
-    def context(self, needs: Sequence[str] = ()) -> Context:
         return self._context
 
 
@@ -287,6 +285,13 @@ def test_a_job_whose_need_failed_fails_too_and_does_no_work() -> None:
     assert worker.run_job(STEP) == {"done": True, "busy_s": 0.0}
     assert worker.done == []
     assert worker.workplace.products == {"profile-lfe": worker.workplace.error}
+
+
+def test_the_look_waits_for_nothing() -> None:
+    """The dense model, which any context waits for, comes from it."""
+    worker = Worker()
+    worker.run_job(Job(id=LOOK, kind="look"))
+    assert worker.workplace.waits == []
 
 
 def test_a_mistake_of_ours_in_a_job_breaks_the_worker() -> None:

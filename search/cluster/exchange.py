@@ -12,10 +12,11 @@ from search.outcome import Measurement, Outcome
 
 StoreName = Literal["jobs", "products", "states", "weights", "measurements", "finetunes"]
 """Names of the stores. jobs: id of a job -> the job, from the driver to its worker. products: id of a job -> its
-product, or the error that it ended with, from its worker to all others and to the driver. states: id of a trial -> state of its training, from a worker to the driver after each epoch, or
-from the driver to a worker that resumes it. weights: id of a trial -> its trained weights, from a worker to the driver.
-measurements: key of a plan or of its shape -> a measurement that no worker need repeat. finetunes: key of a plan -> the
-outcome of a fine-tune that no worker need repeat."""
+product, or the error that it ended with, from its worker to all others and to the driver. states: id of a trial ->
+state of its training, from a worker to the driver after each epoch, or from the driver to a worker that resumes it.
+weights: id of a trial -> its trained weights, from a worker to the driver. measurements: key of a plan or of its shape
+-> a measurement that no worker need repeat. finetunes: key of a plan -> the outcome of a fine-tune that no worker need
+repeat."""
 
 
 class Exchange:

@@ -210,7 +210,7 @@ class SweepDriver:
         self.confirmation = Confirmation(sweep, self.goal)
         self._recorder = Recorder(settings, self.goal, sweep.folder, sweep.ledger, log, sweep.observer)
         unfinished = self._recorder.checkpoints.read(done={outcome.trial for outcome in self.outcomes})
-        tried = {one.candidate for one in (*self.outcomes, *unfinished)}
+        tried = {outcome.candidate for outcome in self.outcomes} | {checkpoint.candidate for checkpoint in unfinished}
         early = [candidate for candidate in early_candidates(sweep.space) if candidate not in tried]
         prior_front = [outcome.candidate for outcome in front_of(self._prior_outcomes, self.goal)]
         self._num_early = len(unfinished) + len(early)

@@ -117,7 +117,8 @@ def rebuild(
     It is measured on the images to confirm with if the recipe has any, else on val, and on `test`.
 
     Args:
-        measured: its trial's measurement, whose speed is taken over; its top-1 too, where model and images are the same.
+        measured: its trial's measurement, whose speed is taken over; its top-1 too, where model and images are the
+            same.
         weights: of a model whose weights do not follow from its plan.
         on_all_images: repair it on all training images, as far as they fit in memory, rather than on those for
             calibration alone.

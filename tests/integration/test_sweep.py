@@ -392,7 +392,7 @@ def test_dense_model_that_is_worse_than_expected_ends_a_sweep_before_anything_is
 
 def test_worker_that_dies_before_the_trials_ends_a_sweep_that_leaves_nothing(flag: Path, tmp_path: Path) -> None:
     flag.touch()
-    with pytest.raises(SweepError, match="^look: the worker broke: .*died") as raised:
+    with pytest.raises(SweepError, match=r"^look: the worker broke: .*died") as raised:
         run_sweep(sweeps.config(flag), tmp_path, Watcher())
     assert "\n" not in str(raised.value)
     assert not flag.exists()

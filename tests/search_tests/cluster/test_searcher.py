@@ -80,9 +80,7 @@ def test_ray_gets_the_id_of_a_job_and_its_worker_finds_the_rest_in_the_store() -
     [(None, True), (None, False), ({}, False), (result_of(builders.outcome("t000", 0.9, 1.5)), True)],
     ids=["no result and error", "no result", "no outcomes", "error"],
 )
-def test_trial_whose_worker_broke_is_told_as_one_without_an_outcome(
-    result: dict[str, Any] | None, error: bool
-) -> None:
+def test_trial_whose_worker_broke_is_told_as_one_without_an_outcome(result: dict[str, Any] | None, error: bool) -> None:
     agenda = FakeAgenda(trial(0))
     searcher = RaySearcher(agenda, DictStore())
     searcher.suggest("ray-0")

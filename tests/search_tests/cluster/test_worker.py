@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from search.cluster.searcher import outcomes_of
 from pruning.errors import ModelError
+from search.cluster.searcher import outcomes_of
 from search.cluster.worker import MAX_START_S, POLL_S, TUNE_S, Crew, Runner
 from search.outcome import Candidate, State
 from search.trial.jobs import LOOK, Job, NeedFailedError
@@ -121,7 +121,13 @@ class Worker:
             yield event
 
     def begin(self, trial_id: str = "t000", *, is_resumed: bool = False, has_rungs: bool = True) -> None:
-        config = {"id": trial_id, "candidate": asdict(CANDIDATE), "is_resumed": is_resumed, "has_rungs": has_rungs, "needs": list(NEEDS)}
+        config = {
+            "id": trial_id,
+            "candidate": asdict(CANDIDATE),
+            "is_resumed": is_resumed,
+            "has_rungs": has_rungs,
+            "needs": list(NEEDS),
+        }
         self.runner.begin(json.loads(json.dumps(config)))
 
     def run(self, **config: Any) -> list[dict[str, Any]]:

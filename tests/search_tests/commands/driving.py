@@ -115,8 +115,8 @@ class Run:
     """A driver with slots whose work takes as long as it is told, on a clock that jumps from end to end."""
 
     def __init__(
-        self, folder: Path, *, num_slots: int = 1, known: Sequence[str] = (), seconds: Mapping[str, float] | None = None,
-        prior_outcomes: Sequence[Outcome] = (), **changes: Any,
+        self, folder: Path, *, num_slots: int = 1, known: Sequence[str] = (),
+        seconds: Mapping[str, float] | None = None, prior_outcomes: Sequence[Outcome] = (), **changes: Any,
     ) -> None:  # fmt: skip
         """
         Args:

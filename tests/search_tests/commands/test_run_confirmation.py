@@ -1,4 +1,4 @@
-"""The confirmation of a front as jobs: what is timed, what is built once more, on which images, and what comes of it."""
+"""The confirmation of a front as jobs: what is timed, what is built once more, on which images, what comes of it."""
 
 from __future__ import annotations
 

@@ -127,9 +127,7 @@ def test_work_that_takes_long_holds_up_only_what_needs_it(tmp_path: Path, slow: 
     assert others
 
 
-def test_candidates_that_the_profile_proposes_come_once_all_is_prepared(
-    tmp_path: Path, context: TrialContext
-) -> None:
+def test_candidates_that_the_profile_proposes_come_once_all_is_prepared(tmp_path: Path, context: TrialContext) -> None:
     run = Run(tmp_path, search__trials=7, space=SPACE | {"round_to": 8})
     profile = context.profiles["lfe"]
     assert isinstance(profile, Profile)

@@ -49,7 +49,7 @@ def test_every_step_is_handed_out_once_after_those_that_it_needs() -> None:
 
 def test_handed_out_is_not_measured() -> None:
     steps = preparation()
-    for step_id in IDS:
+    for _ in IDS:
         assert not steps.is_handed_out
         steps.next()
     assert steps.is_handed_out

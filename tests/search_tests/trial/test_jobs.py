@@ -14,7 +14,17 @@ from pruning.measure.cost import count_params
 from search.outcome import Measurement
 from search.trial.context import ContextPart
 from search.trial.jobs import (
-    DENSE, LOOK, POLL_S, Dense, Job, Looked, NeedFailedError, Rebuild, Timed, Workplace, run_job,
+    DENSE,
+    LOOK,
+    POLL_S,
+    Dense,
+    Job,
+    Looked,
+    NeedFailedError,
+    Rebuild,
+    Timed,
+    Workplace,
+    run_job,
 )  # fmt: skip
 from search.trial.measure import rebuild
 from search.trial.prepare import Step, first_context, measure_dense, run_step, steps_before, steps_of
@@ -241,7 +251,7 @@ def test_a_need_that_failed_is_told_in_its_own_words() -> None:
     place = workplace()
     do(place, LOOK_JOB)
     place.products["exits"] = ModelError("the features are not finite")
-    with pytest.raises(NeedFailedError, match="^the features are not finite$"):
+    with pytest.raises(NeedFailedError, match=r"^the features are not finite$"):
         place.context(["exits"])
     assert sorted(place.context().exit_heads) == [3]  # what needs it not goes on
 

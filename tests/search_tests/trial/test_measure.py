@@ -227,7 +227,6 @@ def test_repair_on_all_images_is_nearer_to_the_dense_model_on_others(tmp_path: P
         plan = pruned_plan(context, num_hidden)
         models = [rebuild(context, plan, dense, on_all_images=on_all)[1] for on_all in (False, True)]
         on_calibration, on_all = (divergence(model, context.model, context.splits.val) for model in models)
-        print(num_hidden, on_calibration, on_all)
         assert on_all < on_calibration
 
 

@@ -27,7 +27,14 @@ from search.outcome import Measurement
 from search.space import Space
 from search.trial.context import ContextPart, TrialContext
 from search.trial.prepare import (
-    Step, is_whole, prepare_locally, profile_splits, profiled_reductions, steps_before, steps_for, steps_of,
+    Step,
+    is_whole,
+    prepare_locally,
+    profile_splits,
+    profiled_reductions,
+    steps_before,
+    steps_for,
+    steps_of,
 )  # fmt: skip
 from search.trial.trial import run_to_end
 from search.trial.warm_start import early_candidates, first_candidates

@@ -17,8 +17,8 @@ from search.space import Space
 from search.trial.context import TrialContext
 from search.trial.warm_start import NUM_TARGETS, first_candidates, propose
 from tests.search_tests import tiny
-from tests.search_tests.trial import trials
 from tests.search_tests.test_space import BOTH, CONFIGS, DEPTH, FIXED, GLOBAL, WIDE, is_within, swin_space
+from tests.search_tests.trial import trials
 
 # By the papers
 

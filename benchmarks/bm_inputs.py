@@ -64,7 +64,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         print(rows[-1], file=sys.stderr, flush=True)
     start, before = time.perf_counter(), status_mb("VmRSS")
     first = look(config, inputs)
-    prepare(config, inputs, first, profiles=None if quick else {})
+    prepare(config, inputs, first, proposes=not quick)
     preparation_s = time.perf_counter() - start
     spent = [row for row in rows if not row["check"].startswith("for scale")]
     total = sum(row["seconds"] for row in spent)

@@ -125,7 +125,8 @@ def measure(task: str, method: Method, quick: bool) -> list[dict[str, Any]]:
     for number, candidate in enumerate(chosen):
         name = f"t{number:03d}"
         # A candidate that needs no pruning never asked for the sensitivity.
-        cold = replace(context, sensitivities=MeasuredAnew(context)) if candidate.target_ratio < 1 else context
+        known = replace(context.known, sensitivities=MeasuredAnew(context))
+        cold = replace(context, known=known) if candidate.target_ratio < 1 else context
         alone_s, alone = timed(lambda: run_to_end(cold, candidate, name).outcomes[0])  # noqa: B023
         assert alone.plan is not None, alone.reason
         kind = kind_of(candidate, shape_key(context.anatomy, alone.plan) in measured_cache)

@@ -29,7 +29,7 @@ from search.errors import SweepError
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.records.checkpoints import Checkpoint
 from search.trial.inputs import Inputs
-from search.trial.jobs import Workplace
+from search.trial.jobs import DENSE, LOOK, Workplace
 from search.trial.trial import start_trial
 
 
@@ -123,7 +123,10 @@ def run_work(work: Work, driver: Driver, resources: TrialResources, num_trials: 
                 verbose=0,
             ),
         )
-        tuner.fit()
+        try:
+            tuner.fit()
+        finally:
+            ray.kill(exchange)  # it holds all products, and would live on as long as this process
     if bookkeeper.error is not None:
         raise bookkeeper.error
     return bookkeeper.busy_s
@@ -185,9 +188,11 @@ class Bookkeeper(tune.Callback):
         """Records a trial that broke without an outcome; a job that broke ends the sweep."""
         reason = f"the worker broke: {_last_line_of(Path(trial.error_file))}"
         if trial.config.get("is_job"):
-            error = SweepError(f"{trial.config['id']}: {reason}")
-            self._products[trial.config["id"]] = error  # nobody waits for it in vain
-            self._end_job(trial.config["id"], error)
+            job_id = trial.config["id"]
+            error = SweepError(f"{job_id}: {reason}")
+            for product in (job_id, DENSE) if job_id == LOOK else (job_id,):
+                self._products[product] = error  # nobody waits for it in vain
+            self._end_job(job_id, error)
             return
         failed = Outcome(
             id=trial.config["id"],

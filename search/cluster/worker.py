@@ -41,6 +41,9 @@ POLL_S = 0.1
 StartTrial = Callable[[TrialContext, Candidate, str, Mapping[str, Any] | None, WorkerCache], Iterator[Event | Ended]]
 """The type of `search.trial.trial.start_trial`, and of a fake in its place."""
 
+DoJob = Callable[[Job, Workplace], Any]
+"""`search.trial.jobs.run_job`, or a fake in its place."""
+
 SetUp = Callable[..., Workplace]
 """`Workplace`, or a fake in its place."""
 
@@ -69,7 +72,8 @@ class Crew:
         """Waits until all workers are ready, or for as long as this one would take for all trials alone, or a minute.
 
         A worker does so at the end of its first trial. Else the others would not come up where trials are shorter than
-        a start: Tune gives the trial that waits for one the worker that got free, and takes the start back.
+        a start: Tune gives the trial that waits for one the worker that got free, and takes the start back. At the end
+        of a job it does not: beside the first look there may be no work for others, so that nothing starts them.
 
         Args:
             first_trial_s: time that the first trial took.
@@ -96,6 +100,7 @@ class Runner:
         cache: WorkerCache,
         crew: Crew,
         start: StartTrial = start_trial,
+        do: DoJob = run_job,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -105,9 +110,10 @@ class Runner:
             states: states of trainings by trial; that of a resumed trial is taken from here.
             weights: trained weights by trial.
             start: starts a trial.
+            do: does a job.
         """
         self._workplace, self._jobs, self._states, self._weights = workplace, jobs, states, weights
-        self._cache, self._crew, self._start, self._clock = cache, crew, start, clock
+        self._cache, self._crew, self._start, self._do, self._clock = cache, crew, start, do, clock
         self._is_first = True
         self._free_since = clock()
 
@@ -130,10 +136,13 @@ class Runner:
             epoch; or `rungs`, all values so far, with the `outcomes` in case that the trial is stopped here; or the
             final `outcomes` with `finetunes`, the keys by which other trials may reuse the first of them.
         """
-        result = self._do_job() if self._config.get("is_job") else self._step_trial()
-        if self._is_first and "progress" not in result:  # the trial may end here
-            self._crew.await_all(self._busy_s)
-            self._is_first = False
+        if self._config.get("is_job"):
+            result = self._do_job()
+        else:
+            result = self._step_trial()
+            if self._is_first and "progress" not in result:  # the trial may end here
+                self._crew.await_all(self._busy_s)
+                self._is_first = False
         self._free_since = self._clock()
         return result | {"busy_s": self._busy_s}
 
@@ -142,10 +151,11 @@ class Runner:
         assert job is not None
         product: Any
         try:
-            self._workplace.wait_for_all(job.needs)
+            if job.needs:
+                self._workplace.context(job.needs)  # it waits, while others may use the device
             began = self._clock()
             with self._workplace.lease.shared():
-                product = run_job(job, self._workplace)
+                product = self._do(job, self._workplace)
             self._busy_s = self._clock() - began
         except VitfrontError as error:
             product = error
@@ -156,7 +166,7 @@ class Runner:
         if self._events is None:
             self._events = self._begin_trial()
         began = self._clock()
-        with self._context.lease.shared():  # between two steps a worker may have nothing to do
+        with self._workplace.lease.shared():  # between two steps a worker may have nothing to do
             event = next(self._events)
         self._busy_s += self._clock() - began
         return self._result(event)
@@ -166,11 +176,10 @@ class Runner:
         candidate = Candidate.from_json(config["candidate"])
         self._candidate, needs = candidate, config["needs"]
         try:
-            self._workplace.wait_for_all(needs)
+            context = self._workplace.context(needs)
         except NeedFailedError as error:
             return iter([_failed(self._id, candidate, str(error))])
         state = self._states.take(self._id) if config["is_resumed"] else None
-        context = self._workplace.context(needs)
         self._context = context if config["has_rungs"] else context.without_rungs()
         self._waited_s = self._clock() - self._free_since
         return self._start(self._context, candidate, self._id, state, self._cache)

@@ -109,7 +109,7 @@ class Confirmation:
         splits = self._sweep.inputs.splits
         if splits.test is not None or splits.confirm is not None:
             plan = keep_all_plan(examine(self._sweep.inputs.model))
-            order = Rebuild(plan=plan, measured=self._dense)
+            order = Rebuild(plan=plan, measured=self._dense, on_all_images=False)  # nothing of it is repaired
             self._orders.append(Job(id=_id_of(DENSE_ID), kind="rebuild", needs=(LOOK,), subject=order))
 
     def rebuilt(self, job_id: str, measurement: Measurement, model: nn.Module) -> None:

@@ -89,7 +89,7 @@ class SweepDriver:
             self._has_look = True
             return Job(id=LOOK, kind="look")
         if self._looked is None:
-            return self._preparation.next_beside_look()
+            return None if self._is_interrupted else self._preparation.next_beside_look()
         work, self._held = self._held, None
         work = work or self._next_of_search() or self._next_of_confirmation()
         missing = None if work is None else self._preparation.missing(needs_of(work))
@@ -225,7 +225,7 @@ class SweepDriver:
         self.confirmation = Confirmation(sweep, self.goal)
         self._recorder = Recorder(settings, self.goal, sweep.folder, sweep.ledger, log, sweep.observer)
         unfinished = self._recorder.checkpoints.read(done={outcome.trial for outcome in self.outcomes})
-        tried = {outcome.candidate for outcome in self.outcomes}
+        tried = {outcome.candidate for outcome in self.outcomes} | {checkpoint.candidate for checkpoint in unfinished}
         early = [candidate for candidate in early_candidates(sweep.space) if candidate not in tried]
         prior_front = [outcome.candidate for outcome in front_of(self._prior_outcomes, self.goal)]
         self._num_early = len(unfinished) + len(early)

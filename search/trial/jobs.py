@@ -137,16 +137,6 @@ class Workplace:
         """This process's lease of the worker's device."""
         return lease_on(self.device)
 
-    def wait_for_all(self, needs: Sequence[str]) -> None:
-        """Waits for products.
-
-        Raises:
-            NeedFailedError: a job that is needed has failed.
-        """
-        for job_id in needs:
-            if job_id not in self._added:
-                self.wait_for(job_id)
-
     def context(self, needs: Sequence[str] = ()) -> TrialContext:
         """Gives the context of the worker, once the products that are needed are there.
 
@@ -154,21 +144,16 @@ class Workplace:
             NeedFailedError: a job that is needed has failed.
         """
         if self._context is None:
-            self._context = self._first_context(self.wait_for(DENSE))
+            self._context = self._first_context(self._wait_for(DENSE))
         for job_id in needs:
             if job_id not in self._added:
-                product = self.wait_for(job_id)
+                product = self._wait_for(job_id)
                 if isinstance(product, ContextPart):
                     self._context = self._context.extended(product)
                 self._added.add(job_id)
         return self._context
 
-    def wait_for(self, job_id: str) -> Any:
-        """Waits for a product.
-
-        Raises:
-            NeedFailedError: its job has failed.
-        """
+    def _wait_for(self, job_id: str) -> Any:
         while (product := self.products.get(job_id)) is None:
             self.sleep(POLL_S)
         if isinstance(product, VitfrontError):

@@ -176,11 +176,15 @@ def build(context: TrialContext, plan: Plan, weights: Weights | None = None, ima
     return model
 
 
-def repaired(context: TrialContext, truncated: nn.Module, plan: Plan, images: Images | None = None) -> RepairedModel:
+def repaired(
+    context: TrialContext, truncated: nn.Module, plan: Plan, images: Images | None = None, *,
+    max_bytes: int = MAX_STREAM_BYTES,
+) -> RepairedModel:  # fmt: skip
     """Prunes the dense model, cut at the plan's exit, and repairs it.
 
     Args:
         images: to repair it on, of which as many are taken as fit in memory; by default those for calibration.
+        max_bytes: the most that the streams of tokens of the images may take.
     """
     if plan == replace(keep_all_plan(examine(truncated)), **_reduction_of(plan)):
         return RepairedModel(model=truncated, notes=())
@@ -190,7 +194,7 @@ def repaired(context: TrialContext, truncated: nn.Module, plan: Plan, images: Im
     else:
         block = context.anatomy.blocks[0]
         image_bytes = 12 * (block.num_patches + block.num_prefix_tokens) * block.width  # three streams in float32
-        images = images.take(slice(0, max(len(calibration), MAX_STREAM_BYTES // image_bytes)))
+        images = images.take(slice(0, max(len(calibration), max_bytes // image_bytes)))
     return repaired_model(
         truncated, plan, images, context.sensitivities[plan.exit_block],
         batch_size=context.config.cascade.batch_size, precision=context.precision,

@@ -33,9 +33,9 @@ def flag(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def first(flag: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """A sweep in which a worker is killed as soon as the first trial has ended. Who would change it takes a copy."""
+    """A sweep in which a worker is killed as soon as all is prepared. Who would change it takes a copy."""
     sweeps.start_ray()
     runs = tmp_path_factory.mktemp("first") / "runs"
-    watcher = Watcher(on_finished=lambda outcome: flag.touch() if outcome.id == "t000" else None)
+    watcher = Watcher(on_prepared=flag.touch)
     config = sweeps.config(flag, search={"trials": NUM_TRIALS})
     return Sweep(runs, config, watcher, run_sweep(config, runs, watcher))

@@ -105,9 +105,12 @@ class Watcher:
         on_started: Callable[[str], None] = lambda trial_id: None,
         on_finished: Callable[[Outcome], None] = lambda outcome: None,
         on_epoch: Callable[[str, int], None] = lambda trial_id, epoch: None,
+        on_prepared: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_started, self._on_finished, self._on_epoch = on_started, on_finished, on_epoch
+        self._on_prepared = on_prepared
         self.num_stages = 0
+        self.prepared_s: list[float] = []
         self.notes: list[str] = []
         self.started_ids: list[str] = []
         self.finished_ids: list[str] = []
@@ -122,6 +125,10 @@ class Watcher:
 
     def start_trials(self, num_done: int, num_trials: int, deadline: float | None) -> None:
         self.num_stages += 1
+
+    def prepared(self, seconds: float) -> None:
+        self.prepared_s.append(seconds)
+        self._on_prepared()
 
     def started(self, trial_id: str, candidate: Candidate) -> None:
         self.started_ids.append(trial_id)

@@ -18,6 +18,8 @@ from search.front import front_of
 from search.outcome import Candidate, Outcome, State
 from search.records import ledger
 from search.records.folder import Folder
+from search.space import Space
+from search.trial.warm_start import early_candidates
 from tests.integration import sweeps
 from tests.integration.sweeps import Sweep, Watcher
 
@@ -62,8 +64,9 @@ def interrupted(first: Sweep, runs: Path, config_of: Callable[..., Config]) -> I
     wanted = tuple(outcome.candidate for outcome in front_of(first.outcomes, first.front.goal))[:3]
     folder = Folder(runs, "long")
     with sweeps.start_vitfront(config_of("long", search={"trials": 500, "earlier": ["tiny"]}), runs.parent) as process:
-        while len(ledger.read(folder.ledger)) < len(wanted):
+        while not set(wanted) <= {outcome.candidate for outcome in ledger.read(folder.ledger)}:
             assert process.poll() is None, process.communicate()
+            assert len(ledger.read(folder.ledger)) < 50
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=300)
@@ -78,12 +81,15 @@ def test_ctrl_c_finishes_what_runs_and_writes_the_front(interrupted: Interrupted
     front = interrupted.folder.read_front()
     assert (front.ended_by, front.trials) == ("interrupt", len(outcomes))
     assert "it was interrupted" in interrupted.stdout
+    assert front.busy_share is not None
+    assert 0 < front.busy_share <= 1
 
 
 def test_sweep_begins_with_the_front_of_an_earlier_one(interrupted: Interrupted) -> None:
     assert interrupted.wanted
     tried = [outcome.candidate for outcome in interrupted.outcomes]
-    assert set(interrupted.wanted) <= set(tried[:3])
+    early = early_candidates(Space(interrupted.folder.read_config().space, sweeps.DEPTH))
+    assert set(early) | set(interrupted.wanted) <= set(tried[: len(early) + len(interrupted.wanted) + 2])  # of 2 slots
 
 
 def test_other_images_teach_nothing(runs: Path, config_of: Callable[..., Config]) -> None:

@@ -79,6 +79,11 @@ def test_watcher_is_told_of_every_trial(first: Sweep) -> None:
     assert first.watcher.hypervolumes == list(running_hypervolume(first.outcomes, first.front.goal))
 
 
+def test_watcher_is_told_once_that_all_is_prepared(first: Sweep) -> None:
+    [seconds] = first.watcher.prepared_s
+    assert seconds > 0
+
+
 def test_dense_accuracy_is_told_once_before_the_trials(first: Sweep) -> None:
     dense = first.outcomes[0].measurement
     assert dense is not None
@@ -124,6 +129,7 @@ def test_front_json_is_as_documented(first: Sweep) -> None:
     assert all(point.keys() == POINT for point in record["points"])
     assert record["knee"] in [point["id"] for point in record["points"]]
     assert record["conditions"]["batch_size"] == 128
+    assert 0 < record["busy_share"] <= 1
 
 
 def test_config_front_and_mlflow_hold_the_fingerprints_of_the_inputs(first: Sweep) -> None:
@@ -178,12 +184,13 @@ def test_every_point_has_a_model_that_does_what_the_front_says(first: Sweep) -> 
         assert count_params(model) == point["params"]
 
 
-def test_dense_weights_and_the_profile_are_kept_for_other_sweeps(first: Sweep) -> None:
+def test_dense_weights_and_all_that_was_prepared_are_kept_for_other_sweeps(first: Sweep) -> None:
     inputs = load_inputs(first.config, first.runs)
     assert inputs.trained
-    profile, weights = sorted((first.runs / ".cache").iterdir(), key=lambda path: path.suffix)
+    *parts, weights = sorted((first.runs / ".cache").iterdir(), key=lambda path: (path.suffix, path.name))
     assert weights == inputs.cache
-    assert profile.match("profile2-*-lfe.pt")
+    kinds = [path.name.rsplit("-", 1)[0].rstrip("0123456789") for path in parts]
+    assert sorted(set(kinds)) == ["exits", "profile-lfe", "sensitivity-"]
     assert accuracy(inputs.model, inputs.splits.val) == pytest.approx(first.record["dense"]["top1"])
     anatomy = examine(inputs.model)
     whole = first.outcomes[0].plan
@@ -385,7 +392,7 @@ def test_dense_model_that_is_worse_than_expected_ends_a_sweep_before_anything_is
 
 def test_worker_that_dies_before_the_trials_ends_a_sweep_that_leaves_nothing(flag: Path, tmp_path: Path) -> None:
     flag.touch()
-    with pytest.raises(SweepError, match="a worker broke: ") as raised:
+    with pytest.raises(SweepError, match=r"^look: the worker broke: .*died") as raised:
         run_sweep(sweeps.config(flag), tmp_path, Watcher())
     assert "\n" not in str(raised.value)
     assert not flag.exists()

@@ -36,12 +36,13 @@ def test_a_key_means_something_else_in_each_store() -> None:
     exchange = Exchange()
     for number, store in enumerate(STORES):
         exchange.put(store, "t000", number)
-    assert [exchange.take(store, "t000") for store in STORES] == [0, 1, 2, 3]
+    assert [exchange.take(store, "t000") for store in STORES] == list(range(len(STORES)))
 
 
 def test_stores_may_have_a_first_content_that_stays_with_who_gave_it() -> None:
     states, outcome = {"t000": {"epoch": 3}}, builders.outcome("t001", 0.9, 1.5)
-    exchange = Exchange(states, {"key": builders.DENSE}, {"key": outcome})
+    exchange = Exchange({"look": "looked"}, states, {"key": builders.DENSE}, {"key": outcome})
+    assert exchange.peek("products", "look") == "looked"
     assert exchange.take("states", "t000") == {"epoch": 3}
     assert exchange.take("weights", "t000") is None
     assert exchange.peek("measurements", "key") == builders.DENSE

@@ -1,4 +1,4 @@
-"""The search as Ray calls it."""
+"""The work of a sweep as Ray asks for it."""
 
 from __future__ import annotations
 
@@ -6,35 +6,73 @@ import json
 from typing import Any
 
 import pytest
-from optuna.trial import TrialState
 from ray import cloudpickle
 from ray.tune.search import Searcher
 
 from search.cluster.searcher import RaySearcher, outcomes_of
 from search.outcome import Candidate, Outcome
+from search.suggest.ask import Suggestion
+from search.trial.jobs import Job
 from tests.search_tests import builders
-from tests.search_tests.suggest.searches import FIRST, measured, new_search
+from tests.search_tests.cluster.stores import DictStore
+
+JOB = Job(id="profile-lfe", kind="step", needs=("dense",), subject=object())  # nothing that JSON knows
+CANDIDATES = [builders.candidate(target_ratio=0.5 + number / 10) for number in range(3)]
+NEEDS = ("look", "sensitivity-3")
+
+
+def trial(number: int) -> tuple[Suggestion, tuple[str, ...]]:
+    suggestion = Suggestion(
+        id=f"t{number:03d}", candidate=CANDIDATES[number], is_resumed=number == 1, has_rungs=number == 2
+    )
+    return suggestion, NEEDS
+
+
+class FakeAgenda:
+    """Hands out what it was given, and remembers what it is told."""
+
+    def __init__(self, *work: Any) -> None:
+        self.work = list(work)
+        self.is_done = False
+        self.tellings: list[tuple[str, Outcome | None]] = []
+
+    def next(self) -> Any:
+        return self.work.pop(0) if self.work else None
+
+    def told(self, trial_id: str, outcome: Outcome | None) -> None:
+        self.tellings.append((trial_id, outcome))
 
 
 def result_of(*outcomes: Outcome) -> dict[str, Any]:
     return {"outcomes": json.dumps([outcome.to_json() for outcome in outcomes])}
 
 
-def test_ray_gets_the_suggestions_as_what_json_knows_and_tells_their_outcomes_by_its_own_names() -> None:
-    search = new_search()
-    searcher = RaySearcher(search)
-    configs = [searcher.suggest(f"ray-{number}") for number in range(3)]
-    assert json.loads(json.dumps(configs)) == [
-        {"id": f"t{number:03d}", "candidate": config["candidate"], "is_resumed": False, "has_rungs": False}
-        for number, config in enumerate(json.loads(json.dumps(configs)))
+def test_ray_gets_trials_as_what_json_knows_and_their_outcomes_are_told_by_our_names() -> None:
+    agenda = FakeAgenda(*map(trial, range(3)))
+    searcher = RaySearcher(agenda, DictStore())
+    configs: Any = [json.loads(json.dumps(searcher.suggest(f"ray-{number}"))) for number in range(3)]
+    assert [Candidate.from_json(config.pop("candidate")) for config in configs] == CANDIDATES
+    assert configs == [
+        {"id": f"t{number:03d}", "is_resumed": number == 1, "has_rungs": number == 2, "needs": list(NEEDS)}
+        for number in range(3)
     ]
-    candidates = [Candidate.from_json(json.loads(json.dumps(config))["candidate"]) for config in configs]
-    assert candidates == FIRST[:3]
     for number in (2, 0):
-        own = measured(f"t{number:03d}", FIRST[number], top1=number / 10)
+        own = builders.outcome(f"t{number:03d}", 0.9, 1.5)
         at_exit = builders.outcome(f"t{number:03d}.2", 0.99, 1.5)
         searcher.on_trial_complete(f"ray-{number}", result_of(own, at_exit))
-    assert [trial.values[0] for trial in search.learner.study.trials] == [0.2, 0.0]
+        assert agenda.tellings[-1] == (f"t{number:03d}", own)
+    assert len(agenda.tellings) == 2
+
+
+def test_ray_gets_the_id_of_a_job_and_its_worker_finds_the_rest_in_the_store() -> None:
+    jobs, agenda = DictStore(), FakeAgenda(JOB)
+    searcher = RaySearcher(agenda, jobs)
+    config: Any = searcher.suggest("ray-0")
+    assert json.loads(json.dumps(config)) == {"id": "profile-lfe", "is_job": True}
+    assert jobs.take(config["id"]) is JOB
+    searcher.on_trial_complete("ray-0", {"done": True})
+    searcher.on_trial_complete("ray-0", None, True)
+    assert agenda.tellings == []  # the search has never heard of it
 
 
 @pytest.mark.parametrize(
@@ -42,55 +80,29 @@ def test_ray_gets_the_suggestions_as_what_json_knows_and_tells_their_outcomes_by
     [(None, True), (None, False), ({}, False), (result_of(builders.outcome("t000", 0.9, 1.5)), True)],
     ids=["no result and error", "no result", "no outcomes", "error"],
 )
-def test_trial_whose_worker_broke_is_told_as_failed(result: dict[str, Any] | None, error: bool) -> None:
-    search = new_search()
-    searcher = RaySearcher(search)
+def test_trial_whose_worker_broke_is_told_as_one_without_an_outcome(result: dict[str, Any] | None, error: bool) -> None:
+    agenda = FakeAgenda(trial(0))
+    searcher = RaySearcher(agenda, DictStore())
     searcher.suggest("ray-0")
     searcher.on_trial_complete("ray-0", result, error)
-    assert [trial.state for trial in search.learner.study.trials] == [TrialState.FAIL]
+    assert agenda.tellings == [("t000", None)]
 
 
-def test_who_watches_is_told_of_every_suggestion() -> None:
-    told: list[tuple[str, Candidate]] = []
-    searcher = RaySearcher(new_search(), on_suggest=lambda trial_id, candidate: told.append((trial_id, candidate)))
-    for number in range(3):
-        searcher.suggest(f"ray-{number}")
-    assert told == [(f"t{number:03d}", FIRST[number]) for number in range(3)]
-
-
-def test_from_the_deadline_on_nothing_is_suggested() -> None:
-    told, now = list[str](), [99.9]
-    searcher = RaySearcher(
-        new_search(), deadline=100.0, on_suggest=lambda trial_id, candidate: told.append(trial_id), clock=lambda: now[0]
-    )
-    assert searcher.suggest("ray-0") != Searcher.FINISHED
-    now[0] = 100.0
+def test_where_there_is_no_work_now_ray_asks_again_until_all_is_done() -> None:
+    agenda = FakeAgenda()
+    searcher = RaySearcher(agenda, DictStore())
+    assert searcher.suggest("ray-0") is None
+    agenda.work.append(JOB)
+    assert isinstance(searcher.suggest("ray-0"), dict)
+    agenda.is_done = True
     assert searcher.suggest("ray-1") == Searcher.FINISHED
-    assert told == ["t000"]
-
-
-def test_search_without_a_suggestion_is_finished() -> None:
-    search = new_search(sampler="grid", first_candidates=FIRST[:1], num_trials=0)
-    searcher = RaySearcher(search)
-    searcher.suggest("ray-0")
-    assert searcher.suggest("ray-1") == Searcher.FINISHED
-
-
-@pytest.mark.parametrize("end", [RaySearcher.stop, RaySearcher.close])
-def test_once_stopped_nothing_is_suggested_but_what_runs_is_told(end: Any) -> None:
-    search = new_search()
-    searcher = RaySearcher(search)
-    searcher.suggest("ray-0")
-    end(searcher)
-    assert searcher.suggest("ray-1") == Searcher.FINISHED
-    searcher.on_trial_complete("ray-0", result_of(measured("t000", FIRST[0])))
-    assert [trial.state for trial in search.learner.study.trials] == [TrialState.COMPLETE]
 
 
 def test_tune_may_pickle_it() -> None:
     """Tune saves its searcher to resume by."""
-    searcher = RaySearcher(new_search(), on_suggest=lambda trial_id, candidate: None)
-    assert isinstance(cloudpickle.loads(cloudpickle.dumps(searcher)), RaySearcher)
+    agenda: Any = FakeAgenda(lambda: None)
+    agenda.lock = (each for each in ())  # a thing that cannot be pickled
+    assert isinstance(cloudpickle.loads(cloudpickle.dumps(RaySearcher(agenda, DictStore()))), RaySearcher)
 
 
 def test_outcomes_come_back_as_they_were_sent() -> None:

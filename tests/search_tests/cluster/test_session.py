@@ -1,14 +1,10 @@
-"""The share of a cluster that a trial takes, and how broken workers and clusters show; without Ray running."""
+"""The share of a cluster that a trial takes, and how a cluster shows that is not there; without Ray running."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from ray.exceptions import RaySystemError, RayTaskError, WorkerCrashedError
 
-from pruning.errors import TargetError
-from search.cluster.session import TrialResources, fetch, ray_running
+from search.cluster.session import TrialResources, ray_running
 from search.errors import ConfigError, SweepError
 from tests.search_tests import tiny
 
@@ -65,46 +61,6 @@ def test_trial_that_is_larger_than_the_machine_is_refused(resources: TrialResour
 def test_trial_as_large_as_the_machine_is_accepted() -> None:
     TrialResources(cpus=2, gpus=1.0).check({"CPU": 2.0, "GPU": 1.0})
     ONE_CORE.check({"CPU": 1.0})
-
-
-def raising(error: Exception) -> Any:
-    def get(reference: Any) -> Any:
-        raise error
-
-    return get
-
-
-def task_error(cause: Exception) -> RayTaskError:
-    return RayTaskError("run_task", "Traceback ...", cause)
-
-
-def test_result_of_a_task_is_fetched() -> None:
-    assert fetch("reference", lambda reference: f"result of {reference}") == "result of reference"
-
-
-def test_error_of_the_user_comes_as_it_was_raised() -> None:
-    cause = TargetError("no plan is so small")
-    with pytest.raises(TargetError) as raised:
-        fetch(None, raising(task_error(cause)))
-    assert raised.value is cause
-
-
-def test_error_of_ours_comes_with_the_workers_traceback() -> None:
-    with pytest.raises(RayTaskError):
-        fetch(None, raising(task_error(ZeroDivisionError("division by zero"))))
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (task_error(RaySystemError("No module named 'timm'\nTraceback")), "^a worker has not what it needs: .*timm'$"),
-        (WorkerCrashedError(), "^a worker broke: The worker died unexpectedly while executing this task.*$"),
-    ],
-)
-def test_broken_worker_is_one_line(error: Exception, message: str) -> None:
-    with pytest.raises(SweepError, match=message) as raised:
-        fetch(None, raising(error))
-    assert "\n" not in str(raised.value)
 
 
 def test_address_at_which_nobody_answers_is_one_line() -> None:

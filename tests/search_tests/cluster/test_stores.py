@@ -25,7 +25,7 @@ def wait(call: Callable[[], Any]) -> Any:
 
 
 def test_processes_share_a_store() -> None:
-    handle = FakeHandle(Exchange({"t000": {"epoch": 1}}))
+    handle = FakeHandle(Exchange(states={"t000": {"epoch": 1}}))
     one, other = (SharedStore[Any](handle, "states", wait) for _ in range(2))
     assert one.get("t000") == {"epoch": 1}
     one["t001"] = {"epoch": 2}

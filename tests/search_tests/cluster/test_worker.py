@@ -1,9 +1,9 @@
-"""A worker without Ray: what it leaves in the stores, what its results say, how long it waits for the others."""
+"""A worker without Ray: what it leaves in the stores, what its results say, for whom and for what it waits."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from pruning.errors import ModelError
 from search.cluster.searcher import outcomes_of
-from search.cluster.worker import MAX_START_S, POLL_S, TUNE_S, Crew, TrialRunner
+from search.cluster.worker import MAX_START_S, POLL_S, TUNE_S, Crew, Runner
 from search.outcome import Candidate, State
+from search.trial.jobs import LOOK, Job, NeedFailedError
 from search.trial.progress import Epoch, Event, Rung
 from search.trial.reuse import WorkerCache
 from search.trial.trial import Ended
@@ -21,6 +23,7 @@ from tests.search_tests import builders
 from tests.search_tests.cluster.stores import DictStore
 
 CANDIDATE = builders.candidate()
+NEEDS = ("look", "profile-lfe")
 OUTCOME = replace(builders.outcome("t000", 0.9, 1.5), has_weights=True)
 
 
@@ -38,7 +41,7 @@ class Clock:
 
 
 class Context:
-    """Stands in for a `TrialContext`: a lease that tells whether it is held."""
+    """Stands in for a `TrialContext` and for a lease that tells whether it is held."""
 
     def __init__(self, has_rungs: bool = True) -> None:
         self.has_rungs = has_rungs
@@ -51,8 +54,29 @@ class Context:
     @contextmanager
     def shared(self) -> Iterator[None]:
         self.is_held = True
-        yield
-        self.is_held = False
+        try:
+            yield
+        finally:
+            self.is_held = False
+
+
+class FakeWorkplace:
+    """Stands in for a `Workplace` in which products come after some seconds, or have failed."""
+
+    def __init__(self, clock: Clock, context: Context) -> None:
+        self.products, self.lease, self._clock, self._context = DictStore(), context, clock, context
+        self.waits: list[tuple[str, ...]] = []
+        self.held_while_waiting: list[bool] = []
+        self.wait_s = 0.0
+        self.error: NeedFailedError | None = None
+
+    def context(self, needs: Sequence[str] = ()) -> Context:
+        self.waits.append(tuple(needs))
+        self.held_while_waiting.append(self.lease.is_held)
+        self._clock.sleep(self.wait_s)
+        if self.error is not None:
+            raise self.error
+        return self._context
 
 
 class Worker:
@@ -65,9 +89,27 @@ class Worker:
         self.held: list[bool] = []
         self.events = events
         crew = Crew(num_workers, 10, lambda: self.num_ready, self.clock, self.clock.sleep)
-        self.runner = TrialRunner(
-            self.context, self.states, self.weights, WorkerCache(), crew, self.start, self.clock,  # type: ignore[arg-type]
+        self.jobs, self.workplace = DictStore(), FakeWorkplace(self.clock, self.context)
+        self.done: list[Job] = []
+        self.product: Any = "product"
+        self.runner = Runner(
+            self.workplace, self.jobs, self.states, self.weights, WorkerCache(), crew,  # type: ignore[arg-type]
+            self.start, self.do, self.clock,
         )  # fmt: skip
+
+    def do(self, job: Job, workplace: Any) -> Any:
+        """Stands in for `run_job`: takes two seconds."""
+        self.done.append(job)
+        self.held.append(self.context.is_held)
+        self.clock.sleep(2.0)
+        if isinstance(self.product, Exception):
+            raise self.product
+        return self.product
+
+    def run_job(self, job: Job) -> dict[str, Any]:
+        self.jobs[job.id] = job
+        self.runner.begin({"id": job.id, "is_job": True})
+        return self.runner.step()
 
     def start(
         self, context: Any, candidate: Candidate, trial_id: str, state: Mapping[str, Any] | None, cache: WorkerCache
@@ -79,7 +121,13 @@ class Worker:
             yield event
 
     def begin(self, trial_id: str = "t000", *, is_resumed: bool = False, has_rungs: bool = True) -> None:
-        config = {"id": trial_id, "candidate": asdict(CANDIDATE), "is_resumed": is_resumed, "has_rungs": has_rungs}
+        config = {
+            "id": trial_id,
+            "candidate": asdict(CANDIDATE),
+            "is_resumed": is_resumed,
+            "has_rungs": has_rungs,
+            "needs": list(NEEDS),
+        }
         self.runner.begin(json.loads(json.dumps(config)))
 
     def run(self, **config: Any) -> list[dict[str, Any]]:
@@ -113,7 +161,9 @@ def test_a_resumed_trial_takes_its_state_and_no_other_does() -> None:
 
 def test_an_epoch_leaves_its_state_and_tells_its_progress() -> None:
     worker = Worker(epoch(1), epoch(2))
-    assert worker.run() == [{"progress": {"epoch": number}, "done": False} for number in (1, 2)]
+    assert worker.run() == [
+        {"progress": {"epoch": number}, "done": False, "busy_s": float(number)} for number in (1, 2)
+    ]
     assert worker.states == {"t000": {"stage": "distill", "number": 2}}
 
 
@@ -175,6 +225,106 @@ def test_a_worker_waits_for_the_others_at_the_end_of_its_first_trial_alone() -> 
     before = worker.clock.now
     worker.run()
     assert worker.clock.now == before + 2.0
+
+
+# What a trial needs
+
+
+def test_a_trial_begins_once_all_is_there_that_it_needs_and_the_device_is_free_meanwhile() -> None:
+    worker = Worker(ended())
+    worker.workplace.wait_s = 5.0
+    worker.begin()
+    result = worker.runner.step()
+    assert worker.workplace.waits == [NEEDS]
+    assert worker.workplace.held_while_waiting == [False]
+    assert worker.calls == [(True, CANDIDATE, "t000", None)]
+    assert outcomes_of(result)[0].waited_s == 5.0
+    assert result["busy_s"] == 1.0
+
+
+def test_a_trial_whose_need_failed_is_a_failed_outcome_and_keeps_its_state() -> None:
+    worker = Worker(ended())
+    worker.states["t000"] = {"epoch": 3}
+    worker.workplace.error = NeedFailedError("the features are not finite")
+    worker.begin(is_resumed=True)
+    result = worker.runner.step()
+    [outcome] = outcomes_of(result)
+    assert (outcome.id, outcome.state, outcome.candidate) == ("t000", State.FAILED, CANDIDATE)
+    assert (outcome.reason, result["done"]) == ("the features are not finite", True)
+    assert worker.calls == []
+    assert worker.states == {"t000": {"epoch": 3}}
+
+
+# Jobs
+
+
+STEP = Job(id="profile-lfe", kind="step", needs=("dense", "sensitivity-3"))
+
+
+def test_a_job_leaves_its_product_and_tells_its_own_seconds() -> None:
+    worker = Worker()
+    worker.workplace.wait_s = 7.0
+    assert worker.run_job(STEP) == {"done": True, "busy_s": 2.0}
+    assert worker.done == [STEP]
+    assert worker.workplace.waits == [STEP.needs]
+    assert worker.workplace.products == {"profile-lfe": "product"}
+    assert worker.jobs == {}  # begun
+
+
+def test_a_job_holds_the_device_but_not_while_it_waits() -> None:
+    worker = Worker()
+    worker.run_job(STEP)
+    assert (worker.workplace.held_while_waiting, worker.held, worker.context.is_held) == ([False], [True], False)
+
+
+def test_what_a_job_finds_wrong_is_its_product() -> None:
+    worker = Worker()
+    worker.product = ModelError("the logits are not finite")
+    assert worker.run_job(STEP)["done"]
+    assert worker.workplace.products == {"profile-lfe": worker.product}
+    assert not worker.context.is_held
+
+
+def test_a_job_whose_need_failed_fails_too_and_does_no_work() -> None:
+    worker = Worker()
+    worker.workplace.error = NeedFailedError("the logits are not finite")
+    assert worker.run_job(STEP) == {"done": True, "busy_s": 0.0}
+    assert worker.done == []
+    assert worker.workplace.products == {"profile-lfe": worker.workplace.error}
+
+
+def test_the_look_waits_for_nothing() -> None:
+    """The dense model, which any context waits for, comes from it."""
+    worker = Worker()
+    worker.run_job(Job(id=LOOK, kind="look"))
+    assert worker.workplace.waits == []
+
+
+def test_a_mistake_of_ours_in_a_job_breaks_the_worker() -> None:
+    worker = Worker()
+    worker.product = ZeroDivisionError("division by zero")
+    with pytest.raises(ZeroDivisionError):
+        worker.run_job(STEP)
+    assert worker.workplace.products == {}
+
+
+def test_a_worker_does_trials_and_jobs_in_turn() -> None:
+    worker = Worker(ended())
+    busy = [worker.run_job(STEP)["busy_s"], worker.run()[0]["busy_s"], worker.run_job(STEP)["busy_s"]]
+    assert busy == [2.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("job", [Job(id=LOOK, kind="look"), STEP], ids=["look", "step"])
+def test_a_worker_waits_for_the_others_after_no_job(job: Job) -> None:
+    """While the dense model is looked at there may be nothing for them to do, so that they do not come up."""
+    worker = Worker(ended(), num_workers=2)
+    worker.run_job(job)
+    assert worker.clock.now == 102.0
+    worker.run()
+    assert worker.clock.now == pytest.approx(103.0 + 10 * (1.0 + TUNE_S), abs=2 * POLL_S)
+
+
+# The others
 
 
 @pytest.mark.parametrize(

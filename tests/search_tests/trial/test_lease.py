@@ -7,7 +7,6 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,14 +280,11 @@ def watch(model: Any, leases: Path) -> set[str]:
 
 
 def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
-    import torch
-
     from pruning.model.anatomy import examine
     from pruning.model.surgery import keep_all_plan
-    from search.cluster.tasks import run_task
-    from search.trial.first_look import look
-    from search.trial.measure import confirm, measure
-    from search.trial.prepare import prepare
+    from search.trial.jobs import LOOK, Job, Looked, Rebuild, Workplace, run_job
+    from search.trial.measure import measure
+    from search.trial.prepare import Step
     from tests.search_tests import tiny
 
     def timer(dense: Any, models: list[Any], batch: Any, **options: Any) -> Any:
@@ -296,12 +292,21 @@ def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
             model(batch)
         return tiny.timer(dense, models, batch, **options)
 
-    config, cpus = tiny.config(), torch.get_num_threads()
+    config = tiny.config()
     inputs = tiny.inputs(config)
+    workplace = Workplace(config=config, inputs=inputs, products={}, timer=timer)
+
+    def do(job: Job) -> Any:
+        with workplace.lease.shared():  # as a worker does
+            workplace.products[job.id] = run_job(job, workplace)
+        return workplace.products.get(job.id)
+
     in_preparation = watch(inputs.model.blocks[1], leases)
-    first = run_task(look, cpus, config, inputs)
-    context, _ = run_task(partial(prepare, timer=timer), cpus, config, inputs, first)
+    looked = do(Job(id=LOOK, kind="look"))
+    assert isinstance(looked, Looked) and looked.dense is not None
+    do(Job(id="sensitivity-3", kind="step", subject=Step(kind="sensitivity", subject=3)))
     assert in_preparation == {"shared", "exclusive"}
+    context = workplace.context()
     while_timed = watch(context.model, leases)
     other = tiny.model(1).eval()
     seen = watch(other, leases)
@@ -310,8 +315,12 @@ def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
         measure(context, other, plan)
     assert while_timed == {"exclusive"}
     assert seen == {"shared", "exclusive"}
-    run_task(confirm, cpus, context, [plan])
-    assert while_timed == {"shared", "exclusive"}
+    do(Job(id="timing", kind="time", needs=(LOOK,), subject=([plan], 6)))
+    assert while_timed == {"exclusive"}
+    in_preparation.clear()
+    order = Rebuild(plan=plan, measured=looked.dense)
+    do(Job(id="rebuild-dense", kind="rebuild", needs=(LOOK, "sensitivity-3"), subject=order))
+    assert in_preparation == {"shared"}  # its speed is known
     assert state(leases, "cpu") == "free"
 
 

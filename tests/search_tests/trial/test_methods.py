@@ -51,9 +51,9 @@ def test_traits_of_a_method_are_those_that_its_trial_shows(context: TrialContext
     if method.has_budgets:
         candidate = replace(candidate, drop_budget=(100.0,) * tiny.DEPTH)
     if not method.needs_profile:
-        context = replace(context, profiles={})
+        context = trials.with_known(context, profiles={})
     if not method.repairs:
-        context = replace(context, sensitivities={})
+        context = trials.with_known(context, sensitivities={})
     *events, ended = start_trial(trials.with_search(context, reduction_factor=2.0), candidate, "t000")
     assert isinstance(ended, Ended)
     outcome = ended.outcomes[0]
@@ -91,7 +91,7 @@ def test_widths_are_those_that_the_block_may_have_also_before_an_exit(
 ) -> None:
     allowed_widths = tuple(replace(ODD, hidden=(10 + block, *ODD.hidden)) for block in range(tiny.DEPTH))
     none: Any = {"attention-merge": (), "none": ()}
-    odd = replace(context, allowed_widths=none | {token_reduction: allowed_widths})
+    odd = trials.with_known(context, allowed_widths=none | {token_reduction: allowed_widths})
     candidate = new_candidate(
         method, token_reduction=token_reduction, exit_block=exit_block, round_to="auto", criterion="obs",
         drop_budget=(100.0 if method == "cascade" else 0.0,) * tiny.DEPTH,
@@ -166,7 +166,7 @@ def test_swin_is_pruned_up_to_either_of_its_stages() -> None:
         AllowedWidths(attention=((8, 8),), hidden=(10 + block, anatomy.num_hidden))
         for block, anatomy in enumerate(context.anatomy.blocks)
     )
-    context = replace(context, allowed_widths={"none": odd})
+    context = trials.with_known(context, allowed_widths={"none": odd})
     for method, exit_block in product(methods, (2, 4)):
         candidate = new_candidate(
             method, criterion="obs", token_reduction="none", round_to="auto", exit_block=exit_block,

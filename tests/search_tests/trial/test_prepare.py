@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +22,29 @@ from pruning.model.surgery import keep_all_plan
 from pruning.repair.sensitivity import measure_sensitivity
 from search.config import Config
 from search.errors import SweepError
+from search.method import METHODS
 from search.outcome import Measurement
 from search.space import Space
-from search.trial.context import TrialContext
-from search.trial.prepare import prepare_locally, profile_splits, profiled_reductions
+from search.trial.context import ContextPart, TrialContext
+from search.trial.prepare import (
+    Step,
+    is_whole,
+    prepare_locally,
+    profile_splits,
+    profiled_reductions,
+    steps_before,
+    steps_for,
+    steps_of,
+)  # fmt: skip
+from search.trial.trial import run_to_end
+from search.trial.warm_start import early_candidates, first_candidates
 from tests.search_tests import tiny
-from tests.search_tests.trial.trials import EXITS, accuracy
+from tests.search_tests.trial.trials import EXITS, accuracy, new_candidate
 
 
 def prepared(config: Config, **changes: Any) -> TrialContext:
     """The context of a recipe; `changes` are fields of its inputs or arguments of `prepare`."""
-    arguments = {name: changes.pop(name) for name in ("exit_blocks", "profiles") if name in changes}
+    arguments = {name: changes.pop(name) for name in ("exit_blocks", "known", "proposes") if name in changes}
     return tiny.prepared(config, tiny.inputs(config, **changes), timer=tiny.timer, **arguments)[0]
 
 
@@ -64,7 +77,7 @@ def test_context_has_a_classifier_for_every_exit_and_its_model_is_done_learning(
 
 
 def test_exits_are_those_that_are_asked_for_whatever_the_space() -> None:
-    assert sorted(prepared(tiny.config(), exit_blocks=[1, 2]).exit_heads) == [1, 2]
+    assert sorted(prepared(tiny.config(), exit_blocks=[1, 2]).exit_heads) == [1, 2, tiny.DEPTH]  # and the model's own
     assert sorted(prepared(tiny.config()).exit_heads) == [tiny.DEPTH]
 
 
@@ -164,7 +177,7 @@ def test_a_search_has_the_profiles_that_it_begins_with(context: TrialContext) ->
     assert context.profiles.keys() == {"lfe", "attention-merge", "none"}  # global is one of its methods
     cascade = tiny.config(space={"token_reduction": "lfe"})
     assert prepared(cascade).profiles == {}  # no trial of the cascade needs one
-    assert prepared(cascade, profiles={}).profiles.keys() == {"lfe"}
+    assert prepared(cascade, proposes=True).profiles.keys() == {"lfe"}
     assert profiled_reductions(space_of(token_reduction=["lfe", "merge"])) == ("lfe",)
     both = space_of(method=["cascade", "global"], token_reduction=["lfe", "merge"])
     assert profiled_reductions(both) == ("lfe", "merge")
@@ -178,7 +191,122 @@ def test_profiles_are_taken_on_all_images_only_where_trials_depend_on_them(conte
     assert (len(part.calibration), len(part.probe)) == (4, 10)
 
 
-def test_known_profiles_are_not_measured_again(context: TrialContext) -> None:
-    profile = replace(context.profiles["lfe"], forward_passes=-1.0)
-    again = prepared(tiny.config(space={"token_reduction": "lfe"}), profiles={"lfe": profile})
-    assert again.profiles == {"lfe": profile}
+def test_what_is_known_is_not_measured_again(context: TrialContext) -> None:
+    config = tiny.config(space={"token_reduction": "lfe", "round_to": "auto"})
+    known = ContextPart(
+        sensitivities={3: context.sensitivities[3]}, allowed_widths={"lfe": ()},
+        profiles={"lfe": replace(context.profiles["lfe"], forward_passes=-1.0)},
+    )  # fmt: skip
+    again = prepared(config, known=known, proposes=True)
+    assert again.profiles == known.profiles
+    assert again.allowed_widths == known.allowed_widths
+    assert again.sensitivities[3][0].mid.metric is known.sensitivities[3][0].mid.metric
+
+
+# Its steps
+
+
+def ids(steps: Sequence[Step]) -> list[str]:
+    return [step.id for step in steps]
+
+
+ALL: dict[str, Any] = {
+    "method": ["cascade", "global"], "exit_block": [1, 3], "token_reduction": ["lfe", "merge"],
+    "round_to": [8, "auto"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        (
+            ALL,
+            "sensitivity-3 exits widths-lfe widths-merge profile-lfe profile-merge sensitivity-1 sensitivity-2",
+        ),
+        ({"method": "cascade", "exit_block": 3, "round_to": 8}, "sensitivity-3 profile-lfe"),
+        ({"method": "cascade", "token_reduction": ["lfe", "merge"], "round_to": 1}, "sensitivity-3 profile-lfe"),
+        ({"method": "cascade", "exit_block": 2, "round_to": 1}, "sensitivity-3 exits profile-lfe sensitivity-2"),
+        ({"method": "constant", "round_to": 8}, "sensitivity-3"),
+        ({"method": "learned", "exit_block": [2, 3], "round_to": 8}, "exits"),
+        ({"method": "soft-mask", "exit_block": 3, "round_to": "auto"}, "widths-none"),
+        (
+            {"method": ["cascade", "soft-mask"], "exit_block": 3, "round_to": "auto"},
+            "sensitivity-3 widths-lfe widths-none profile-lfe",
+        ),
+        ({"method": "unstructured", "exit_block": 3, "round_to": 8}, ""),
+    ],
+)
+def test_a_space_has_the_steps_that_its_trials_need(space: dict[str, Any], expected: str) -> None:
+    assert ids(steps_of(space_of(**space))) == expected.split()
+
+
+def test_a_profile_that_only_proposes_may_be_left_out() -> None:
+    assert ids(steps_of(space_of(method="cascade", round_to=8), proposes=False)) == ["sensitivity-3"]
+    assert "profile-lfe" in ids(steps_of(space_of(method="global", round_to=8), proposes=False))
+
+
+@pytest.mark.parametrize("method", [*METHODS, ("cascade", "global"), ("learned", "constant"), ("global", "soft-mask")])
+@pytest.mark.parametrize("exit_block", [3, 2, (1, 3)])
+@pytest.mark.parametrize("round_to", [8, "auto", (8, "auto")])
+def test_every_step_comes_after_those_that_it_needs_and_none_twice(method: Any, exit_block: Any, round_to: Any) -> None:
+    space = space_of(method=method, exit_block=exit_block, round_to=round_to)
+    steps = steps_of(space)
+    assert len(set(ids(steps))) == len(steps)
+    for number, step in enumerate(steps):
+        assert set(steps_before(step, space)) <= set(steps[:number]), step.id
+
+
+@pytest.mark.parametrize("method", [*METHODS, ("cascade", "global", "constant")])
+def test_every_candidate_needs_steps_of_its_space(method: Any) -> None:
+    space = space_of(method=method, exit_block=(1, 3), round_to=(8, "auto"), token_reduction=["lfe", "merge"])
+    grid = [*space.full_grid(200, 0), *early_candidates(space), *first_candidates(space)]
+    for candidate in grid:
+        assert set(steps_for(candidate, space)) <= set(steps_of(space)), candidate
+
+
+def test_a_candidate_with_nothing_pruned_but_its_depth_needs_no_profile_and_no_sensitivity() -> None:
+    space = space_of(**ALL)
+    for method in ("cascade", "global"):
+        dense = new_candidate(method, round_to="auto", token_reduction="merge")
+        assert is_whole(dense)
+        assert steps_for(dense, space) == []
+        assert ids(steps_for(replace(dense, exit_block=2), space)) == ["exits"]
+        pruned = ids(steps_for(replace(dense, target_ratio=0.99, exit_block=2), space))
+        assert pruned == ["exits", "sensitivity-2", "widths-merge", *["profile-merge"] * (method == "global")]
+    assert not is_whole(new_candidate("soft-mask"))  # it trains, whatever the target
+    assert not is_whole(new_candidate("unstructured"))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "expected"),
+    [
+        ("cascade", {"target_ratio": 0.6, "round_to": 8}, "sensitivity-3"),
+        ("cascade", {"target_ratio": 0.6, "round_to": "auto", "token_reduction": "lfe"}, "sensitivity-3 widths-lfe"),
+        ("global", {"target_ratio": 0.6, "round_to": 8, "token_reduction": "lfe"}, "sensitivity-3 profile-lfe"),
+        ("constant", {"target_ratio": 0.6, "round_to": "auto", "token_reduction": "lfe"}, "sensitivity-3"),
+        ("constant", {"target_ratio": 0.6, "exit_block": 2, "token_reduction": "lfe"}, "exits sensitivity-2"),
+        ("learned", {"target_ratio": 0.6, "round_to": 8}, "exits"),
+        ("soft-mask", {"target_ratio": 0.6, "round_to": "auto"}, "widths-none"),
+        ("unstructured", {"target_ratio": 0.6, "round_to": 8}, ""),
+        ("cascade", {}, ""),
+        ("cascade", {"exit_block": 2}, "exits"),
+    ],
+)
+def test_a_trial_runs_with_the_steps_that_it_needs_and_no_others(
+    context: TrialContext, method: str, changes: dict[str, Any], expected: str
+) -> None:
+    candidate = new_candidate(method, **{"drop_budget": (30.0,) * tiny.DEPTH} | changes)
+    space = Space(context.config.space, tiny.DEPTH)
+    steps = steps_for(candidate, space)
+    assert ids(steps) == expected.split()
+    known, own = context.known, ContextPart(exit_heads={3: context.exit_heads[3]})
+    for step in steps:
+        part = {
+            "exits": ContextPart(exit_heads=known.exit_heads),
+            "sensitivity": ContextPart(sensitivities={step.subject: known.sensitivities.get(step.subject, [])}),
+            "widths": ContextPart(allowed_widths={step.subject: known.allowed_widths.get(step.subject, ())}),
+            "profile": ContextPart(profiles={step.subject: known.profiles.get(step.subject)}),  # type: ignore[dict-item]
+        }[step.kind]
+        own = own.joined(part)
+    outcomes = run_to_end(replace(context, known=own), candidate, "t000").outcomes
+    assert [outcome.state for outcome in outcomes if outcome.reason is not None] == []

@@ -17,7 +17,7 @@ from pruning.model.exits import truncate
 from pruning.model.surgery import apply_plan
 from search.outcome import Candidate, Measurement, State
 from search.trial.context import TrialContext
-from search.trial.measure import build, confirm
+from search.trial.measure import build, rebuild
 from search.trial.progress import Epoch, Rung
 from search.trial.reuse import WorkerCache
 from search.trial.trial import Ended, run_to_end, start_trial
@@ -124,10 +124,11 @@ def test_trial_leaves_the_context_as_it_was_and_gives_the_same_again(context: Tr
 def test_kept_weights_give_the_model_that_was_measured(context: TrialContext) -> None:
     ended = run_to_end(context, new_candidate("learned", target_ratio=0.6), "t000")
     assert set(ended.weights) == {"t000", "t000.2"}
-    plans = [outcome.plan for outcome in ended.outcomes if outcome.plan is not None]
-    confirmation = confirm(context, plans, [ended.weights[outcome.id] for outcome in ended.outcomes])
-    for outcome, model, again in zip(ended.outcomes, confirmation.models, confirmation.measured, strict=True):
-        assert again.top1 == measured(outcome).top1
+    for outcome in ended.outcomes:
+        assert outcome.plan is not None
+        weights = ended.weights[outcome.id]
+        again, model = rebuild(context, outcome.plan, measured(outcome), weights, on_all_images=True)
+        assert again.top1 == accuracy(model, context.splits.val) == measured(outcome).top1
         logits = predict(model, context.splits.val)
         assert torch.equal(logits, predict(ended.models[outcome.id], context.splits.val))
 

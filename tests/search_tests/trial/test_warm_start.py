@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from search.trial.context import TrialContext
 from search.trial.warm_start import NUM_FEW, SHARES, first_candidates, propose
 from tests.search_tests import tiny
 from tests.search_tests.test_space import BOTH, CONFIGS, DEPTH, FIXED, GLOBAL, WIDE, is_within, swin_space
+from tests.search_tests.trial import trials
 
 # By the papers
 
@@ -167,7 +167,7 @@ def test_budgets_are_dealt_as_the_profile_pays(context: TrialContext) -> None:
 
 
 def test_no_profile_and_targets_that_nothing_reaches_propose_nothing(context: TrialContext) -> None:
-    assert propose(replace(context, profiles={}), space_of(config())) == []
+    assert propose(trials.with_known(context, profiles={}), space_of(config())) == []
     assert propose(context, space_of(config(target_ratio=0.001))) == []
 
 

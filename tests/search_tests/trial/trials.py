@@ -63,6 +63,11 @@ def accuracy(model: nn.Module, images: Images) -> float:
     return float((logits.argmax(dim=1) == images.labels).double().mean())
 
 
+def with_known(context: TrialContext, **changes: Any) -> TrialContext:
+    """The context of which other things are known; `changes` are fields of a `ContextPart`."""
+    return replace(context, known=replace(context.known, **changes))
+
+
 def with_search(context: TrialContext, **changes: Any) -> TrialContext:
     """The context with other settings of the search."""
     search = context.config.search.model_copy(update=changes)

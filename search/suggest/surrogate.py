@@ -33,7 +33,7 @@ MAX_FITTED = 200
 DAMPING = 0.5
 """A trial counts as its predicted seconds and this share of a typical trial's: cheap ones are not preferred for the
 noise of their seconds. On the recorded digits, hypervolume after 30, 50, 75, 100 s with it: 0.697, 1.072, 1.128, 1.157;
-with the seconds alone 0.639, 0.986, 1.096, 1.130; with their root 0.758, 1.007, 1.071, 1.174 (means of 6 seeds, all within
+with the seconds alone 0.639, 0.986, 1.096, 1.130; with their root 0.758, 1.007, 1.071, 1.174 (means of 6 seeds, within
 their intervals)."""
 
 SCALES = (0.05, 0.1, 0.2, 0.4)

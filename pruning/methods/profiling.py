@@ -111,10 +111,10 @@ def _token_costs(subject: _Subject) -> tuple[tuple[float, ...], ...]:
     """The divergence when one block alone removes a share of its tokens, for every block and share.
 
     Tried and lost on ViT-Tiny: predictions that run no later block. By the standard deviation of the difference of
-    logarithms from the costs on 64 other images, where four measured shares on 16 images have 0.50 to 0.56: the metric of
-    the error that the removal leaves in the stream has 0.9 to 1.7 at its best power; that of the error which the next
-    attention makes of it 0.8 to 1.5; the gradient times the error, summed over an image's tokens before the square, 0.7
-    to 1.1; and each of these scaled by one or two measured shares of every block 0.6 to 1.1.
+    logarithms from the costs on 64 other images, where four measured shares on 16 images have 0.50 to 0.56: the metric
+    of the error that the removal leaves in the stream has 0.9 to 1.7 at its best power; that of the error which the
+    next attention makes of it 0.8 to 1.5; the gradient times the error, summed over an image's tokens before the
+    square, 0.7 to 1.1; and each of these scaled by one or two measured shares of every block 0.6 to 1.1.
     """
     model, blocks = subject.model, list(blocks_of(subject.model))
     if not subject.reduces_tokens:

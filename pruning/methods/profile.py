@@ -17,15 +17,18 @@ from pruning.plan import Plan, TokenReduction
 from pruning.scores.curves import RemovalCurves
 
 REMOVED_SHARES = (1 / 24, 1 / 6, 1 / 2, 3 / 4, 11 / 12)
-"""Shares of the tokens whose removal from one block is measured. More between them tell hardly more: with 1/24, 1/6,
-1/2, 11/12 the logarithms of the costs differ by 0.53 from those on other images, with seven shares by 0.50 (ViT-Tiny, 16
-images, `attention-merge`)."""
+"""Shares of the tokens whose removal from one block is measured.
 
+More between them tell hardly more: with 1/24, 1/6, 1/2 and 11/12 the logarithms of the costs differ by 0.53 from those
+on other images, with seven shares by 0.50 (ViT-Tiny, 16 images, `attention-merge`).
+"""
 
 MOST_NATS = 1e4
-"""The most that a part of a plan is said to cost: no answer is left long before. Where the errors of a channel curve are
-huge (few images, or images unlike those that the model was trained on), their sums and products stay finite, and the
-highest price of a multiply-add stays above them."""
+"""The most that a part of a plan is said to cost: no answer is left long before.
+
+A channel curve may end at any height (a covariance of too few images). So sums and products stay finite, and the
+highest price of a multiply-add stays above them.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -263,11 +263,11 @@ class Quickshift(Reducer):
     where that ends. Averages are by size.
     """
 
-    # Tried on ViT-Tiny at 0.48 to 0.30 of the multiply-adds, without repair, where this diverges from the dense answers by
-    # a fifth less than ToMe's pairs with the same weights (at 0.57 by as much): keys of all heads side by side, or rounds
-    # of a quarter of the patches, are no better and slower; keys of any length, or only the less attended half offered,
-    # lose half of the gain; attention of all queries instead of the class token's, the weights of both in the cost, and
-    # averages by attention gain nothing.
+    # Tried on ViT-Tiny at 0.48 to 0.30 of the multiply-adds, without repair, where this diverges from the dense
+    # answers by a fifth less than ToMe's pairs with the same weights (at 0.57 by as much): keys of all heads side by
+    # side, or rounds of a quarter of the patches, are no better and slower; keys of any length, or only the less
+    # attended half offered, lose half of the gain; attention of all queries instead of the class token's, the weights
+    # of both in the cost, and averages by attention gain nothing.
 
     counts_sizes = True
 

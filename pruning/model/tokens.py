@@ -260,9 +260,14 @@ class Quickshift(Reducer):
 
     Distance: 1 - cosine of the mean over heads of the keys, each of length 1, so that every head counts. Those
     patches go whose distance times the root of class attention is least; a patch whose nearest goes too follows it to
-    where that ends. Averages are by size. (Rounds of a quarter of the patches, with keys averaged between them, were
-    tried: no better, and slower.)
+    where that ends. Averages are by size.
     """
+
+    # Tried on ViT-Tiny at 0.48 to 0.30 of the multiply-adds, without repair, where this diverges from the dense
+    # answers by a fifth less than ToMe's pairs with the same weights (at 0.57 by as much): keys of all heads side by
+    # side, or rounds of a quarter of the patches, are no better and slower; keys of any length, or only the less
+    # attended half offered, lose half of the gain; attention of all queries instead of the class token's, the weights
+    # of both in the cost, and averages by attention gain nothing.
 
     counts_sizes = True
 

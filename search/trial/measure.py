@@ -31,6 +31,10 @@ from search.trial.context import TrialContext
 from search.trial.reuse import Cache, plan_key, shape_key
 from search.trial.rivals import Judged, Rival, RivalStore, judge_answers, shuffled
 
+NARROW_ENOUGH = 0.05
+"""The timing of a trial ends early where the interval of its speed-up is that narrow, as a share: all other slots of the
+device stand still meanwhile. What may be on the front is timed once more in the end."""
+
 MAX_STREAM_BYTES = 2 * 2**30
 """The most that the streams of tokens of the images may take which a model of the front is repaired on."""
 
@@ -60,7 +64,8 @@ def measure(
         return earlier
     timing: Timing | Measurement | None = cache.get(by_shape)
     if timing is None:
-        _, (timing,) = time_models(context, [model], context.config.measure.num_rounds)
+        rounds = context.config.measure.num_rounds
+        _, (timing,) = time_models(context, [model], rounds, narrow_enough=NARROW_ENOUGH)
     if rivals is None or context.config.search.accuracy != "top1":
         measurement = measurement_of(context, model, plan, timing)
     else:
@@ -117,11 +122,20 @@ def measurement_of(
     )
 
 
-def time_models(context: TrialContext, models: Sequence[nn.Module], num_rounds: int) -> tuple[Timing, list[Timing]]:
-    """Times models in turn with the dense one, while nobody else uses the device."""
+def time_models(
+    context: TrialContext, models: Sequence[nn.Module], num_rounds: int, *, narrow_enough: float = 0.0
+) -> tuple[Timing, list[Timing]]:
+    """Times models in turn with the dense one, while nobody else uses the device.
+
+    Args:
+        narrow_enough: width of the interval of a speed-up, as a share of it, from which on no further round is run.
+    """
     batch = context.timing_batch()
     with context.lease.exclusive():
-        return context.timer(context.model, models, batch, num_rounds=num_rounds, precision=context.precision)
+        return context.timer(
+            context.model, models, batch, num_rounds=num_rounds, precision=context.precision,
+            narrow_enough=narrow_enough,
+        )  # fmt: skip
 
 
 def time_shapes(context: TrialContext, plans: Sequence[Plan], num_rounds: int) -> tuple[Timing, list[Timing]]:

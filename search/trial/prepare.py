@@ -154,7 +154,8 @@ def run_step(
     splits = profile_splits(space, context.splits)
     profile = measure_profile(
         context.model, splits.calibration, splits.probe, token_reduction=step.subject,
-        sensitivity=context.sensitivities.get(space.depth), **batches,
+        sensitivity=context.sensitivities.get(space.depth),
+        channels=next((profile.channels for profile in context.profiles.values()), None), **batches,
     )  # fmt: skip
     return ContextPart(profiles={step.subject: profile})
 

@@ -62,6 +62,8 @@ class Quiet:
     def finished(self, outcome: Outcome, hypervolume: float) -> None:
         print(f"  {outcome.id} {outcome.state.value} {hypervolume:.3f}", file=sys.stderr, flush=True)
 
+    def prepared(self, seconds: float) -> None: ...
+
     def interrupted(self) -> None: ...
 
 

@@ -36,7 +36,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.usefixtures("one_
 
 POINT = {
     *("id", "top1", "top1_low", "top1_high", "top1_test", "throughput_img_s", "speedup", "speedup_low", "speedup_high"),
-    *("latency_ms_p50", "macs", "params", "sparsity", "recall_at_1", "mean_average_precision", "candidate", "plan"),
+    *(
+        "latency_ms_p50",
+        "macs",
+        "params",
+        "sparsity",
+        "recall_at_1",
+        "mean_average_precision",
+        "num_images",
+        "candidate",
+        "plan",
+    ),
 }
 
 
@@ -127,6 +137,7 @@ def test_front_json_is_as_documented(first: Sweep) -> None:
         {"name": "speedup", "direction": "maximize"},
     ]
     assert all(point.keys() == POINT for point in record["points"])
+    assert all(point["num_images"] is None for point in record["points"])  # they were measured on all
     assert record["knee"] in [point["id"] for point in record["points"]]
     assert record["conditions"]["batch_size"] == 128
     assert 0 < record["busy_share"] <= 1

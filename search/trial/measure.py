@@ -32,8 +32,8 @@ from search.trial.reuse import Cache, plan_key, shape_key
 from search.trial.rivals import Judged, Rival, RivalStore, judge_answers, shuffled
 
 NARROW_ENOUGH = 0.05
-"""The timing of a trial ends early where the interval of its speed-up is that narrow, as a share: all other slots of the
-device stand still meanwhile. What may be on the front is timed once more in the end."""
+"""The timing of a trial ends early where the interval of its speed-up is that narrow, as a share: all other slots of
+the device stand still meanwhile. What may be on the front is timed once more in the end."""
 
 MAX_STREAM_BYTES = 2 * 2**30
 """The most that the streams of tokens of the images may take which a model of the front is repaired on."""

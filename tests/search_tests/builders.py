@@ -6,10 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 from pruning.plan import BlockPlan, Plan
+from search.config import PRESETS, SpaceConfig
 from search.goal import Goal
 from search.outcome import Candidate, Measurement, Outcome, State
 
 DENSE_IMG_S = 100.0
+
+
+def papers_space(**changes: Any) -> SpaceConfig:
+    """Builds a search space with VTC-LFC's method, score, token reduction and widths; `changes` override its keys."""
+    return SpaceConfig(**PRESETS["papers"] | changes)
 
 
 def measurement(top1: float, speedup: float, **other: Any) -> Measurement:

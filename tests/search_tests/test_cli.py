@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from pruning.artifact import load
 from pruning.measure.cost import count_params
 from pruning.plan import BlockShape
-from search.config import SpaceConfig
 from search.front import Front
 from search.goal import Goal
 from search.outcome import Outcome
@@ -26,6 +25,7 @@ from search.records.folder import Folder
 from search.space import Space
 from search.trial.inputs import load_inputs
 from tests.search_tests import builders, tiny
+from tests.search_tests.builders import papers_space
 from tests.search_tests.command_line import call, check_refused, files
 from tests.search_tests.disk import largest_file
 from tests.search_tests.test_space import Chooser
@@ -283,7 +283,7 @@ def test_front_is_a_table_of_the_dense_model_and_every_point(capsys: pytest.Capt
 @pytest.fixture
 def table(sweep: Path) -> Path:
     """A finished sweep of many candidates within the recipe's space."""
-    space = Space(SpaceConfig(), tiny.DEPTH)
+    space = Space(papers_space(), tiny.DEPTH)
     ledger_file = Folder(sweep / "runs", "mine").ledger
     ledger_file.unlink()
     with ledger.Ledger(ledger_file) as book:

@@ -17,11 +17,12 @@ from search.outcome import Candidate
 from search.parameter import Choice, Numbers
 from search.space import Space
 from search.trial.warm_start import first_candidates
+from tests.search_tests.builders import papers_space
 
 DEPTH = 12
 SEARCHED = {"cutoff_channel", "cutoff_token", "token_share", "target_ratio"}
-WIDE = SpaceConfig(exit_block=(9, DEPTH))
-NARROW = SpaceConfig(
+WIDE = papers_space(exit_block=(9, DEPTH))
+NARROW = papers_space(
     cutoff_channel=(0.2, 0.3),
     cutoff_token=(0.1, 0.2),
     drop_budget=(1.0, 1.25),
@@ -29,20 +30,20 @@ NARROW = SpaceConfig(
     target_ratio=(0.5, 0.6),
     exit_block=(10, 11),
 )
-FIXED = SpaceConfig(
+FIXED = papers_space(
     cutoff_channel=0.2, cutoff_token=0.3, drop_budget=1.0, token_share=0.4, target_ratio=0.5, exit_block=11
 )
-BOTH = SpaceConfig(
+BOTH = papers_space(
     exit_block=(9, DEPTH),
     method=("cascade", "global"),
     criterion=("lfs", "taylor", "obs"),
     token_reduction=(*TOKEN_REDUCTIONS, "none"),
     round_to=(1, 8, "auto"),
 )
-GLOBAL = SpaceConfig(
+GLOBAL = papers_space(
     exit_block=(9, DEPTH), method="global", criterion=("obs", "taylor"), token_reduction=("merge", "lfe"), round_to=8
 )
-WHOLE = SpaceConfig(exit_block=(9, DEPTH), token_reduction="none", round_to="auto", token_share=(0.2, 0.4))
+WHOLE = papers_space(exit_block=(9, DEPTH), token_reduction="none", round_to="auto", token_share=(0.2, 0.4))
 CONFIGS = [WIDE, NARROW, FIXED, BOTH, GLOBAL, WHOLE]
 SWIN_EXITS = (2, 4, 10, 12)
 """The exits of a Swin, at the ends of its four stages."""
@@ -174,27 +175,27 @@ def test_fixed_parameters_are_not_asked_for() -> None:
 
 def test_range_of_equal_ends_is_fixed() -> None:
     chooser = Chooser()
-    Space(SpaceConfig(target_ratio=(0.5, 0.5), exit_block=(12, 12)), DEPTH).choose(chooser)
+    Space(papers_space(target_ratio=(0.5, 0.5), exit_block=(12, 12)), DEPTH).choose(chooser)
     assert {"target_ratio", "exit_block"}.isdisjoint(chooser.asked)
     assert chooser.asked.keys() >= SEARCHED - {"target_ratio"}
 
 
 def test_without_exits_every_candidate_has_all_blocks() -> None:
-    space = Space(SpaceConfig(), DEPTH)
+    space = Space(papers_space(), DEPTH)
     assert list(space.exit_blocks) == [DEPTH]
     assert space.choose(Chooser()).exit_block == DEPTH
 
 
 @pytest.mark.parametrize(("given", "exits"), [((9, 12), [9, 10, 11, 12]), ((1, 1), [1]), (12, [12])])
 def test_exits_are_all_of_the_range(given: int | tuple[int, int], exits: list[int]) -> None:
-    assert list(Space(SpaceConfig(exit_block=given), DEPTH).exit_blocks) == exits
+    assert list(Space(papers_space(exit_block=given), DEPTH).exit_blocks) == exits
 
 
 @pytest.mark.parametrize(("given", "wrong"), [(0, 0), (13, 13), ((0, 12), 0), ((9, 13), 13), (-1, -1)])
 def test_exit_that_the_model_has_not_is_named_with_the_depth(given: int | tuple[int, int], wrong: int) -> None:
     expected = f"^space.exit_block: {wrong} is no exit of a model with 12 blocks; give 1 to 12$"
     with pytest.raises(ConfigError, match=expected):
-        Space(SpaceConfig(exit_block=given), DEPTH)
+        Space(papers_space(exit_block=given), DEPTH)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -244,7 +245,7 @@ def test_every_choice_can_be_chosen() -> None:
 
 def test_list_of_one_choice_fixes_it() -> None:
     chooser = Chooser()
-    config = SpaceConfig(method=("global",), criterion=("obs",), token_reduction=("merge",), round_to=(8,))
+    config = papers_space(method=("global",), criterion=("obs",), token_reduction=("merge",), round_to=(8,))
     candidate = Space(config, DEPTH).choose(chooser)
     assert chooser.asked.keys() == {"token_share", "target_ratio"}
     assert (candidate.method, candidate.token_reduction, candidate.round_to) == ("global", "merge", 8)
@@ -333,7 +334,7 @@ def test_candidates_without_a_token_reduction_differ_in_nothing_about_tokens() -
 
 @pytest.mark.parametrize(("has_windows", "kind"), [(False, "attention-merge"), (True, "none")])
 def test_token_reduction_auto_is_the_best_that_the_model_can_have(has_windows: bool, kind: str) -> None:
-    space = Space(SpaceConfig(token_reduction="auto"), DEPTH, has_windows=has_windows)
+    space = Space(papers_space(token_reduction="auto"), DEPTH, has_windows=has_windows)
     assert space.token_reduction == (kind,)
     assert {space.choose(Chooser(seed=seed)).token_reduction for seed in range(5)} == {kind}
     assert {candidate.token_reduction for candidate in first_candidates(space)} == {kind}
@@ -344,20 +345,20 @@ def test_token_reduction_of_a_model_with_windows_is_refused_by_its_name(given: A
     names = given if isinstance(given, str) else ", ".join(given)
     expected = f"^space.token_reduction: {names} cannot be done to this model: .*windows.*; give none or auto$"
     with pytest.raises(ConfigError, match=expected):
-        Space(SpaceConfig(token_reduction=given), DEPTH, has_windows=True)
-    Space(SpaceConfig(token_reduction=given), DEPTH)
+        Space(papers_space(token_reduction=given), DEPTH, has_windows=True)
+    Space(papers_space(token_reduction=given), DEPTH)
 
 
 @pytest.mark.parametrize("given", ["none", ("none",), "auto"])
 def test_model_with_windows_keeps_its_tokens(given: Any) -> None:
-    space = Space(SpaceConfig(token_reduction=given, method=("cascade", "global")), DEPTH, has_windows=True)
+    space = Space(papers_space(token_reduction=given, method=("cascade", "global")), DEPTH, has_windows=True)
     chooser = Chooser(0.5)
     assert space.choose(chooser).token_reduction == "none"
     assert {"token_reduction", "token_share", "cutoff_token"}.isdisjoint(chooser.asked)
 
 
 def swin_space(exit_block: Any, **other: Any) -> Space:
-    config = SpaceConfig(exit_block=exit_block, token_reduction="none", **other)
+    config = papers_space(exit_block=exit_block, token_reduction="none", **other)
     return Space(config, DEPTH, SWIN_EXITS, has_windows=True)
 
 
@@ -383,7 +384,7 @@ def test_exits_with_gaps_are_a_choice_and_those_without_a_range() -> None:
     assert swin_space((1, 12)).choose(chooser).exit_block == 12
     assert chooser.asked["exit_block"] == SWIN_EXITS
     chooser = Chooser(1.0)
-    space = Space(SpaceConfig(exit_block=(2, 5), token_reduction="none"), DEPTH, (1, 2, 3, 4, 12), has_windows=True)
+    space = Space(papers_space(exit_block=(2, 5), token_reduction="none"), DEPTH, (1, 2, 3, 4, 12), has_windows=True)
     assert space.choose(chooser).exit_block == 4
     assert chooser.asked["exit_block"] == (2, 4)
     assert space.exit_blocks == [2, 3, 4]
@@ -425,7 +426,7 @@ def test_a_schedule_is_asked_for_nothing_but_target_exit_and_reduction(method: A
 
 
 def test_a_schedule_has_first_candidates_and_needs_tokens_to_take() -> None:
-    config = SpaceConfig(method=("constant", "decreasing"), token_reduction="merge", target_ratio=(0.2, 1.0))
+    config = papers_space(method=("constant", "decreasing"), token_reduction="merge", target_ratio=(0.2, 1.0))
     first = first_candidates(Space(config, DEPTH))
     assert [candidate.method for candidate in first] == ["constant"] * 5 + ["decreasing"] * 4
     targets = [0.2**share for share in (1 / 2, 1, 3 / 4, 1 / 4)]
@@ -467,7 +468,7 @@ def test_what_has_no_effect_in_a_candidate_does_not_count() -> None:
 
 
 def test_exits_of_a_swin_are_a_choice_among_its_stages() -> None:
-    space = Space(SpaceConfig(exit_block=(3, 12), token_reduction="none"), DEPTH, SWIN_EXITS, has_windows=True)
+    space = Space(papers_space(exit_block=(3, 12), token_reduction="none"), DEPTH, SWIN_EXITS, has_windows=True)
     assert space.parameters()["exit_block"] == Choice(values=(4, 10, 12))
     assert space.parameters()["target_ratio"] == Numbers(low=0.2, high=1.0)
     assert space.parameters()["cutoff_channel"].is_log  # type: ignore[union-attr]
@@ -496,14 +497,14 @@ def test_grid_has_as_many_candidates_of_the_space_as_are_wanted_none_twice(count
 
 
 def test_grid_of_a_small_space_is_all_of_it_as_fine_as_the_count_allows() -> None:
-    config = SpaceConfig(method="global", token_reduction=("merge", "none"), target_ratio=(0.2, 1.0), token_share=0.5)
+    config = papers_space(method="global", token_reduction=("merge", "none"), target_ratio=(0.2, 1.0), token_share=0.5)
     candidates = Space(config, DEPTH).full_grid(11, seed=0)
     grid = {(candidate.token_reduction, round(candidate.target_ratio, 9)) for candidate in candidates}
     assert grid == {(reduction, target) for reduction in ("merge", "none") for target in (0.2, 0.4, 0.6, 0.8, 1.0)}
 
 
 def test_points_of_a_grid_that_differ_in_what_has_no_effect_are_one_candidate() -> None:
-    config = SpaceConfig(method="global", token_reduction=("merge", "none"), target_ratio=0.5, token_share=(0.0, 1.0))
+    config = papers_space(method="global", token_reduction=("merge", "none"), target_ratio=0.5, token_share=(0.0, 1.0))
     candidates = Space(config, DEPTH).full_grid(4, seed=0)
     assert [candidate.token_reduction for candidate in candidates].count("none") == 1
     assert len(candidates) == 3

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from search.config import SpaceConfig
 from search.goal import Goal
 from search.outcome import Candidate, Outcome, State
 from search.space import Space
@@ -14,11 +13,12 @@ from search.suggest.ask import CandidateSearch, History, Suggestion
 from search.suggest.samplers import SamplerSettings
 from search.trial.warm_start import first_candidates
 from tests.search_tests import builders
+from tests.search_tests.builders import papers_space
 
-SPACE = Space(SpaceConfig(exit_block=(2, 3)), depth=3)
+SPACE = Space(papers_space(exit_block=(2, 3)), depth=3)
 FIRST = first_candidates(SPACE)
 CHOICES = Space(
-    SpaceConfig(
+    papers_space(
         exit_block=(2, 3),
         method=("cascade", "global"),
         criterion=("lfs", "taylor", "obs"),
@@ -28,7 +28,7 @@ CHOICES = Space(
     depth=3,
 )
 SWIN = Space(
-    SpaceConfig(exit_block=(1, 6), method=("cascade", "global"), token_reduction="none", round_to=("auto", 8)),
+    papers_space(exit_block=(1, 6), method=("cascade", "global"), token_reduction="none", round_to=("auto", 8)),
     depth=6,
     exits=(2, 4, 6),
     has_windows=True,

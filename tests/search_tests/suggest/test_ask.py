@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 from optuna.trial import TrialState
 
-from search.config import SpaceConfig
 from search.method import Method
 from search.outcome import Candidate, Outcome, State
 from search.space import Space
 from search.suggest.ask import CandidateSearch, History
 from search.suggest.samplers import DISCARDED, Sampler, SamplerSettings
 from search.suggest.surrogate import Surrogate
+from tests.search_tests.builders import papers_space
 from tests.search_tests.suggest.searches import (
     CHOICES,
     FIRST,
@@ -280,7 +280,7 @@ def test_suggestions_are_made_ready_while_trials_run() -> None:
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe", "nsga2"])
 def test_space_without_a_choice_gives_its_one_candidate_and_ends(sampler: Sampler) -> None:
-    fixed = SpaceConfig(cutoff_channel=0.1, cutoff_token=0.5, drop_budget=1, token_share=0, target_ratio=0.5)
+    fixed = papers_space(cutoff_channel=0.1, cutoff_token=0.5, drop_budget=1, token_share=0, target_ratio=0.5)
     space = Space(fixed, depth=3)
     search = new_search(space, sampler=sampler)
     suggestion = ask(search)
@@ -291,7 +291,7 @@ def test_space_without_a_choice_gives_its_one_candidate_and_ends(sampler: Sample
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe", "nsga2", "random"])
 def test_no_candidate_runs_twice_and_a_space_that_is_exhausted_ends_the_search(sampler: Sampler) -> None:
-    config = SpaceConfig(
+    config = papers_space(
         method="decreasing", token_reduction=("merge", "lfe-merge"), target_ratio=0.5, cutoff_token=0.5
     )
     space = Space(config.model_copy(update={"exit_block": (1, 3)}), depth=3)
@@ -308,7 +308,7 @@ def test_no_candidate_runs_twice_and_a_space_that_is_exhausted_ends_the_search(s
 
 def test_repeat_of_a_trial_that_runs_is_not_told_as_measured() -> None:
     space = Space(
-        SpaceConfig(method="decreasing", token_reduction="merge", target_ratio=0.5, exit_block=(1, 2)), depth=2
+        papers_space(method="decreasing", token_reduction="merge", target_ratio=0.5, exit_block=(1, 2)), depth=2
     )
     search = new_search(space, sampler="random")
     ask_many(search, 2)
@@ -317,7 +317,7 @@ def test_repeat_of_a_trial_that_runs_is_not_told_as_measured() -> None:
 
 
 def test_grid_has_all_ends_in_random_order_and_ends() -> None:
-    space = Space(SpaceConfig(method="global", token_reduction="merge", target_ratio=(0.25, 1.0)), depth=3)
+    space = Space(papers_space(method="global", token_reduction="merge", target_ratio=(0.25, 1.0)), depth=3)
 
     def asked(seed: int) -> list[Candidate]:
         search, candidates = (
@@ -339,7 +339,7 @@ def test_grid_has_all_ends_in_random_order_and_ends() -> None:
 
 @pytest.mark.parametrize("sampler", ["gp", "random"])
 def test_gp_may_try_again_what_was_stopped_then_without_rungs(sampler: Sampler) -> None:
-    few = SpaceConfig(
+    few = papers_space(
         cutoff_channel=0.1, cutoff_token=0.8, drop_budget=1.0, token_share=0.5, target_ratio=0.5, exit_block=3,
         criterion=("lfs", "taylor", "obs"), token_reduction=("lfe", "merge"), round_to=(1, 8),
     )  # fmt: skip
@@ -364,7 +364,7 @@ def test_only_a_search_with_rungs_suggests_trials_that_pass_them() -> None:
 
 
 def test_resumed_search_tries_again_without_rungs_what_its_first_run_stopped() -> None:
-    few = SpaceConfig(
+    few = papers_space(
         cutoff_channel=0.1, cutoff_token=0.8, drop_budget=1.0, token_share=0.5, target_ratio=0.5, exit_block=3,
         criterion=("lfs", "taylor"), token_reduction=("lfe", "merge"), round_to=(1, 8),
     )  # fmt: skip
@@ -428,7 +428,7 @@ def test_where_all_methods_can_run_the_sampler_draws_as_ever(sampler: Sampler) -
 
 @pytest.mark.parametrize("sampler", ["gp", "random", "grid"])
 def test_a_search_that_waits_is_told_from_one_that_is_exhausted(sampler: Sampler) -> None:
-    few = SpaceConfig(
+    few = papers_space(
         cutoff_channel=0.1, cutoff_token=0.8, drop_budget=1.0, token_share=0.5, target_ratio=0.5, exit_block=3,
         method=("cascade", "global"), criterion="obs", token_reduction="merge", round_to=(1, 8),
     )  # fmt: skip
@@ -502,7 +502,7 @@ def test_seconds_are_the_mean_of_the_method_until_processes_are_fitted() -> None
 
 
 def test_processes_predict_the_seconds_of_a_candidate() -> None:
-    space = Space(SpaceConfig(exit_block=3), depth=3)
+    space = Space(papers_space(exit_block=3), depth=3)
     search = new_search(space, sampler="gp", first_candidates=())
     for _ in range(12):
         suggestion = ask(search)

@@ -9,12 +9,12 @@ from optuna import create_study
 from optuna.samplers import TPESampler
 from optuna.trial import create_trial
 
-from search.config import SpaceConfig
 from search.goal import Goal
 from search.outcome import State
 from search.space import Space
 from search.suggest.samplers import NUM_RANDOM, Sampler, SamplerSettings, distributions_of
 from tests.search_tests import builders
+from tests.search_tests.builders import papers_space
 from tests.search_tests.suggest.searches import (
     CHOICES,
     SPACE,
@@ -70,7 +70,7 @@ def test_tpe_suggests_what_optunas_own_does(space: Space) -> None:
 
 
 def test_tpe_goes_where_it_was_good() -> None:
-    search, distances = new_search(Space(SpaceConfig(exit_block=3), depth=3)), list[float]()
+    search, distances = new_search(Space(papers_space(exit_block=3), depth=3)), list[float]()
     for _ in range(80):
         suggestion = ask(search)
         distances.append(abs(suggestion.candidate.cutoff_token - 0.275))
@@ -91,7 +91,7 @@ def test_tpe_learns_which_choice_is_better() -> None:
 
 def test_tpe_leaves_where_trials_are_stopped() -> None:
     """They are stopped because others had more at the same rung; at that rung all have more than in the end."""
-    search, cutoffs = new_search(Space(SpaceConfig(exit_block=3), depth=3), has_rungs=True), list[float]()
+    search, cutoffs = new_search(Space(papers_space(exit_block=3), depth=3), has_rungs=True), list[float]()
     for number in range(60):
         suggestion = ask(search)
         cutoffs.append(suggestion.candidate.cutoff_token)
@@ -107,7 +107,7 @@ def test_tpe_leaves_where_trials_are_stopped() -> None:
 @pytest.mark.parametrize(("sampler", "num_trials"), [("gp", 20), ("tpe", 60)])
 def test_the_search_keeps_limits(sampler: Sampler, num_trials: int) -> None:
     """Accuracy falls with speed; slower than 2 x is of no use, so that is not where to look."""
-    space = Space(SpaceConfig(drop_budget=1.0, cutoff_channel=0.1, cutoff_token=0.5, token_share=0.5), depth=3)
+    space = Space(papers_space(drop_budget=1.0, cutoff_channel=0.1, cutoff_token=0.5, token_share=0.5), depth=3)
     goal = Goal.of(builders.measurement(1.0, 1.0), "top1", ["speedup >= 2"])
     search, speedups = new_search(space, goal, sampler=sampler), list[float]()
     for _ in range(num_trials):

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search.config import SpaceConfig
 from search.outcome import Candidate
 from search.pareto import hypervolume
 from search.space import Space
 from search.suggest.duration import Duration
 from search.suggest.surrogate import MAX_FITTED, Observation, Surrogate, best_and_latest, expected_gain
+from tests.search_tests.builders import papers_space
 
-SPACE = Space(SpaceConfig(exit_block=(2, 3), method=("cascade", "global")), depth=3)
+SPACE = Space(papers_space(exit_block=(2, 3), method=("cascade", "global")), depth=3)
 FRONT = np.array([[0.9, 1.2], [0.8, 2.0], [0.7, 1.9], [0.6, 2.5], [0.4, 3.0]])
 REFERENCE = np.array([0.5, 1.0])
 

@@ -18,6 +18,7 @@ from search.space import Space
 from search.trial.context import TrialContext
 from search.trial.warm_start import NUM_FEW, SHARES, first_candidates, propose
 from tests.search_tests import tiny
+from tests.search_tests.builders import papers_space
 from tests.search_tests.test_space import BOTH, CONFIGS, DEPTH, FIXED, GLOBAL, WIDE, is_within, swin_space
 from tests.search_tests.trial import trials
 
@@ -78,7 +79,7 @@ def test_targets_span_the_range_first_and_halve_its_gaps_then() -> None:
 
 
 def test_schedules_get_the_first_targets_and_the_dense_model_which_need_no_profile() -> None:
-    config = SpaceConfig(
+    config = papers_space(
         method=("cascade", "global", "constant", "decreasing"), token_reduction="merge", target_ratio=(0.25, 1.0),
         exit_block=(9, DEPTH),
     )  # fmt: skip
@@ -93,7 +94,7 @@ def test_schedules_get_the_first_targets_and_the_dense_model_which_need_no_profi
 
 
 def test_earlier_exits_go_with_smaller_targets() -> None:
-    _, *candidates = first_candidates(Space(SpaceConfig(method="global", exit_block=(9, 12)), 12))
+    _, *candidates = first_candidates(Space(papers_space(method="global", exit_block=(9, 12)), 12))
     exits = {share: candidate.exit_block for share, candidate in zip(SHARES, candidates, strict=True)}
     assert [exits[share] for share in sorted(SHARES)] == [
         12,
@@ -107,7 +108,9 @@ def test_earlier_exits_go_with_smaller_targets() -> None:
     ]  # from the last eighth to the least
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, SpaceConfig(), SpaceConfig(exit_block=1), SpaceConfig(method="global")])
+@pytest.mark.parametrize(
+    "config", [*CONFIGS, papers_space(), papers_space(exit_block=1), papers_space(method="global")]
+)
 def test_first_candidates_lie_within_the_space_none_twice(config: SpaceConfig) -> None:
     candidates = first_candidates(Space(config, DEPTH))
     assert candidates
@@ -120,7 +123,7 @@ def test_where_all_is_fixed_there_is_one_candidate() -> None:
 
 
 def test_space_of_one_block_has_candidates_too() -> None:
-    config = SpaceConfig(exit_block=1)
+    config = papers_space(exit_block=1)
     assert all(is_within(candidate, config, depth=1) for candidate in first_candidates(Space(config, 1)))
 
 
@@ -190,7 +193,7 @@ RECORDED_DEPTH = 6
 
 
 def recorded_space(methods: list[str]) -> Space:
-    config = SpaceConfig(
+    config = papers_space(
         method=tuple(methods), token_reduction=("merge", "lfe"), exit_block=(2, RECORDED_DEPTH),
         recovery=("none", "distill"),
     )  # fmt: skip

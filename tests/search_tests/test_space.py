@@ -16,7 +16,7 @@ from search.errors import ConfigError
 from search.outcome import Candidate
 from search.parameter import Choice, Numbers
 from search.space import Space
-from search.trial.warm_start import first_candidates
+from search.trial.warm_start import SCHEDULE_TARGETS, first_candidates
 from tests.search_tests.builders import papers_space
 
 DEPTH = 12
@@ -429,8 +429,7 @@ def test_a_schedule_has_first_candidates_and_needs_tokens_to_take() -> None:
     config = papers_space(method=("constant", "decreasing"), token_reduction="merge", target_ratio=(0.2, 1.0))
     first = first_candidates(Space(config, DEPTH))
     assert [candidate.method for candidate in first] == ["constant"] * 5 + ["decreasing"] * 4
-    targets = [0.2**share for share in (1 / 2, 1, 3 / 4, 1 / 4)]
-    assert [candidate.target_ratio for candidate in first] == pytest.approx([1.0, *targets, *targets])
+    assert [candidate.target_ratio for candidate in first] == [1.0, *SCHEDULE_TARGETS, *SCHEDULE_TARGETS]
     with pytest.raises(ConfigError, match="a schedule takes tokens alone"):
         Space(config.model_copy(update={"token_reduction": ("none", "merge")}), DEPTH)
     with pytest.raises(ConfigError, match="a schedule takes tokens alone"):

@@ -16,7 +16,8 @@ from search.config import Config, SpaceConfig
 from search.outcome import Candidate
 from search.space import Space
 from search.trial.context import TrialContext
-from search.trial.warm_start import NUM_FEW, SHARES, first_candidates, propose
+from search.trial.prepare import steps_for
+from search.trial.warm_start import NUM_FEW, SCHEDULE_TARGETS, SHARES, early_candidates, first_candidates, propose
 from tests.search_tests import tiny
 from tests.search_tests.builders import papers_space
 from tests.search_tests.test_space import BOTH, CONFIGS, DEPTH, FIXED, GLOBAL, WIDE, is_within, swin_space
@@ -78,7 +79,7 @@ def test_targets_span_the_range_first_and_halve_its_gaps_then() -> None:
     }
 
 
-def test_schedules_get_the_first_targets_and_the_dense_model_which_need_no_profile() -> None:
+def test_schedules_get_targets_of_their_own_and_the_dense_model_which_need_no_profile() -> None:
     config = papers_space(
         method=("cascade", "global", "constant", "decreasing"), token_reduction="merge", target_ratio=(0.25, 1.0),
         exit_block=(9, DEPTH),
@@ -89,23 +90,38 @@ def test_schedules_get_the_first_targets_and_the_dense_model_which_need_no_profi
     assert methods == ["global", "constant", "decreasing", "cascade"]
     for schedule in ("constant", "decreasing"):
         of_schedule = [candidate for candidate in candidates[1:] if candidate.method == schedule]
-        assert shares_of(of_schedule, 0.25) == [0.5, 1.0, 0.75, 0.25]
+        assert [candidate.target_ratio for candidate in of_schedule] == list(SCHEDULE_TARGETS)
         assert {candidate.exit_block for candidate in of_schedule} == {DEPTH}
+
+
+def test_early_candidates_need_no_profile_and_no_widths() -> None:
+    config = papers_space(
+        method=("global", "constant", "decreasing"), token_reduction="merge", round_to="auto", exit_block=(9, DEPTH)
+    )
+    space = Space(config, DEPTH)
+    early = early_candidates(space)
+    assert [(one.method, one.target_ratio, one.exit_block) for one in early] == [
+        ("constant", 1.0, DEPTH),
+        *(("constant", target, DEPTH) for target in SCHEDULE_TARGETS),
+        *(("constant", 1.0, block) for block in (11, 10, 9)),
+    ]
+    kinds = {step.kind for candidate in early for step in steps_for(candidate, space)}
+    assert kinds == {"sensitivity", "exits"}
+    assert steps_for(early[0], space) == []
+
+
+@pytest.mark.parametrize(("space", "count"), [({"method": "learned"}, 0), ({"target_ratio": (0.2, 0.5)}, 0)])
+def test_without_the_dense_model_in_the_space_nothing_comes_early(space: dict[str, Any], count: int) -> None:
+    assert len(early_candidates(Space(papers_space(**space), DEPTH))) == count
 
 
 def test_earlier_exits_go_with_smaller_targets() -> None:
     _, *candidates = first_candidates(Space(papers_space(method="global", exit_block=(9, 12)), 12))
+    # From the last eighth to the least.
     exits = {share: candidate.exit_block for share, candidate in zip(SHARES, candidates, strict=True)}
     assert [exits[share] for share in sorted(SHARES)] == [
-        12,
-        12,
-        11,
-        11,
-        11,
-        10,
-        9,
-        9,
-    ]  # from the last eighth to the least
+        12, 12, 11, 11, 11, 10, 9, 9
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

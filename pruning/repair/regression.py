@@ -151,6 +151,7 @@ def best_slopes(seconds: Mapping[Part, SecondMoments], metric: Tensor) -> list[T
         gains: list[float] = (weighted * growth).sum(dim=0).view(-1, width).sum(dim=1).tolist()
         return gains
 
+    # One ridge for all outputs: one for each eigenvector of the metric cost 3 % of divergence (ViT-Tiny, 128 images).
     gains = [gains_of(ridge) for ridge in RIDGES]
     slopes: list[Tensor | None] = []
     for target, of_target in enumerate(zip(*gains, strict=True)):

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,22 +62,21 @@ def run_command(
         start_new_session=True,
     ) as process:  # fmt: skip
         assert process.stderr is not None
-        os.set_blocking(process.stderr.fileno(), False)
-        pending, is_killed = "", False
-        while process.poll() is None or pending:
+        killed = threading.Event()
+
+        def kill() -> None:
+            killed.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(kill_after_s or threading.TIMEOUT_MAX, kill)
+        timer.daemon = True
+        timer.start()
+        for line in process.stderr:
             now = time.monotonic() - start
-            if kill_after_s is not None and now > kill_after_s and not is_killed:
-                is_killed = True
-                os.killpg(process.pid, signal.SIGKILL)
-            pending += process.stderr.read() or ""
-            *lines, pending = pending.split("\n")
-            for line in lines:
-                print(f"{now:6.1f} {line}", file=sys.stderr, flush=True)
-                _read(line, now, run)
-            if process.poll() is not None and not lines:
-                break
-            time.sleep(0.05)
-    assert is_killed or process.returncode == 0, f"the command failed with exit code {process.returncode}"
+            print(f"{now:6.1f} {line}", end="", file=sys.stderr, flush=True)
+            _read(line, now, run)
+        timer.cancel()
+    assert killed.is_set() or process.returncode == 0, f"the command failed with exit code {process.returncode}"
     run.command_s = time.monotonic() - start
     return run
 

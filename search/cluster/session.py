@@ -81,8 +81,6 @@ def ray_running(address: str | None) -> Iterator[None]:
     Raises:
         SweepError: Ray cannot be started, or no cluster answers at the address.
     """
-    if address is not None:  # Tune lets one trial wait at a time, so an autoscaler would start worker by worker
-        os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "4")
     is_ours = not ray.is_initialized()
     if is_ours:
         try:

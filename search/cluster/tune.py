@@ -6,6 +6,7 @@ of imports). The dense model and the images lie in the object store once, and ev
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from search.errors import SweepError
 from search.outcome import Candidate, Measurement, Outcome, State
 from search.records.checkpoints import Checkpoint
 from search.trial.inputs import Inputs
-from search.trial.jobs import DENSE, LOOK, Workplace
+from search.trial.jobs import DENSE, LOOK, NeedFailedError, Workplace
 from search.trial.trial import start_trial
 
 
@@ -72,13 +73,16 @@ class Driver(Agenda, Protocol):
         """Hands out no more work."""
 
 
-def run_work(work: Work, driver: Driver, resources: TrialResources, num_trials: int) -> float:
+def run_work(
+    work: Work, driver: Driver, resources: TrialResources, num_trials: int, *, num_ahead: int = 1
+) -> float:  # fmt: skip
     """Runs jobs and trials until the driver has no more.
 
     Args:
         driver: called in this process; if it raises, no further work starts.
         resources: of one slot.
         num_trials: number of trials that are to be expected.
+        num_ahead: pieces of work that wait for a slot, so that none waits for work; an autoscaler starts so many nodes.
 
     Returns:
         Seconds of all slots together in which they worked.
@@ -97,6 +101,8 @@ def run_work(work: Work, driver: Driver, resources: TrialResources, num_trials: 
         finetunes=SharedStore(exchange, "finetunes"),
     )
     num_slots = resources.num_slots(cluster_resources())
+    # Else Tune lets one piece wait at a time, and the workers would start one after the other.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(num_slots, num_ahead))
     settings = WorkerSettings(
         config=work.config, inputs_ref=ray.put(work.inputs), exchange=exchange, cpus=resources.cpus,
         num_trials=num_trials, num_workers=num_slots, start=work.start, set_up=work.set_up,
@@ -108,7 +114,11 @@ def run_work(work: Work, driver: Driver, resources: TrialResources, num_trials: 
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"CPU": resources.cpus, "GPU": resources.gpus}),
             tune_config=tune.TuneConfig(
-                search_alg=RaySearcher(driver, SharedStore(exchange, "jobs")),
+                search_alg=RaySearcher(
+                    driver,
+                    SharedStore(exchange, "jobs"),
+                    room=lambda: resources.num_slots(cluster_resources()) + num_ahead,
+                ),
                 scheduler=scheduler,
                 num_samples=-1,  # until the searcher has no more
                 reuse_actors=True,
@@ -175,7 +185,8 @@ class Bookkeeper(tune.Callback):
         """Records the outcomes of a trial that ended or was stopped, or the product of a job."""
         self.busy_s += trial.last_result.get("busy_s", 0.0)
         if trial.config.get("is_job"):
-            self._end_job(trial.config["id"], self._products.get(trial.config["id"]))
+            if "wait_s" not in trial.config:
+                self._end_job(trial.config["id"], self._products.get(trial.config["id"]))
             return
         outcomes = outcomes_of(trial.last_result)
         has_weights = any(outcome.has_weights and outcome.same_as is None for outcome in outcomes)
@@ -203,7 +214,9 @@ class Bookkeeper(tune.Callback):
         self._tell(self._driver.trial_ended, [failed], {})
 
     def _end_job(self, job_id: str, product: Any) -> None:
-        if isinstance(product, VitfrontError):
+        if isinstance(product, NeedFailedError):  # what has failed is told by itself
+            self._driver.give_up()
+        elif isinstance(product, VitfrontError):
             self._fail(product)
         else:
             self._tell(self._driver.job_ended, job_id, product)

@@ -102,6 +102,7 @@ class Runner:
         start: StartTrial = start_trial,
         do: DoJob = run_job,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """
         Args:
@@ -114,6 +115,7 @@ class Runner:
         """
         self._workplace, self._jobs, self._states, self._weights = workplace, jobs, states, weights
         self._cache, self._crew, self._start, self._do, self._clock = cache, crew, start, do, clock
+        self._sleep = sleep
         self._is_first = True
         self._free_since = clock()
 
@@ -122,7 +124,7 @@ class Runner:
 
         Args:
             config: a `search.suggest.ask.Suggestion` as a dict with the products that it `needs`; or the `id` of a job
-                with `is_job`.
+                with `is_job`; or the order to wait, with `wait_s`.
         """
         self._config, self._id = config, config["id"]
         self._events: Iterator[Event | Ended] | None = None
@@ -136,7 +138,10 @@ class Runner:
             epoch; or `rungs`, all values so far, with the `outcomes` in case that the trial is stopped here; or the
             final `outcomes` with `finetunes`, the keys by which other trials may reuse the first of them.
         """
-        if self._config.get("is_job"):
+        if "wait_s" in self._config:
+            self._sleep(self._config["wait_s"])
+            result: dict[str, Any] = {"done": True}
+        elif self._config.get("is_job"):
             result = self._do_job()
         else:
             result = self._step_trial()
@@ -148,7 +153,8 @@ class Runner:
 
     def _do_job(self) -> dict[str, Any]:
         job = self._jobs.take(self._id)
-        assert job is not None
+        if job is None:  # another worker was faster
+            return {"done": True}
         product: Any
         try:
             if job.needs:
@@ -259,6 +265,7 @@ class TrialActor(tune.Trainable):
             config=settings.config,
             inputs=replace(inputs, model=inputs.model.to(worker_device())),
             products=SharedStore[Any](exchange, "products"),
+            jobs=SharedStore[Job](exchange, "jobs"),
             measured_cache=cache.measured_cache,
         )
         self.runner = Runner(

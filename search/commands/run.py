@@ -59,6 +59,9 @@ TEACHING_KEYS = ("model.", "data.", "exits.", "measure.batch_size", "measure.pre
 QUICK_S = 0.3
 """Time in which inputs that are wrong mostly show it; Ray, which takes seconds to start, is started only then."""
 
+NUM_AHEAD = 4
+"""Pieces of work that wait for a slot of a cluster: an autoscaler starts nodes for all of them."""
+
 LEAVE_OUT = "leave it out of --from"
 """Way out where a sweep cannot be learned from."""
 
@@ -105,10 +108,12 @@ def run_sweep(
                 config=config, inputs=inputs, folder=folder, ledger=book, observer=observer,
                 num_slots=resources.num_slots(available), began=began,
             )  # fmt: skip
-            return _run(sweep, runs, prior_outcomes, resources)
+            return _run(sweep, runs, prior_outcomes, resources, num_ahead=1 if address is None else NUM_AHEAD)
 
 
-def _run(sweep: Sweep, runs: Path, prior_outcomes: Sequence[Outcome], resources: TrialResources) -> Front:
+def _run(
+    sweep: Sweep, runs: Path, prior_outcomes: Sequence[Outcome], resources: TrialResources, num_ahead: int
+) -> Front:  # fmt: skip
     """Does all the work of a sweep, and writes its front."""
     known = _known_parts(sweep)
     book = Book(sweep, runs)
@@ -123,7 +128,7 @@ def _run(sweep: Sweep, runs: Path, prior_outcomes: Sequence[Outcome], resources:
     with book:
         try:
             with calling_on_interrupt(driver.interrupt):
-                busy_s = run_work(work, driver, resources, sweep.config.search.trials)
+                busy_s = run_work(work, driver, resources, sweep.config.search.trials, num_ahead=num_ahead)
         finally:
             driver.close()
         return _write(book, driver, busy_s)

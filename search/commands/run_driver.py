@@ -29,9 +29,12 @@ from search.suggest.ask import CandidateSearch, History, Suggestion
 from search.suggest.rungs import Rungs
 from search.suggest.samplers import SamplerSettings
 from search.trial.context import ContextPart
-from search.trial.jobs import LOOK, Job, Looked, Timed
+from search.trial.jobs import DENSE, LOOK, Job, Looked, Timed, answers_id
 from search.trial.prepare import first_context, profiled_reductions, steps_for
 from search.trial.warm_start import early_candidates, first_candidates, propose
+
+PART_IMAGES = 256
+"""Number of val images, at least, that a worker answers for the look at the dense model."""
 
 NUM_RECENT = 4
 """Number of trials, the last ones, from whose seconds those of the next are estimated."""
@@ -63,11 +66,14 @@ class SweepDriver:
         self._unwritten: list[tuple[str, ContextPart]] = []
         """Parts that were measured before the cache was known."""
         self._has_look = self._gave_up = self._is_interrupted = False
+        self._num_parts = max(1, min(sweep.num_slots, len(sweep.inputs.splits.val) // PART_IMAGES))
+        self._parts = list(range(1, self._num_parts))
+        """Parts of val that no worker was given yet, for the look at the dense model."""
         self._looked: Looked | None = None
         self._held: Work | None = None
         """Work that was chosen, and is handed out once the steps that it needs are."""
-        self._running: dict[str, Candidate] = {}
-        """Candidates of the trials that run, by id."""
+        self._running: dict[str, float] = {}
+        """Times at which the trials that run were handed out, by id."""
         self.ended_by: str | None = None
         """Reason why no further trial starts: `trials`, `time`, `saturation` of the hypervolume, `interrupt`, or
         `exhaustion` of the candidates; None while trials start."""
@@ -87,9 +93,14 @@ class SweepDriver:
             return None
         if not self._has_look:
             self._has_look = True
-            return Job(id=LOOK, kind="look")
+            return Job(id=LOOK, kind="look", subject=self._num_parts)
         if self._looked is None:
-            return None if self._is_interrupted else self._preparation.next_beside_look()
+            if self._is_interrupted:
+                return None
+            if self._parts:
+                part = self._parts.pop(0)
+                return Job(id=answers_id(part), kind="answers", needs=(DENSE,), subject=(part, self._num_parts))
+            return self._preparation.next_beside_look()
         work, self._held = self._held, None
         work = work or self._next_of_search() or self._next_of_confirmation()
         missing = None if work is None else self._preparation.missing(needs_of(work))
@@ -110,7 +121,7 @@ class SweepDriver:
                 self._search.tell(suggestion.id, None)
                 suggestion, self.ended_by = None, "time"
             if suggestion is not None:
-                self._running[suggestion.id] = suggestion.candidate
+                self._running[suggestion.id] = self._clock() + self._delay_s
                 self._sweep.observer.started(suggestion.id, suggestion.candidate)
                 steps = steps_for(suggestion.candidate, self._sweep.space)
                 return suggestion, (LOOK, *(step.id for step in steps))
@@ -152,8 +163,16 @@ class SweepDriver:
 
     @property
     def _left_s(self) -> float | None:
-        """Seconds to the end of the time budget; None without one."""
-        return None if self._sweep.deadline is None else self._sweep.deadline - self._clock()
+        """Seconds from the start of the next work to the end of the time budget; None without one."""
+        deadline = self._sweep.deadline
+        return None if deadline is None else deadline - self._clock() - self._delay_s
+
+    @property
+    def _delay_s(self) -> float:
+        """Seconds until a slot is free for the next work, if trials take as long as the last ones did."""
+        if len(self._running) < self._sweep.num_slots:
+            return 0.0
+        return max(0.0, min(self._running.values()) + self._trial_s - self._clock())
 
     @property
     def _trial_s(self) -> float:
@@ -177,7 +196,7 @@ class SweepDriver:
             self._unwritten.append((job_id, product))
         elif isinstance(product, Timed):
             self.confirmation.timed(product)
-        else:
+        elif isinstance(product, tuple):
             self.confirmation.rebuilt(job_id, *product)
         if self._looked is not None:
             self._recorder.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from pruning.model.exits import ExitHead
 from pruning.model.surgery import keep_all_plan
 from pruning.plan import Plan, TokenReduction
 from pruning.precision import Precision, synchronize
+from pruning.repair.flow import DenseStream
 from pruning.repair.sensitivity import BlockSensitivity
 from search.config import Config
 from search.trial.lease import Lease, lease_of
@@ -80,6 +82,19 @@ class TrialContext:
     """All that the steps of the preparation have measured so far, on the model's device."""
     timer: ModelTimer = time_against_dense
     """The function that times models against the dense one."""
+    _dense_streams: dict[tuple[Any, ...], DenseStream] = field(default_factory=dict, repr=False, compare=False)
+    """The calibration images on their way through the dense model, which all repairs on them share."""
+
+    @property
+    def dense_stream(self) -> DenseStream:
+        """The calibration images on their way through the dense model; what is computed of it is kept, up to 1 GiB."""
+        splits = self.splits
+        key = splits.training.pixels.data_ptr(), splits.num_calibration, splits.every, self.precision
+        if key not in self._dense_streams:
+            self._dense_streams[key] = DenseStream(
+                self.model, splits.calibration, batch_size=self.config.cascade.batch_size, precision=self.precision
+            )
+        return self._dense_streams[key]
 
     @property
     def exit_heads(self) -> Mapping[int, ExitHead]:
@@ -131,7 +146,7 @@ class TrialContext:
 
     def to(self, device: torch.device | str) -> TrialContext:
         """Gives the context with its model and all that is known on a device."""
-        return replace(self, model=self.model.to(device), known=self.known.to(device))
+        return replace(self, model=self.model.to(device), known=self.known.to(device), _dense_streams={})
 
     def subsampled(self) -> TrialContext:
         """Gives the context with a part of the images and the shortest timings, for a cheap look at a candidate."""

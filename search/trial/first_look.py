@@ -21,6 +21,9 @@ from search.trial.diagnosis import MAP_HINT, diagnose, is_near_chance, name_of, 
 from search.trial.inputs import Inputs
 from search.trial.measure import finite_logits
 
+Answering = Callable[[Config, nn.Module, Images, Precision], torch.Tensor]
+"""`search.trial.measure.finite_logits`, or one that shares the work."""
+
 NUM_TRAINING_IMAGES = 5000
 """Number of training images that a diagnosis looks at."""
 
@@ -49,7 +52,7 @@ class FirstLook:
 
 def look(
     config: Config, inputs: Inputs, *, device: torch.device | None = None,
-    when_trained: Callable[[Precision], None] = lambda precision: None,
+    when_trained: Callable[[Precision], None] = lambda precision: None, answer: Answering = finite_logits,
 ) -> FirstLook:  # fmt: skip
     """Trains the dense model if the recipe says so, and measures its top-1 on val: once a sweep, before all else.
 
@@ -59,6 +62,7 @@ def look(
         inputs: its model is moved and trained in place.
         device: the device to work on; by default this machine's first GPU, or else the CPU.
         when_trained: called with the precision as soon as that and the weights are final.
+        answer: gives the logits of the model on images.
 
     Raises:
         VitfrontError: the training diverged, or the dense model's logits are not finite. All other faults are told in
@@ -69,11 +73,11 @@ def look(
     precision = _precision(config, model, inputs.splits)
     when_trained(precision)
     val = inputs.splits.val
-    logits = finite_logits(config, model, val, precision)
+    logits = answer(config, model, val, precision)
 
     def answer_training() -> Answers:
         images = inputs.splits.training.take(slice(0, NUM_TRAINING_IMAGES))
-        return _answers(finite_logits(config, model, images, precision), images)
+        return _answers(answer(config, model, images, precision), images)
 
     answers = _answers(logits, val)
     notes, fault = judge(config, answers, answer_training, logits.shape[1], inputs.classes or ())

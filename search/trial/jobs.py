@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pruning.artifact import Weights
+from pruning.data import Images
 from pruning.errors import VitfrontError
 from pruning.measure.stopwatch import Timing, device_name, time_against_dense
 from pruning.measure.widths import measure_allowed_widths
@@ -25,7 +26,7 @@ from search.trial.context import ContextPart, ModelTimer, TrialContext, lease_on
 from search.trial.first_look import FirstLook, look
 from search.trial.inputs import Inputs
 from search.trial.lease import Lease
-from search.trial.measure import rebuild, time_shapes
+from search.trial.measure import finite_logits, rebuild, time_shapes
 from search.trial.prepare import Step, WidthTimer, first_context, measure_dense, run_step
 from search.trial.progress import on_cpu
 from search.trial.reuse import Cache, measured_before
@@ -43,13 +44,14 @@ class Job:
 
     id: str
     """Id of the job, and of its product."""
-    kind: Literal["look", "step", "rebuild", "time"]
-    """Work to do: look at the dense model, run a step of the preparation, build a model of the front once more, or time
-    the shapes of several."""
+    kind: Literal["look", "answers", "step", "rebuild", "time"]
+    """Work to do: look at the dense model, answer a part of val for that look, run a step of the preparation, build a
+    model of the front once more, or time the shapes of several."""
     needs: tuple[str, ...] = ()
     """Ids of the products that it waits for."""
     subject: Any = None
-    """A `Step`, a `Rebuild`, or the plans to time with the number of rounds."""
+    """The number of parts of val for a look, the number of a part, a `Step`, a `Rebuild`, or the plans to time with the
+    number of rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,12 @@ class Timed:
     """The conditions that the figures hold for: device, precision, threads, batch size, torch."""
 
 
+class Jobs(Protocol):
+    """Jobs by id, each of which one worker takes."""
+
+    def take(self, key: str, /) -> Job | None: ...
+
+
 class Products(Protocol):
     """Products of jobs by id, which all workers share."""
 
@@ -120,6 +128,7 @@ class Workplace:
     inputs: Inputs
     """Inputs whose model is on the worker's device."""
     products: Products
+    jobs: Jobs
     measured_cache: Cache[Measurement] = field(default_factory=dict[str, Measurement])
     """Measurements that no trial need repeat; see `search.trial.reuse.measured_before`."""
     timer: ModelTimer = time_against_dense
@@ -144,16 +153,21 @@ class Workplace:
             NeedFailedError: a job that is needed has failed.
         """
         if self._context is None:
-            self._context = self._first_context(self._wait_for(DENSE))
+            self._context = self._first_context(self.wait_for(DENSE))
         for job_id in needs:
             if job_id not in self._added:
-                product = self._wait_for(job_id)
+                product = self.wait_for(job_id)
                 if isinstance(product, ContextPart):
                     self._context = self._context.extended(product)
                 self._added.add(job_id)
         return self._context
 
-    def _wait_for(self, job_id: str) -> Any:
+    def wait_for(self, job_id: str) -> Any:
+        """Waits for a product.
+
+        Raises:
+            NeedFailedError: its job has failed.
+        """
         while (product := self.products.get(job_id)) is None:
             self.sleep(POLL_S)
         if isinstance(product, VitfrontError):
@@ -188,8 +202,13 @@ def _look(job: Job, workplace: Workplace) -> Looked:
     def trained_weights() -> Weights | None:
         return None if inputs.trained else on_cpu(inputs.model.state_dict())
 
+    def answer(config: Config, model: nn.Module, images: Images, precision: Precision) -> Tensor:
+        if images is not inputs.splits.val or job.subject is None:
+            return finite_logits(config, model, images, precision)
+        return torch.cat([_answers_of_part(workplace, part, job.subject, precision) for part in range(job.subject)])
+
     try:
-        first = look(config, inputs, device=workplace.device, when_trained=publish)
+        first = look(config, inputs, device=workplace.device, when_trained=publish, answer=answer)
     except VitfrontError as error:
         workplace.products[DENSE] = error  # nobody waits for it in vain
         raise
@@ -200,6 +219,35 @@ def _look(job: Job, workplace: Workplace) -> Looked:
     for key, measurement in measured_before(context.anatomy, dense, []).items():
         workplace.measured_cache[key] = measurement
     return Looked(first=first, dense=dense, device=device_name(workplace.device), weights=trained_weights())
+
+
+def answers_id(part: int) -> str:
+    """Gives the id of the job that answers a part of val."""
+    return f"answers-{part}"
+
+
+def _answers_of_part(workplace: Workplace, part: int, num_parts: int, precision: Precision) -> Tensor:
+    """Gives the answers to a part of val: from the worker that has begun with it, or, if nobody has, of this one."""
+    job_id = answers_id(part)
+    if part > 0 and workplace.products.get(job_id) is None and workplace.jobs.take(job_id) is None:
+        return workplace.wait_for(job_id).to(workplace.device)
+    known = workplace.products.get(job_id) if part > 0 else None
+    if isinstance(known, Tensor):
+        return known.to(workplace.device)
+    images = workplace.inputs.splits.val
+    return finite_logits(workplace.config, workplace.inputs.model, _part_of(images, part, num_parts), precision)
+
+
+def _part_of(images: Images, part: int, num_parts: int) -> Images:
+    ends = [round(len(images) * end / num_parts) for end in (part, part + 1)]
+    return images.take(slice(*ends))
+
+
+def _answer(job: Job, workplace: Workplace) -> Tensor:
+    part, num_parts = job.subject
+    context = workplace.context(job.needs)
+    images = _part_of(context.splits.val, part, num_parts)
+    return finite_logits(context.config, context.model, images, context.precision).cpu()
 
 
 def _run_step(job: Job, workplace: Workplace) -> ContextPart:
@@ -231,5 +279,5 @@ def _time(job: Job, workplace: Workplace) -> Timed:
 
 
 _JOBS: dict[str, Callable[[Job, Workplace], Any]] = {
-    "look": _look, "step": _run_step, "rebuild": _rebuild, "time": _time
+    "look": _look, "answers": _answer, "step": _run_step, "rebuild": _rebuild, "time": _time
 }  # fmt: skip

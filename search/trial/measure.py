@@ -202,16 +202,16 @@ def repaired(
     """
     if plan == replace(keep_all_plan(examine(truncated)), **_reduction_of(plan)):
         return RepairedModel(model=truncated, notes=())
-    calibration = context.splits.calibration
+    calibration, dense_stream = context.splits.calibration, None
     if images is None:
-        images = calibration
+        images, dense_stream = calibration, context.dense_stream
     else:
         block = context.anatomy.blocks[0]
         image_bytes = 12 * (block.num_patches + block.num_prefix_tokens) * block.width  # three streams in float32
         images = images.take(slice(0, max(len(calibration), max_bytes // image_bytes)))
     return repaired_model(
         truncated, plan, images, context.sensitivities[plan.exit_block],
-        batch_size=context.config.cascade.batch_size, precision=context.precision,
+        batch_size=context.config.cascade.batch_size, precision=context.precision, dense=dense_stream,
     )  # fmt: skip
 
 

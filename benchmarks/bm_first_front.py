@@ -30,7 +30,7 @@ from pruning.measure.stopwatch import device_name
 from search.pareto import non_dominated
 
 NUM_POINTS = 5
-TIME_BUDGET = "180s"
+TIME_BUDGET = "300s"
 
 TASKS = {"digits": ["digits"], "imagenet-mini": [str(Path(__file__).with_name("imagenet_mini.yaml"))]}
 """Name of a task -> the first arguments of `vitfront run`."""

@@ -29,8 +29,8 @@ CONFIRMING = 3
 BUDGET_SHARE = 0.15
 """The largest share of the time budget that goes into repairs on all images, and again into the last timing."""
 
-MEASURING_SHARE = 0.5
-"""The share of a trial's seconds that a rebuild on the calibration images takes, about: it is not timed again."""
+REPAIR_SHARE = 0.5
+"""The share of a trial's seconds that a repair takes, about; the rest goes into its timing and its accuracy."""
 
 DENSE_ID = "dense"
 """Name of the dense model among those that are rebuilt."""
@@ -71,12 +71,14 @@ class Confirmation:
     def seconds(self, outcomes: Sequence[Outcome]) -> float:
         """Estimates the seconds that the confirmation of these outcomes takes at least, on all slots."""
         front = front_of(self._goal.acceptable(outcomes), self._goal)
-        if not front:
-            return 0.0
         round_s = sum(map(_batch_s, [self._goal.dense, *(point.measurement for point in front if point.measurement)]))
-        rebuild_s = statistics.fmean([point.seconds for point in front]) * MEASURING_SHARE
+        return (MIN_ROUNDS + 2) * round_s + self._rebuilds_s(outcomes)
+
+    def _rebuilds_s(self, outcomes: Sequence[Outcome]) -> float:
+        """Estimates the seconds in which the front is built once more, as its trials made it."""
+        front = front_of(self._goal.acceptable(outcomes), self._goal)
         num_turns = -(-len(front) // self._sweep.num_slots)
-        return (MIN_ROUNDS + 1) * round_s + num_turns * rebuild_s
+        return num_turns * REPAIR_SHARE * statistics.fmean([point.seconds for point in front] or [0.0])
 
     def next(self, outcomes: Sequence[Outcome], left_s: float | None) -> Job | None:
         """Returns the next job; None if there is none now.
@@ -137,7 +139,8 @@ class Confirmation:
         if left_s is not None:
             measurements = [goal.dense, *(one.measurement for one in self._candidates if one.measurement)]
             round_s = sum(map(_batch_s, measurements))
-            num_rounds = max(MIN_ROUNDS, min(num_rounds, int(self._allowance_s / round_s)))
+            time_s = min(self._allowance_s, left_s - self._rebuilds_s(outcomes))
+            num_rounds = max(MIN_ROUNDS, min(num_rounds, int(time_s / round_s) - 1))
         plans = [outcome.plan for outcome in self._candidates]
         return Job(id="timing", kind="time", needs=(LOOK, *self._needs(self._candidates)), subject=(plans, num_rounds))
 
@@ -163,8 +166,8 @@ class Confirmation:
             return True
         splits = self._sweep.inputs.splits
         factor = len(splits.training) / len(splits.calibration)
-        others_s = sum(MEASURING_SHARE * job.subject.trial_s for job in self._orders) / self._sweep.num_slots
-        return MEASURING_SHARE * (1 + factor) * order.trial_s + others_s < left_s
+        others_s = sum(REPAIR_SHARE * job.subject.trial_s for job in self._orders) / self._sweep.num_slots
+        return REPAIR_SHARE * (1 + factor) * order.trial_s + others_s < left_s
 
 
 def _batch_s(measurement: Measurement) -> float:

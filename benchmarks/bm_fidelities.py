@@ -35,7 +35,7 @@ from search.suggest.samplers import Sampler, SamplerSettings
 from search.trial.warm_start import first_candidates
 
 TABLE = Path(__file__).parents[1] / "tests" / "data" / "digits_rungs"
-SETS = ("space.recovery=distill", "distill.epochs=48")
+SETS = ("space=papers", "space.recovery=distill", "distill.epochs=48")
 """Settings of the recorded sweeps that matter to a replay."""
 
 REDUCTION_FACTOR = 2

@@ -331,7 +331,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=TABLE, help="folder of a finished sweep")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    recorded = Recorded.read(args.table, load_config("digits"))
+    recorded = Recorded.read(args.table, load_config("digits", sets=["space=papers"]))
     goal = Goal(dense=recorded.dense)
     best = hypervolume_of(recorded.outcomes, goal)
     rows, curves, text = list[dict[str, Any]](), Curves(), ""

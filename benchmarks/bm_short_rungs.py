@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="rows on stdout, nothing else")
     parser.add_argument("--out", type=Path, help="folder for short_rungs.{md,json}")
     args = parser.parse_args()
-    table = Recorded.read(TABLE, load_config("digits"))
+    table = Recorded.read(TABLE, load_config("digits", sets=["space=papers"]))
     rows = list[dict[str, Any]]()
     samplers: list[Sampler] = ["random"] if args.quick else ["random", "gp"]
     for sampler in samplers:

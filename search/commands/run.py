@@ -93,11 +93,11 @@ def run_sweep(
                 return finished
         with suppress(FutureTimeoutError):  # most mistakes show at once; Ray starts while the images are read
             loading.result(timeout=QUICK_S)
-        with _opened_ledger(folder) as book, ray_running(address):
+        with _opened_ledger(folder) as book, _space_for_config(folder, config), ray_running(address):
             inputs = loading.result()
             if folder.config.is_file():
                 _check_same_inputs(folder, inputs.fingerprints)
-            else:  # now: a disk that is full shows before the dense model is trained
+            else:
                 _write_config(folder, config, inputs.fingerprints)
             prior_outcomes = _read_prior_outcomes(config, runs, inputs)
             available = cluster_resources()
@@ -339,6 +339,15 @@ def _check_same_inputs(folder: Folder, fingerprints: Fingerprints, way_out: str 
             f"whether they are the same now; {way_out}"
         )
     check_unchanged(recorded, fingerprints, f"{folder.path} was run with other inputs", way_out)
+
+
+@contextmanager
+def _space_for_config(folder: Folder, config: Config) -> Iterator[None]:
+    """Shows a disk that is full before Ray starts and a dense model is trained: raises SweepError."""
+    if not folder.config.is_file():
+        write_atomically(folder.config, config.to_yaml())
+        folder.config.unlink()
+    yield
 
 
 @contextmanager

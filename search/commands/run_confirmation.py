@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import nn
 
 from pruning.measure.stopwatch import MIN_LAP_S, MIN_ROUNDS, Timing
@@ -70,13 +71,19 @@ class Confirmation:
 
     def seconds(self, outcomes: Sequence[Outcome]) -> float:
         """Estimates the seconds that the confirmation of these outcomes takes at least, on all slots."""
-        front = front_of(self._goal.acceptable(outcomes), self._goal)
+        front = self._worthwhile(outcomes, self._goal)
         round_s = sum(map(_batch_s, [self._goal.dense, *(point.measurement for point in front if point.measurement)]))
         return (MIN_ROUNDS + 2) * round_s + self._rebuilds_s(outcomes)
 
+    def _worthwhile(self, outcomes: Sequence[Outcome], goal: Goal) -> Sequence[Outcome]:
+        """Returns the points of the front that are worth anything (`Goal.reference`), or all where none is."""
+        front = front_of(goal.acceptable(outcomes), goal)
+        worth = (goal.values(front) > np.array(goal.reference)).all(axis=1).tolist()
+        return [outcome for outcome, is_worth in zip(front, worth, strict=True) if is_worth] or front
+
     def _rebuilds_s(self, outcomes: Sequence[Outcome]) -> float:
         """Estimates the seconds in which the front is built once more, as its trials made it."""
-        front = front_of(self._goal.acceptable(outcomes), self._goal)
+        front = self._worthwhile(outcomes, self._goal)
         num_turns = -(-len(front) // self._sweep.num_slots)
         return num_turns * REPAIR_SHARE * statistics.fmean([point.seconds for point in front] or [0.0])
 
@@ -106,7 +113,7 @@ class Confirmation:
             if outcome.measurement is not None
         ]
         goal = replace(self._goal, dense=self._dense)
-        self._front = list(distinct(front_of(goal.acceptable(timed), goal), goal))
+        self._front = list(distinct(self._worthwhile(timed, goal), goal))
         self._orders = [self._order(outcome) for outcome in self._front]
         splits = self._sweep.inputs.splits
         if splits.test is not None or splits.confirm is not None:

@@ -134,7 +134,7 @@ def _paper_setting(
             cutoff_channel=PAPER_CUTOFF_CHANNEL,
             cutoff_token=PAPER_CUTOFF_TOKEN,
             drop_budget=(points / space.depth,) * space.depth,
-            token_share=PAPER_TOKEN_SHARE if METHODS[name].has_budgets else 0.5,
+            token_share=PAPER_TOKEN_SHARE if METHODS[name].has_budgets else GLOBAL_TOKEN_SHARE,
             target_ratio=target_ratio,
             exit_block=exit_block or space.depth,
         )

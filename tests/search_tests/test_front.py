@@ -112,6 +112,7 @@ def test_point_of_a_record_has_measurement_candidate_and_plan(sweep: list[Outcom
     assert point.keys() == {
         *("id", "top1", "top1_low", "top1_high", "top1_test", "throughput_img_s", "speedup", "speedup_low"),
         *("speedup_high", "latency_ms_p50", "macs", "params", "sparsity", "recall_at_1", "mean_average_precision"),
+        "num_images",
         *("candidate", "plan"),
     }
     rebuilt = Outcome.from_json(

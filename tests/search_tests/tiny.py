@@ -54,7 +54,7 @@ def record(**changes: Any) -> dict[str, Any]:
     fields["model"]["expected_top1"] = 0.0  # its answers are guesses
     for key, value in changes.items():
         if key == "space":  # the other keys stay
-            fields["space"] |= value
+            fields["space"] = None if value is None else fields["space"] | value
             continue
         *path, last = key.split("__")
         inner = fields

@@ -43,13 +43,17 @@ class FakeAgenda:
         self.tellings.append((trial_id, outcome))
 
 
+def room() -> int:
+    return 10
+
+
 def result_of(*outcomes: Outcome) -> dict[str, Any]:
     return {"outcomes": json.dumps([outcome.to_json() for outcome in outcomes])}
 
 
 def test_ray_gets_trials_as_what_json_knows_and_their_outcomes_are_told_by_our_names() -> None:
     agenda = FakeAgenda(*map(trial, range(3)))
-    searcher = RaySearcher(agenda, DictStore())
+    searcher = RaySearcher(agenda, DictStore(), room)
     configs: Any = [json.loads(json.dumps(searcher.suggest(f"ray-{number}"))) for number in range(3)]
     assert [Candidate.from_json(config.pop("candidate")) for config in configs] == CANDIDATES
     assert configs == [
@@ -66,7 +70,7 @@ def test_ray_gets_trials_as_what_json_knows_and_their_outcomes_are_told_by_our_n
 
 def test_ray_gets_the_id_of_a_job_and_its_worker_finds_the_rest_in_the_store() -> None:
     jobs, agenda = DictStore(), FakeAgenda(JOB)
-    searcher = RaySearcher(agenda, jobs)
+    searcher = RaySearcher(agenda, jobs, room)
     config: Any = searcher.suggest("ray-0")
     assert json.loads(json.dumps(config)) == {"id": "profile-lfe", "is_job": True}
     assert jobs.take(config["id"]) is JOB
@@ -82,27 +86,44 @@ def test_ray_gets_the_id_of_a_job_and_its_worker_finds_the_rest_in_the_store() -
 )
 def test_trial_whose_worker_broke_is_told_as_one_without_an_outcome(result: dict[str, Any] | None, error: bool) -> None:
     agenda = FakeAgenda(trial(0))
-    searcher = RaySearcher(agenda, DictStore())
+    searcher = RaySearcher(agenda, DictStore(), room)
     searcher.suggest("ray-0")
     searcher.on_trial_complete("ray-0", result, error)
     assert agenda.tellings == [("t000", None)]
 
 
-def test_where_there_is_no_work_now_ray_asks_again_until_all_is_done() -> None:
+def test_where_there_is_no_work_now_a_worker_waits_a_little_longer_each_time_until_there_is_some() -> None:
     agenda = FakeAgenda()
-    searcher = RaySearcher(agenda, DictStore())
-    assert searcher.suggest("ray-0") is None
+    searcher = RaySearcher(agenda, DictStore(), room)
+    waits: list[Any] = [searcher.suggest(f"ray-{number}") for number in range(5)]
+    assert [wait["wait_s"] for wait in waits] == [0.25, 0.5, 1.0, 2.0, 2.0]
+    assert len({wait["id"] for wait in waits}) == 5
+    assert all(wait["is_job"] for wait in waits)
     agenda.work.append(JOB)
-    assert isinstance(searcher.suggest("ray-0"), dict)
+    assert searcher.suggest("ray-5") == {"id": JOB.id, "is_job": True}
+    after: Any = searcher.suggest("ray-6")
+    assert after["wait_s"] == 0.25
     agenda.is_done = True
-    assert searcher.suggest("ray-1") == Searcher.FINISHED
+    assert searcher.suggest("ray-7") == Searcher.FINISHED
+    searcher.on_trial_complete("ray-0", {"done": True})
+    assert agenda.tellings == []  # the search has never heard of it
+
+
+def test_no_more_work_is_under_way_than_there_is_room_for() -> None:
+    agenda = FakeAgenda(*map(trial, range(3)))
+    searcher = RaySearcher(agenda, DictStore(), lambda: 2)
+    assert [isinstance(searcher.suggest(f"ray-{number}"), dict) for number in range(3)] == [True, True, False]
+    assert len(agenda.work) == 1  # it was not asked
+    searcher.on_trial_complete("ray-0", {}, True)
+    assert isinstance(searcher.suggest("ray-2"), dict)
+    assert searcher.suggest("ray-3") is None
 
 
 def test_tune_may_pickle_it() -> None:
     """Tune saves its searcher to resume by."""
     agenda: Any = FakeAgenda(lambda: None)
     agenda.lock = (each for each in ())  # a thing that cannot be pickled
-    assert isinstance(cloudpickle.loads(cloudpickle.dumps(RaySearcher(agenda, DictStore()))), RaySearcher)
+    assert isinstance(cloudpickle.loads(cloudpickle.dumps(RaySearcher(agenda, DictStore(), room))), RaySearcher)
 
 
 def test_outcomes_come_back_as_they_were_sent() -> None:

@@ -25,9 +25,10 @@ from search.suggest.rungs import Promotion
 from search.suggest.samplers import Sampler, SamplerSettings
 from search.trial import warm_start
 from tests.search_tests import builders, tiny
+from tests.search_tests.builders import papers_space
 from tests.search_tests.test_space import Chooser
 
-OPEN = SpaceConfig(drop_budget=(0.0, 2.0), exit_block=(2, 3))
+OPEN = papers_space(drop_budget=(0.0, 2.0), exit_block=(2, 3))
 SPACE = Space(OPEN, depth=3)
 DENSE = builders.measurement(1.0, 1.0)
 GOAL = Goal(dense=DENSE)
@@ -286,7 +287,7 @@ TABLE = Path(__file__).parents[2] / "data" / "digits_table"
 
 @pytest.fixture(scope="module")
 def table() -> Recorded:
-    return Recorded.read(TABLE, load_config("digits"))
+    return Recorded.read(TABLE, load_config("digits", sets=["space=papers"]))
 
 
 def test_the_recorded_table_is_of_real_digits_trials(table: Recorded) -> None:
@@ -323,7 +324,7 @@ def test_a_search_of_the_table_finds_more_in_less_seconds_than_chance(table: Rec
 
 
 def test_the_table_with_rungs_tells_when_each_trial_was_measured_at_them() -> None:
-    config = load_config("digits", sets=["space.recovery=distill", "distill.epochs=48"])
+    config = load_config("digits", sets=["space=papers", "space.recovery=distill", "distill.epochs=48"])
     recorded = Recorded.read(TABLE.with_name("digits_rungs"), config)
     assert len({outcome.candidate for outcome in recorded.outcomes}) >= 90
     for outcome in recorded.outcomes:

@@ -15,7 +15,7 @@ from pruning.artifact import save_weights
 from pruning.measure.stopwatch import MIN_LAP_S, MIN_ROUNDS
 from pruning.model.anatomy import examine
 from pruning.model.surgery import keep_all_plan
-from search.commands.run_confirmation import BUDGET_SHARE, CONFIRMING, MEASURING_SHARE, Confirmation
+from search.commands.run_confirmation import BUDGET_SHARE, CONFIRMING, REPAIR_SHARE, Confirmation
 from search.front import front_of
 from search.goal import Goal
 from search.outcome import Measurement, Outcome
@@ -220,7 +220,7 @@ def test_without_time_models_are_built_as_their_trials_made_them(tmp_path: Path)
 @pytest.mark.parametrize("num_slots", [1, 2])
 def test_a_repair_on_all_images_leaves_time_for_the_models_after_it(tmp_path: Path, num_slots: int) -> None:
     """56 training images, 16 of them for calibration: 3.5 times the repair, beside all else that a rebuild takes."""
-    own_s, others_s = MEASURING_SHARE * (1 + 3.5) * 4.0, 2 * MEASURING_SHARE * 4.0 / num_slots
+    own_s, others_s = REPAIR_SHARE * (1 + 3.5) * 4.0, 2 * REPAIR_SHARE * 4.0 / num_slots
     for number, (spare_s, expected) in enumerate(((-0.01, False), (0.01, True))):
         folder = tmp_path / str(number)
         confirming = with_front(confirmation(folder, splits=tiny.splits(test=False), num_slots=num_slots))
@@ -233,7 +233,7 @@ def test_the_estimate_of_its_seconds_grows_with_the_front_and_shrinks_with_the_s
     assert one.seconds([]) == one.seconds([builders.failed("t000")]) == 0.0
     [point] = front_of([SLOW], GOAL)
     rounds_s = (MIN_ROUNDS + 1) * (0.1 + 0.1 / 1.5)
-    assert one.seconds([point]) == two.seconds([point]) == pytest.approx(rounds_s + 4.0 * MEASURING_SHARE)
+    assert one.seconds([point]) == two.seconds([point]) == pytest.approx(rounds_s + 4.0 * REPAIR_SHARE)
     rounds_s = (MIN_ROUNDS + 1) * (0.1 + 0.1 / 1.5 + 0.1 / 2 + MIN_LAP_S)  # no batch counts less
-    assert one.seconds(OUTCOMES) == pytest.approx(rounds_s + 3 * 4.0 * MEASURING_SHARE)
-    assert two.seconds(OUTCOMES) == pytest.approx(rounds_s + 2 * 4.0 * MEASURING_SHARE)
+    assert one.seconds(OUTCOMES) == pytest.approx(rounds_s + 3 * 4.0 * REPAIR_SHARE)
+    assert two.seconds(OUTCOMES) == pytest.approx(rounds_s + 2 * 4.0 * REPAIR_SHARE)

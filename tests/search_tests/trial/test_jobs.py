@@ -30,6 +30,7 @@ from search.trial.measure import rebuild
 from search.trial.prepare import Step, first_context, measure_dense, run_step, steps_before, steps_of
 from search.trial.reuse import plan_key, shape_key
 from tests.search_tests import tiny
+from tests.search_tests.cluster.stores import DictStore
 from tests.search_tests.trial.trials import accuracy
 
 SPACE = {"method": ["cascade", "global"], "exit_block": [2, 3], "token_reduction": "lfe", "round_to": [8, "auto"]}
@@ -66,7 +67,7 @@ def workplace(products: Products | None = None, *, trained: bool = True, **chang
     settings: dict[str, Any] = {"timer": tiny.timer, "time_widths": tiny.time_widths, "sleep": never} | own
     return Workplace(
         config=config, inputs=tiny.inputs(config, trained=trained, **of_inputs),
-        products=Products() if products is None else products, **settings,
+        products=Products() if products is None else products, jobs=DictStore(), **settings,
     )  # fmt: skip
 
 

@@ -286,6 +286,7 @@ def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
     from search.trial.measure import measure
     from search.trial.prepare import Step
     from tests.search_tests import tiny
+    from tests.search_tests.cluster.stores import DictStore
 
     def timer(dense: Any, models: list[Any], batch: Any, **options: Any) -> Any:
         for model in (dense, *models):
@@ -294,7 +295,7 @@ def test_models_are_timed_alone_and_all_else_is_shared(leases: Path) -> None:
 
     config = tiny.config()
     inputs = tiny.inputs(config)
-    workplace = Workplace(config=config, inputs=inputs, products={}, timer=timer)
+    workplace = Workplace(config=config, inputs=inputs, products={}, jobs=DictStore(), timer=timer)
 
     def do(job: Job) -> Any:
         with workplace.lease.shared():  # as a worker does

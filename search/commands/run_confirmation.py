@@ -78,8 +78,9 @@ class Confirmation:
     def _worthwhile(self, outcomes: Sequence[Outcome], goal: Goal) -> Sequence[Outcome]:
         """Returns the points of the front that are worth anything (`Goal.reference`), or all where none is."""
         front = front_of(goal.acceptable(outcomes), goal)
-        worth = (goal.values(front) > np.array(goal.reference)).all(axis=1).tolist()
-        return [outcome for outcome, is_worth in zip(front, worth, strict=True) if is_worth] or front
+        values, reference = goal.values(front), np.array(goal.reference)
+        worth = [front[row] for row in np.flatnonzero((values > reference).all(axis=1))]
+        return worth or front
 
     def _rebuilds_s(self, outcomes: Sequence[Outcome]) -> float:
         """Estimates the seconds in which the front is built once more, as its trials made it."""

@@ -483,10 +483,10 @@ def test_pruned_model_is_told_block_by_block(capsys: pytest.CaptureFixture[str],
 
 def test_swin_pruned_up_to_a_stage_is_saved_and_loaded_again(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     write_swin(folder)
-    code, out, _ = call(
+    code, out, err = call(
         capsys, "prune", "swin.yaml", "--exit-block", "2", "--target-ratio", "0.3", "--to", "out", "--json"
     )
-    assert code == 0
+    assert code == 0, err
     outcome = Outcome.from_json(json.loads(out))
     assert (outcome.candidate.token_reduction, outcome.candidate.round_to) == ("none", "auto")
     model = check_saved(folder / "out", outcome)

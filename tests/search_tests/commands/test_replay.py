@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from search.commands.replay import Recorded, replay, replay_sweep
-from search.config import Config, SpaceConfig
+from search.config import Config
 from search.errors import SweepError
 from search.front import Front, hypervolume_of, running_hypervolume
 from search.goal import Goal
@@ -107,12 +107,12 @@ def test_of_two_outcomes_of_a_candidate_the_first_counts() -> None:
 
 
 def test_what_was_recorded_outside_of_the_space_is_left_out() -> None:
-    deeper = Space(SpaceConfig(drop_budget=(0.0, 2.0), exit_block=3), depth=3)
+    deeper = Space(papers_space(drop_budget=(0.0, 2.0), exit_block=3), depth=3)
     within = [one for one in OUTCOMES if one.candidate.exit_block == 3]
     assert 0 < len(within) < len(OUTCOMES)
     assert Recorded(OUTCOMES, DENSE, deeper).outcomes == tuple(within)
     with pytest.raises(SweepError, match="nothing was recorded within the recipe's search space"):
-        Recorded(OUTCOMES, DENSE, Space(SpaceConfig(drop_budget=7.0), depth=3))
+        Recorded(OUTCOMES, DENSE, Space(papers_space(drop_budget=7.0), depth=3))
 
 
 def test_a_trial_of_several_exits_has_the_outcomes_of_all() -> None:

@@ -109,12 +109,28 @@ def test_the_timing_needs_what_cutting_the_models_needs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("budget_s", "expected"),
-    [(1e6, CONFIRMING * 6), (0.01, MIN_ROUNDS), (10.0, int(BUDGET_SHARE * 10.0 / (0.1 + 0.1 / 1.5 + 0.1 / 2)))],
+    [(1e6, CONFIRMING * 6), (0.01, MIN_ROUNDS), (20.0, int(BUDGET_SHARE * 20.0 / (0.1 + 0.1 / 1.5 + 0.1 / 2)) - 1)],
 )
 def test_a_time_budget_limits_the_rounds(tmp_path: Path, budget_s: float, expected: int) -> None:
     confirming = confirmation(tmp_path, search__time_budget=budget_s)
-    _, num_rounds = the(confirming.next([SLOW, MIDDLE], 3.0)).subject
+    _, num_rounds = the(confirming.next([SLOW, MIDDLE], 100.0)).subject
     assert num_rounds == expected
+
+
+def test_the_last_timing_leaves_time_for_the_models(tmp_path: Path) -> None:
+    confirming = confirmation(tmp_path, search__time_budget=1e6)
+    rebuilds_s, round_s = 2 * REPAIR_SHARE * 4.0, 0.1 + 0.1 / 1.5 + 0.1 / 2
+    _, num_rounds = the(confirming.next([SLOW, MIDDLE], rebuilds_s + 10.5 * round_s)).subject
+    assert num_rounds == 9  # beside a warm-up
+
+
+def test_models_that_are_worth_nothing_are_not_built_unless_nothing_is_worth_more(tmp_path: Path) -> None:
+    poor = outcome("t003", 0.3, 3.0)  # less than half the dense accuracy
+    for number, (found, expected) in enumerate((([SLOW, poor], ["t000"]), ([poor], ["t003"]))):
+        confirming = confirmation(tmp_path / str(number), splits=tiny.splits(test=False))
+        confirming.next(found, None)
+        confirming.timed(timed(*(one.measurement.speedup for one in found if one.measurement)))
+        assert list(orders(confirming, found)) == [f"rebuild-{name}" for name in expected]
 
 
 # The models
@@ -230,10 +246,10 @@ def test_a_repair_on_all_images_leaves_time_for_the_models_after_it(tmp_path: Pa
 
 def test_the_estimate_of_its_seconds_grows_with_the_front_and_shrinks_with_the_slots(tmp_path: Path) -> None:
     one, two = (confirmation(tmp_path / str(number), num_slots=number) for number in (1, 2))
-    assert one.seconds([]) == one.seconds([builders.failed("t000")]) == 0.0
+    assert one.seconds([]) == one.seconds([builders.failed("t000")]) == pytest.approx((MIN_ROUNDS + 2) * 0.1)
     [point] = front_of([SLOW], GOAL)
-    rounds_s = (MIN_ROUNDS + 1) * (0.1 + 0.1 / 1.5)
+    rounds_s = (MIN_ROUNDS + 2) * (0.1 + 0.1 / 1.5)
     assert one.seconds([point]) == two.seconds([point]) == pytest.approx(rounds_s + 4.0 * REPAIR_SHARE)
-    rounds_s = (MIN_ROUNDS + 1) * (0.1 + 0.1 / 1.5 + 0.1 / 2 + MIN_LAP_S)  # no batch counts less
+    rounds_s = (MIN_ROUNDS + 2) * (0.1 + 0.1 / 1.5 + 0.1 / 2 + MIN_LAP_S)  # no batch counts less
     assert one.seconds(OUTCOMES) == pytest.approx(rounds_s + 3 * 4.0 * REPAIR_SHARE)
     assert two.seconds(OUTCOMES) == pytest.approx(rounds_s + 2 * 4.0 * REPAIR_SHARE)

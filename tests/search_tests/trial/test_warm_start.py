@@ -17,7 +17,15 @@ from search.outcome import Candidate
 from search.space import Space
 from search.trial.context import TrialContext
 from search.trial.prepare import steps_for
-from search.trial.warm_start import NUM_FEW, SCHEDULE_TARGETS, SHARES, early_candidates, first_candidates, propose
+from search.trial.warm_start import (
+    GLOBAL_TOKEN_SHARE,
+    NUM_FEW,
+    SCHEDULE_TARGETS,
+    SHARES,
+    early_candidates,
+    first_candidates,
+    propose,
+)
 from tests.search_tests import tiny
 from tests.search_tests.builders import papers_space
 from tests.search_tests.test_space import BOTH, CONFIGS, DEPTH, FIXED, GLOBAL, WIDE, is_within, swin_space
@@ -75,7 +83,7 @@ def test_targets_span_the_range_first_and_halve_its_gaps_then() -> None:
     shares = shares_of(candidates, low, high)
     assert shares == [0.5, 1.0, 0.75, 0.25, 0.875, 0.625, 0.375, 0.125] == list(SHARES)
     assert {(candidate.method, candidate.token_share, candidate.round_to) for candidate in candidates} == {
-        ("global", 0.5, 8)
+        ("global", GLOBAL_TOKEN_SHARE, 8)
     }
 
 

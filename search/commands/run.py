@@ -93,22 +93,24 @@ def run_sweep(
                 return finished
         with suppress(FutureTimeoutError):  # most mistakes show at once; Ray starts while the images are read
             loading.result(timeout=QUICK_S)
-        with _opened_ledger(folder) as book, _space_for_config(folder, config), ray_running(address):
+        _check_space(folder, config)
+        with ray_running(address):
             inputs = loading.result()
-            if folder.config.is_file():
-                _check_same_inputs(folder, inputs.fingerprints)
-            else:
-                _write_config(folder, config, inputs.fingerprints)
-            prior_outcomes = _read_prior_outcomes(config, runs, inputs)
             available = cluster_resources()
             resources = TrialResources.of(config, available)
             if address is None:
                 resources.check(available)
-            sweep = Sweep(
-                config=config, inputs=inputs, folder=folder, ledger=book, observer=observer,
-                num_slots=resources.num_slots(available), began=began,
-            )  # fmt: skip
-            return _run(sweep, runs, prior_outcomes, resources, num_ahead=1 if address is None else NUM_AHEAD)
+            if folder.config.is_file():
+                _check_same_inputs(folder, inputs.fingerprints)
+            prior_outcomes = _read_prior_outcomes(config, runs, inputs)
+            with _opened_ledger(folder) as book:
+                if not folder.config.is_file():
+                    _write_config(folder, config, inputs.fingerprints)
+                sweep = Sweep(
+                    config=config, inputs=inputs, folder=folder, ledger=book, observer=observer,
+                    num_slots=resources.num_slots(available), began=began,
+                )  # fmt: skip
+                return _run(sweep, runs, prior_outcomes, resources, num_ahead=1 if address is None else NUM_AHEAD)
 
 
 def _run(
@@ -341,13 +343,22 @@ def _check_same_inputs(folder: Folder, fingerprints: Fingerprints, way_out: str 
     check_unchanged(recorded, fingerprints, f"{folder.path} was run with other inputs", way_out)
 
 
-@contextmanager
-def _space_for_config(folder: Folder, config: Config) -> Iterator[None]:
-    """Shows a disk that is full before Ray starts and a dense model is trained: raises SweepError."""
-    if not folder.config.is_file():
-        write_atomically(folder.config, config.to_yaml())
-        folder.config.unlink()
-    yield
+def _check_space(folder: Folder, config: Config) -> None:
+    """Raises SweepError if the disk is full, before Ray starts and a dense model is trained; leaves nothing behind."""
+    if folder.config.is_file():
+        return
+    new = [path for path in (folder.path, folder.path.parent) if not path.exists()]
+    try:
+        with suppress(OSError):  # the ledger tells what is wrong with the folder
+            folder.path.mkdir(parents=True, exist_ok=True)
+        if folder.path.is_dir():
+            write_atomically(folder.config, config.to_yaml())
+    finally:
+        with suppress(OSError):
+            folder.config.unlink(missing_ok=True)
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
 
 
 @contextmanager

@@ -147,4 +147,4 @@ def test_address_without_a_cluster_is_one_line_and_leaves_nothing(tmp_path: Path
     with pytest.raises(SweepError, match=f"^no Ray cluster at '{address}': ") as raised:
         run_sweep(sweeps.config(None), tmp_path / "runs", Watcher(), address=address)
     assert "\n" not in str(raised.value)
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []

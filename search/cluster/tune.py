@@ -6,6 +6,7 @@ of imports). The dense model and the images lie in the object store once, and ev
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +91,7 @@ def run_work(
     Raises:
         VitfrontError: the driver raised it.
     """
+    gc.collect()  # actors of a sweep that was interrupted in this process hold their slots as long as they are known
     exchange: Any = (
         ray.remote(Exchange).options(num_cpus=0).remote(work.products, work.states, work.measurements, work.finetunes)
     )

@@ -38,7 +38,7 @@ SMALL = [
     "data.probe_images=200",
     "exits.epochs=5",
     "space.exit_block=[1, 3]",
-    "search.trials=4",
+    "search.trials=9",
     "cascade.num_levels=3",
     "measure={batch_size: 128, num_rounds: 9, precision: float32}",
 ]

@@ -1,4 +1,4 @@
-"""How soon a sweep has something to show: seconds to its first trial, to five points, and until all is prepared.
+"""Measures how soon a sweep has something to show: its first trial, five points, and all that it prepares.
 
     python benchmarks/bm_first_front.py [--quick] [--json] [--out benchmarks/results]
 

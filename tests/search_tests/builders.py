@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
+
+import torch
 
 from pruning.plan import BlockPlan, Plan
 from search.config import PRESETS, SpaceConfig
@@ -77,3 +80,18 @@ def failed(id: str, state: State = State.FAILED, reason: str = "RuntimeError: ou
 
 DENSE = measurement(0.9, 1.0)
 GOAL = Goal(dense=DENSE)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tells whether two nested things are equal bit for bit, and of the same classes."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if hasattr(one, "__dataclass_fields__"):
+        return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    return bool(one == other)

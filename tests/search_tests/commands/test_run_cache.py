@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from search.errors import SweepError
 from search.trial.context import ContextPart, TrialContext
 from search.trial.prepare import Step
 from tests.search_tests import tiny
+from tests.search_tests.builders import same
 
 FINGERPRINTS = Fingerprints(weights="weights", preprocessing="as timm", train="images", val="more images")
 EXITS = Step(kind="exits")
@@ -77,21 +77,6 @@ def cache(folder: Path, **changes: Any) -> PartCache:
     splits: Splits = changes.pop("splits", tiny.splits())
     arguments: dict[str, Any] = {"fingerprints": FINGERPRINTS, "exit_blocks": [2, 3], "device": "cpu"}
     return PartCache(folder, config, splits=splits, **arguments | changes)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Tells whether two nested things are equal bit for bit, and of the same classes."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    if hasattr(one, "__dataclass_fields__"):
-        return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
-    return bool(one == other)
 
 
 @pytest.mark.parametrize("step", STEPS, ids=[step.id for step in STEPS])

@@ -30,6 +30,7 @@ from search.trial.measure import rebuild
 from search.trial.prepare import Step, first_context, measure_dense, run_step, steps_before, steps_of
 from search.trial.reuse import plan_key, shape_key
 from tests.search_tests import tiny
+from tests.search_tests.builders import same
 from tests.search_tests.cluster.stores import DictStore
 from tests.search_tests.trial.trials import accuracy
 
@@ -84,18 +85,6 @@ def step_job(place: Workplace, step: Step) -> Job:
 
 def same_weights(one: Any, other: Any) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    if hasattr(one, "__dataclass_fields__"):
-        return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
-    return bool(one == other)
 
 
 # The look

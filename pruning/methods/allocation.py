@@ -228,13 +228,18 @@ class PricedPlans:
         curves, block = self.profile.channels[index], self.anatomy.blocks[index]
         return BlockPlan(
             keep_heads=tuple(range(block.num_heads)),
-            keep_qk=_kept(curves.qk_order, qk),
-            keep_v=_kept(curves.v_order, v),
-            keep_hidden=tuple(curves.hidden_order[block.num_hidden - hidden :].sort().values.tolist()),
+            keep_qk=kept_channels(curves.qk_order, qk),
+            keep_v=kept_channels(curves.v_order, v),
+            keep_hidden=kept_units(curves.hidden_order, hidden),
             num_tokens=min(num_tokens, block.num_patches),
         )
 
 
-def _kept(order: Tensor, count: int) -> tuple[Indices, ...]:
+def kept_units(order: Tensor, count: int) -> Indices:
+    """Takes the `count` last of all units, ascending. (h,), in the order in which they go."""
+    return tuple(order[len(order) - count :].sort().values.tolist())
+
+
+def kept_channels(order: Tensor, count: int) -> tuple[Indices, ...]:
     """Takes the `count` last channels of every head, ascending. (H, D), in the order in which they go."""
-    return tuple(tuple(row[len(row) - count :].sort().values.tolist()) for row in order)
+    return tuple(kept_units(row, count) for row in order)

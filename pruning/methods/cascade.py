@@ -28,6 +28,7 @@ from pruning.model.anatomy import Anatomy, blocks_of, examine, with_blocks
 from pruning.model.surgery import keep_all_block, keep_all_from, slim_block
 from pruning.plan import BlockPlan, Plan
 from pruning.repair.compensation import RepairedBlock
+from pruning.repair.flow import DenseStream
 from pruning.repair.sensitivity import BlockSensitivity
 from pruning.scores.criteria import CRITERIA
 
@@ -50,7 +51,8 @@ class CascadeSettings(ProbingSettings):
     allowed_widths: tuple[AllowedWidths, ...] | None = None
     """The widths that each block may be given; None for any."""
     token_share: float = 0.56
-    """Share of a block's budget that tokens may spend, in [0, 1]; channels get what they leave."""
+    """Share of a block's budget that tokens may spend, in [0, 1], by those probe images that were run; channels get
+    what they leave."""
     num_levels: int = 15
     """Number of counts that are tried for tokens, and for channels, between none and all that may go."""
     order: Order = "bottom-up"
@@ -79,6 +81,7 @@ def cascade(
     settings: CascadeSettings,
     *,
     sensitivity: list[BlockSensitivity] | None = None,
+    dense: DenseStream | None = None,
     prefix_cache: PrefixCache[CascadeState] | None = None,
 ) -> CascadeResult:
     """Prunes a dense model block by block; the model is left as it was.
@@ -93,6 +96,7 @@ def cascade(
         probe: images whose accuracy the budgets are about.
         calibration: images for the scores and the repair.
         sensitivity: of the dense model on the calibration images; measured if it is not given.
+        dense: of these images, to share between cascades; by default their own pass through the dense model.
         prefix_cache: states of earlier calls with this model, cut at any exit, and these images; a call that begins
             as one of them did goes on from its state. The result is the same, and its cost counts as if it had begun
             anew.
@@ -102,10 +106,10 @@ def cascade(
     """
     anatomy = examine(model)
     _check(settings, anatomy)
-    dense = _plan(settings, [keep_all_block(block) for block in anatomy.blocks])
-    if count_macs(anatomy, dense) <= settings.target_macs:  # small enough as it is: costs no pass at all
+    whole = _plan(settings, [keep_all_block(block) for block in anatomy.blocks])
+    if count_macs(anatomy, whole) <= settings.target_macs:  # small enough as it is: costs no pass at all
         return CascadeResult(
-            plan=dense, model=copy.deepcopy(model), block_drops=(0.0,) * anatomy.depth, forward_passes=0.0, notes=()
+            plan=whole, model=copy.deepcopy(model), block_drops=(0.0,) * anatomy.depth, forward_passes=0.0, notes=()
         )
     spending = _Spending(settings, len(probe))
     key = anatomy, replace(settings, drop_budget=(), target_macs=0, token_share=0.0)
@@ -113,8 +117,8 @@ def cascade(
     cached = prefix_cache.farthest(key, spending.thresholds)
     if cached is None:
         prober_class = TopDownProber if settings.order == "top-down" else Prober
-        prober = prober_class(model, anatomy, probe, calibration, settings, sensitivity)
-        state = CascadeState(settings=settings, prober=prober, plans=dense.blocks, drops=(0.0,) * anatomy.depth)
+        prober = prober_class(model, anatomy, probe, calibration, settings, sensitivity, dense)
+        state = CascadeState(settings=settings, prober=prober, plans=whole.blocks, drops=(0.0,) * anatomy.depth)
         _keep(prefix_cache, key, spending, state)
     else:
         state = replace(cached.copy(), settings=settings)
@@ -220,100 +224,122 @@ def _plan(settings: CascadeSettings, blocks: Sequence[BlockPlan]) -> Plan:
     return Plan(blocks=tuple(blocks), cutoff_token=settings.cutoff_token, token_reduction=settings.token_reduction)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pruned:
-    """The current block, as far as it is pruned."""
-
-    plan: BlockPlan
-    repaired: RepairedBlock
-    guesses: Mapping[Kind, float]
-
-
 class _Removal:
     """Removals of one kind (tokens or channels) from the current block, by the number of units that go."""
 
     def __init__(
-        self, prober: Prober, most: int, plan_without: Callable[[int], BlockPlan], budget: Threshold,
-        correct_before: int,
+        self, state: CascadeState, most: int, plan_without: Callable[[int], BlockPlan], budget: Threshold,
+        target: Threshold,
     ) -> None:  # fmt: skip
         """
         Args:
             most: units that may go.
             plan_without: gives the plan of the block without so many units.
-            budget: probe images that this block may cost, tokens and channels together.
-            correct_before: probe images that came out right before anything of this block was removed.
+            budget: probe images that this block may cost.
+            target: multiply-adds at which no more need go.
         """
-        self.prober, self.most, self.plan_without = prober, most, plan_without
-        self.budget, self.correct_before = budget, correct_before
+        self.most, self.plan_without = most, plan_without
+        self._prober, self._budget = state.prober, budget
+        self._levels = _levels(most, state.settings.num_levels, lambda n: state.reaches(target, plan_without(n)))
         self._probes: dict[BlockPlan, Probe] = {}
+
+    def most_within(self, guess: float) -> int:
+        """The most units that may go by what a part of the probe images shows; 0 for none. guess: share of `most`."""
+        place = sum(level <= guess * self.most for level in self._levels) - 1
+        return self._removed(_most_within(self._levels, lambda n: self._is_within(n, surely=False), place))
+
+    def most_surely_within(self, removed: int) -> int:
+        """The most units, of no more than so many, that may go by what all probe images show; 0 for none."""
+        levels = [level for level in self._levels if level <= removed]
+        if not levels or self._is_within(levels[-1], surely=True):
+            return removed
+        return self._removed(_most_within(levels[:-1], lambda n: self._is_within(n, surely=True), len(levels) - 2))
 
     def probe(self, removed: int) -> Probe:
         """The probe of so many units; rounding makes one plan, and one probe, of several counts."""
         plan = self.plan_without(removed)
         if plan not in self._probes:
-            self._probes[plan] = Probe(self.prober.repair(plan), self.budget, self.correct_before)
+            repaired = self._prober.repair(plan)
+            self._probes[plan] = Probe(repaired, self._budget, correct_before=self._prober.num_correct)
         return self._probes[plan]
 
-    def is_within(self, removed: int, *, surely: bool) -> bool:
-        return self.prober.is_within(self.probe(removed), surely=surely)
+    def _is_within(self, removed: int, *, surely: bool) -> bool:
+        return self._prober.is_within(self.probe(removed), surely=surely)
+
+    def _removed(self, place: int) -> int:
+        return self._levels[place] if place >= 0 else 0
 
 
 def _prune_block(state: CascadeState, spending: _Spending) -> CascadeState:
-    """Prunes the next block as far as its budget and the target allow; the state's prober goes on with the result."""
-    prober, settings = state.prober, state.settings
-    index, correct_before = prober.index, prober.num_correct
-    block, plan = prober.anatomy.blocks[index], state.plans[index]
-    num_prefix, num_tokens = block.num_prefix_tokens, plan.num_tokens
-    pruned = _Pruned(plan=plan, repaired=RepairedBlock(block=prober.stream.slim(plan)), guesses=state.guesses)
-    if settings.token_reduction != "none":
-        tokens = _Removal(
-            prober, num_tokens - 1, lambda removed: keep_all_block(block, num_tokens - removed),
-            spending.tokens[index], correct_before,
-        )  # fmt: skip
-        pruned = _remove_most(state, pruned, "tokens", tokens, spending.target)
-    if not state.reaches(spending.target, pruned.plan):
-        tokens_left = pruned.plan.num_tokens
-        allowed = settings.allowed_widths[index] if settings.allowed_widths else multiples(block, 1)
-        scores = prober.score(prober.stream.slim(pruned.plan))
-        ranking = Ranking(scores, block, num_tokens + num_prefix, tokens_left + num_prefix, allowed)
-        channels = _Removal(
-            prober, ranking.max_removed, lambda removed: ranking.plan(removed, tokens_left),
-            spending.channels[index], correct_before,
-        )  # fmt: skip
-        pruned = _remove_most(state, pruned, "channels", channels, spending.target)
-    drops = list(state.drops)
+    """Prunes the next block as far as its budget and the target allow; the state's prober goes on with the result.
+
+    Only the last choice is run on all probe images: with channels gone too, these show what the block costs in all.
+    """
+    prober, index, correct_before = state.prober, state.prober.index, state.prober.num_correct
+    tokens, channels = _token_removal(state, spending), None
+    num_tokens = num_channels = 0  # that go
+    if tokens is not None:
+        num_tokens = tokens.most_within(state.guesses["tokens"])
+    while True:
+        left = state.plans[index] if tokens is None else tokens.plan_without(num_tokens)
+        if not state.reaches(spending.target, left):
+            channels = _channel_removal(state, spending, left)
+            num_channels = channels.most_surely_within(channels.most_within(state.guesses["channels"]))
+        if num_channels or tokens is None:
+            break
+        num_surely = tokens.most_surely_within(num_tokens)
+        if num_surely == num_tokens:
+            break
+        num_tokens = num_surely  # decided too early
+    plan, repaired = left, RepairedBlock(block=prober.stream.slim(left))
+    for removal, removed in ((channels, num_channels), (tokens, num_tokens)):
+        if removal is not None and removed:
+            plan, probe = removal.plan_without(removed), removal.probe(removed)
+            repaired = probe.repaired
+            prober.accept(probe)
+            break
+    guesses, drops, plans = dict(state.guesses), list(state.drops), state.plans_with(plan)
+    if tokens is not None:
+        guesses["tokens"] = num_tokens / max(1, tokens.most)
+    if channels is not None:
+        guesses["channels"] = num_channels / max(1, channels.most)
     drops[index] = (correct_before - prober.num_correct) / prober.num_probe * 100
-    plans = state.plans_with(pruned.plan)  # by the prober's place, which moves on now
-    prober.advance(pruned.repaired.block)
+    prober.advance(repaired.block)
     return replace(
         state,
         plans=plans,
-        built=(*state.built, pruned.repaired.block),
+        built=(*state.built, repaired.block),
         drops=tuple(drops),
-        notes=(*state.notes, *pruned.repaired.notes),
-        guesses=pruned.guesses,
+        notes=(*state.notes, *repaired.notes),
+        guesses=guesses,
     )
 
 
-def _remove_most(state: CascadeState, pruned: _Pruned, kind: Kind, removal: _Removal, target: Threshold) -> _Pruned:
-    """Removes as many units of a kind as the budget and the target allow; the prober accepts what that costs.
+def _token_removal(state: CascadeState, spending: _Spending) -> _Removal | None:
+    """The removals of tokens from the next block; None where the cascade leaves them all."""
+    if state.settings.token_reduction == "none":
+        return None
+    index = state.prober.index
+    block, num_tokens = state.prober.anatomy.blocks[index], state.plans[index].num_tokens
+    return _Removal(
+        state, num_tokens - 1, lambda removed: keep_all_block(block, num_tokens - removed), spending.tokens[index],
+        spending.target,
+    )  # fmt: skip
 
-    Returns:
-        The block without them, or `pruned` but for the guess where none may go.
-    """
-    prober, most = state.prober, removal.most
-    levels = _levels(most, state.settings.num_levels, lambda n: state.reaches(target, removal.plan_without(n)))
-    guess = sum(level <= pruned.guesses[kind] * most for level in levels) - 1
-    place = _most_within(levels, lambda n: removal.is_within(n, surely=False), guess)
-    if place >= 0 and not removal.is_within(levels[place], surely=True):  # decided too early
-        place = _most_within(levels[:place], lambda n: removal.is_within(n, surely=True), place - 1)
-    if place < 0:
-        return replace(pruned, guesses={**pruned.guesses, kind: 0.0})
-    removed = levels[place]
-    probe = removal.probe(removed)
-    prober.accept(probe)
-    guesses = {**pruned.guesses, kind: removed / most}
-    return _Pruned(plan=removal.plan_without(removed), repaired=probe.repaired, guesses=guesses)
+
+def _channel_removal(state: CascadeState, spending: _Spending, left: BlockPlan) -> _Removal:
+    """The removals of channels from the next block, whose tokens are reduced as `left` says."""
+    prober, settings, index = state.prober, state.settings, state.prober.index
+    block, num_prefix = prober.anatomy.blocks[index], prober.anatomy.blocks[index].num_prefix_tokens
+    allowed = settings.allowed_widths[index] if settings.allowed_widths else multiples(block, 1)
+    ranking = Ranking(
+        prober.score(prober.stream.slim(left)), block, state.plans[index].num_tokens + num_prefix,
+        left.num_tokens + num_prefix, allowed,
+    )  # fmt: skip
+    return _Removal(
+        state, ranking.max_removed, lambda removed: ranking.plan(removed, left.num_tokens), spending.channels[index],
+        spending.target,
+    )  # fmt: skip
 
 
 def _levels(most: int, count: int, reaches_target: Callable[[int], bool]) -> list[int]:

@@ -26,7 +26,7 @@ from pruning.model.tokens import merges
 from pruning.plan import BlockPlan, Plan, TokenReduction
 from pruning.precision import Precision, autocast
 from pruning.repair.compensation import REPAIR_PASSES, BlockRepair, RepairedBlock, RepairedModel, repaired_model
-from pruning.repair.flow import CalibrationStream
+from pruning.repair.flow import CalibrationStream, DenseStream
 from pruning.repair.sensitivity import BlockSensitivity, measure_sensitivity
 from pruning.scores.channel import ChannelScores, ScoringInput
 from pruning.scores.criteria import CRITERIA
@@ -34,6 +34,12 @@ from pruning.spectrum import low_pass
 
 SENSITIVITY_PASSES = 3
 """Cost of the sensitivity: one forward and one backward pass, in forward passes."""
+
+BATCHES = 8
+"""The fewest batches in which the probe images come to a block that is tried: most are decided by the first two."""
+
+SMALLEST_BATCH = 16
+"""The fewest images a batch, where that takes fewer batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +70,30 @@ class Probe:
     """Probe images that the block may cost."""
     correct_before: int
     """Probe images that came out right before anything of this block was removed."""
-    is_right: list[Tensor] = field(default_factory=list)
-    """(batch,) bool for every batch."""
     margins: list[Tensor] = field(default_factory=list)
-    """(batch,) for every batch: logit of the label - largest other logit."""
+    """(batch,) for every batch: logit of the label - largest other logit; above 0 where it comes out right."""
+    after: list[Tensor] = field(default_factory=list)
+    """(batch, N', C) for every batch, or (batch, N', C + 1) with sizes: output of the block."""
     num_seen: int = 0
     num_right: int = 0
+    num_changed: int = 0
+    """Images that came out otherwise than before the block was tried."""
+    is_changing: bool = True
+    """True if some of the last batch did."""
 
     def is_enough(self, num_right: int) -> bool:
         """Tells whether so many images that come out right are within budget."""
         return self.budget.reaches(self.correct_before - num_right)
+
+    def take(self, margins: Tensor, is_right_before: Tensor) -> None:
+        """Takes the margins of the next batch. Both (batch,)."""
+        is_right = margins > 0
+        num_changed = int((is_right != is_right_before).sum())
+        self.margins.append(margins)
+        self.num_seen += len(margins)
+        self.num_right += int(is_right.sum())
+        self.num_changed += num_changed
+        self.is_changing = num_changed > 0
 
 
 class Prober:
@@ -81,31 +101,39 @@ class Prober:
 
     def __init__(
         self, model: nn.Module, anatomy: Anatomy, probe: Images, calibration: Images, settings: ProbingSettings,
-        sensitivity: list[BlockSensitivity] | None,
+        sensitivity: list[BlockSensitivity] | None, dense: DenseStream | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             model: dense, in eval mode, on the device to work on.
             sensitivity: of the model on the calibration images; measured if it is not given.
+            dense: of the model and the calibration images; made for this prober alone if it is not given.
         """
         self.model, self.anatomy, self.settings = model, anatomy, settings
         self.probe, self.calibration = probe, calibration
         self.num_probe = len(probe)
-        self.block_images = float(SENSITIVITY_PASSES * anatomy.depth * len(calibration))
+        self.probe_batch_size = min(settings.batch_size, max(SMALLEST_BATCH, self.num_probe // BATCHES))
+        self.block_images = 0.0
         """Blocks run, times images; a backward pass counts as two forward passes."""
         if sensitivity is None:
+            self.block_images += SENSITIVITY_PASSES * anatomy.depth * len(calibration)
             sensitivity = measure_sensitivity(
                 model, calibration, batch_size=settings.batch_size, precision=settings.precision
             )
+        if dense is None:
+            self.block_images += anatomy.depth * len(calibration)
+            dense = DenseStream(model, calibration, batch_size=settings.batch_size, precision=settings.precision)
         self.stream = CalibrationStream(
             model, calibration, sensitivity,
             token_reduction=settings.token_reduction, cutoff_token=settings.cutoff_token,
-            batch_size=settings.batch_size, precision=settings.precision,
+            batch_size=settings.batch_size, precision=settings.precision, dense=dense,
         )  # fmt: skip
         self._embed_probe()
         self._embed_calibration()
         self.order = torch.arange(self.num_probe, device=self.x_probe.device)
         """(B,): the order that `accept` gave the probe images."""
+        self.accepted: tuple[nn.Module, Tensor] | None = None
+        """Block that was accepted last, and its output for the probe images."""
         self._enter_first()
         self._probe_dense()
 
@@ -148,10 +176,10 @@ class Prober:
                 for pixels, _ in self.calibration.batches(settings.batch_size, device)
             )
         # T of the channel score: the dense model's summary token after every block, images as they are.
-        x = self.stream.x
+        stream = self.stream.copy()
         for index, block in enumerate(blocks_of(self.model)):
-            x = self._run(block, x)
-            self.summaries[index] = summary_token(self.anatomy.blocks[index], x)
+            self.summaries[index] = summary_token(self.anatomy.blocks[index], stream.dense_out)
+            stream.advance(block)
 
     def _enter_first(self) -> None:
         """Puts the images before the block that is probed first."""
@@ -175,19 +203,23 @@ class Prober:
 
     @torch.no_grad()
     def repair(self, plan: BlockPlan) -> RepairedBlock:
-        """Repairs the current block under a plan: it runs over the calibration images once for each of its halves."""
-        self.block_images += (1 if self.block_repair.has_attention(plan) else 2) * len(self.calibration)
+        """Repairs the current block under a plan.
+
+        The calibration images run through the block, and before that their sampled tokens through its attention; from
+        the second plan with the same attention on, through the first layer of the MLP alone.
+        """
+        self.block_images += (0.5 if self.block_repair.has_attention(plan) else 1.5) * len(self.calibration)
         return self.block_repair.repair(plan)
 
     def is_within(self, probe: Probe, *, surely: bool) -> bool:
         """Tells whether enough probe images come out right with a block; goes on where its probe stopped before.
 
-        The images come by their margin so far, the wrong and the nearly wrong first. So what costs too much is refused
-        after a part of the pass, and never wrongly: all images that were not run yet are taken to come out right.
+        The images come by the size of their margin so far, those that are nearly right or nearly wrong first.
 
         Args:
-            surely: accepts a block only after all images. Otherwise a whole batch that comes out as before is enough:
-                the images of larger margin behind it are taken to come out as before too.
+            surely: accepts a block only after all images. Otherwise those that were not run yet are taken to come out
+                as before, once a whole batch does so, or as soon as those that were run cost more than the budget by
+                the square root of how many of them came out otherwise.
         """
         while True:
             num_left = self.num_probe - probe.num_seen
@@ -196,32 +228,36 @@ class Prober:
             if not num_left:
                 return True
             yield_device()
-            right_before = self.is_right[probe.num_seen :][: self.settings.batch_size]
             self._run_batch(probe)
+            if surely:
+                continue
             num_likely = probe.num_right + int(self.is_right[probe.num_seen :].sum())
-            if not surely and probe.is_enough(num_likely) and bool((probe.is_right[-1] == right_before).all()):
-                return True
+            if not probe.is_enough(num_likely + math.isqrt(probe.num_changed)):
+                return False
+            if not probe.is_changing:
+                return probe.is_enough(num_likely)
 
     @torch.no_grad()
     def _run_batch(self, probe: Probe) -> None:
-        batch = slice(probe.num_seen, probe.num_seen + self.settings.batch_size)
+        batch = slice(probe.num_seen, probe.num_seen + self.probe_batch_size)
         x, labels = self.x_probe[batch], self.labels[batch]
         with autocast(x.device, self.settings.precision):
-            for block in (probe.repaired.block, *self.later):
+            x = probe.repaired.block(x)
+            probe.after.append(x)
+            for block in self.later:
                 x = block(x)
             logits = classify(self.model, x).float()
         self.block_images += (1 + len(self.later)) * len(labels)
         largest_other = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
-        probe.margins.append(logits.gather(1, labels[:, None])[:, 0] - largest_other)
-        probe.is_right.append(logits.argmax(dim=1) == labels)
-        probe.num_seen += len(labels)
-        probe.num_right += int(probe.is_right[-1].sum())
+        probe.take(logits.gather(1, labels[:, None])[:, 0] - largest_other, self.is_right[batch])
 
     def accept(self, probe: Probe) -> None:
         """Takes the outcome of a probe of all images as what the model does now, and orders them by their margins."""
-        order = torch.cat(probe.margins).argsort()
-        self.is_right = torch.cat(probe.is_right)[order]
+        margins = torch.cat(probe.margins)
+        order = margins.abs().argsort(stable=True)
+        self.is_right = (margins > 0)[order]
         self.x_probe, self.labels, self.order = self.x_probe[order], self.labels[order], self.order[order]
+        self.accepted = probe.repaired.block, torch.cat(probe.after).float()[order]
 
     def score(self, block: nn.Module) -> ChannelScores:
         """Scores the channels of the current block, whose tokens may be reduced already."""
@@ -240,9 +276,13 @@ class Prober:
 
     def advance(self, block: nn.Module) -> None:
         """Takes all activations through the finished block, on to the next."""
-        self.block_images += 2 * len(self.calibration)  # pruned so far, and dense
+        self.block_images += len(self.calibration)
         self.stream.advance(block)
-        self.x_probe = self._run(block, self.x_probe)
+        if self.accepted is not None and self.accepted[0] is block:
+            self.x_probe = self.accepted[1]
+        else:
+            self.x_probe = self._run(block, self.x_probe)
+        self.accepted = None
         self.x_low = self._run(block, self.x_low) if self.settings.criterion == "lfs" else self.stream.x
         if self.later:
             self._enter(self.index + 1)

@@ -7,12 +7,14 @@ B images, L blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pruning.data import Images
 from pruning.device_sharing import yielding_between
@@ -20,7 +22,7 @@ from pruning.errors import TargetError
 from pruning.losses import divergence
 from pruning.measure.accuracy import predict
 from pruning.measure.cost import count_macs
-from pruning.methods.allocation import allocate
+from pruning.methods.allocation import allocate, kept_channels, kept_units
 from pruning.methods.profile import REMOVED_SHARES, Profile, block_costs
 from pruning.model.anatomy import Anatomy, blocks_of, classify, embed, examine
 from pruning.model.surgery import apply_plan, as_slim, keep_all_block, keep_all_plan, slim_block
@@ -36,14 +38,34 @@ CHANNEL_TRIAL, TOKEN_TRIAL = 0.9, 0.65
 scale its prediction. Both lose little there: farther down, the errors are no longer small."""
 
 TOKEN_IMAGES = 24
-"""The probe images on which single removals of tokens are measured.
+"""The probe images on which single removals are measured.
 
 Divergence of repaired ViT-Tinys, beside plans of seven shares on 64 images: with 24 images -0.037 +- 0.026 and -0.016
 +- 0.058 at 0.38 and 0.30 of the multiply-adds, with 16 +0.056 +- 0.032 and +0.111 +- 0.057, with 32 as with 24.
 """
 
+CHANNEL_TRIALS = {"qk": 1 / 2, "v": 3 / 8, "hidden": 1 / 4}
+"""Kind of channels -> the share of them that is removed from one block alone to scale its curve."""
+
+NUM_TRIAL_BLOCKS = 6
+"""Number of blocks, evenly from the first to the last, whose curves are scaled so; between two, the logarithms of the
+scales are interpolated."""
+
+LEAST_NATS = 1e-5
+"""The least cost that a removal is said to have: less is rounding."""
+
 SCALE_IMAGES = 64
 """The calibration images that repair the model with fewer channels, and the probe images that measure both models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DenseAnswers:
+    """Some images on their way through the dense model."""
+
+    streams: list[Tensor]
+    """(B, N, C) for every block: its input."""
+    logits: Tensor
+    """(B, K)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +85,38 @@ class _Subject:
     @property
     def reduces_tokens(self) -> bool:
         return self.token_reduction != "none"
+
+    @property
+    def trial_blocks(self) -> list[int]:
+        """The blocks whose curves are scaled by removals that are measured."""
+        last = self.anatomy.depth - 1
+        return sorted({round(step * last / (NUM_TRIAL_BLOCKS - 1)) for step in range(NUM_TRIAL_BLOCKS)})
+
+    @cached_property
+    @torch.no_grad()
+    def dense(self) -> _DenseAnswers:
+        """The first `TOKEN_IMAGES` probe images on their way through the dense model."""
+        probe, streams = self.probe.take(slice(0, TOKEN_IMAGES)), list[Tensor]()
+        with autocast(device := next(self.model.parameters()).device, self.precision):
+            streams.append(torch.cat([embed(self.model, x) for x, _ in probe.batches(self.batch_size, device)]))
+        for block in blocks_of(self.model):
+            streams.append(self.run([block], streams[-1]))
+        return _DenseAnswers(logits=self.run([partial(classify, self.model)], streams.pop()), streams=streams)
+
+    def run(self, layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+        """Runs images (B, N, C) through layers, in batches."""
+        after = []
+        with autocast(x.device, self.precision):
+            for batch in yielding_between(x.split(self.batch_size)):
+                for layer in layers:
+                    batch = layer(batch)
+                after.append(batch.float())
+        return torch.cat(after)
+
+    def divergence(self, blocks: Sequence[nn.Module], index: int) -> float:
+        """Measures what it costs, in nats, to have these blocks in the place of all from `index` on."""
+        logits = self.run([*blocks, partial(classify, self.model)], self.dense.streams[index])
+        return divergence(self.dense.logits, logits).item()
 
 
 def measure_profile(
@@ -96,17 +150,53 @@ def measure_profile(
 
 
 def _channel_curves(subject: _Subject) -> tuple[RemovalCurves, ...]:
-    """The removal curves of every block, each as the dense model feeds it."""
+    """The removal curves of every block, each as the dense model feeds it, scaled by what removals cost in truth."""
+    depth, trial_blocks = subject.anatomy.depth, subject.trial_blocks
     stream = CalibrationStream(
         subject.model, subject.calibration, subject.sensitivity,
         token_reduction=subject.token_reduction, cutoff_token=subject.cutoff_token,
         batch_size=subject.batch_size, precision=subject.precision,
     )  # fmt: skip
-    curves = [measure_curves(BlockRepair(stream))]
-    for index in range(1, subject.anatomy.depth):
-        stream.turn_to(index, stream.dense_out)
-        curves.append(measure_curves(BlockRepair(stream)))
-    return tuple(curves)
+    curves, scales = list[RemovalCurves](), list[list[float]]()
+    for index in range(depth):
+        if index:
+            stream.turn_to(index, stream.dense_out)
+        repair = BlockRepair(stream)
+        curves.append(measure_curves(repair))
+        if index in trial_blocks:
+            scales.append([_curve_scale(subject, repair, curves[-1], kind) for kind in CHANNEL_TRIALS])
+    interpolated = [np.interp(range(depth), trial_blocks, np.log(of_kind)) for of_kind in zip(*scales, strict=True)]
+    return tuple(
+        replace(one, **{
+            kind: float(np.exp(log_scales[index])) * getattr(one, kind)
+            for kind, log_scales in zip(CHANNEL_TRIALS, interpolated, strict=True)
+        })
+        for index, one in enumerate(curves)
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _curve_scale(subject: _Subject, repair: BlockRepair, curves: RemovalCurves, kind: str) -> float:
+    """The measured cost of removing channels of one kind from one block, repaired, over the cost that its curve says.
+
+    Curves know the error of images they were fitted on, and to second order; others lose more: ten times as much in
+    the late blocks of ViT-Tiny, half as much in the first one.
+    """
+    index, block = repair.index, subject.anatomy.blocks[repair.index]
+    width = block.num_hidden if kind == "hidden" else block.head_dim
+    left = round(width * (1 - CHANNEL_TRIALS[kind]))
+    predicted = float(getattr(curves, kind)[width - left])
+    if predicted <= 0:
+        return 1.0
+    whole = keep_all_block(block)
+    plans = {
+        "qk": replace(whole, keep_qk=kept_channels(curves.qk_order, min(left, block.head_dim))),
+        "v": replace(whole, keep_v=kept_channels(curves.v_order, min(left, block.head_dim))),
+        "hidden": replace(whole, keep_hidden=kept_units(curves.hidden_order, left)),
+    }
+    later = blocks_of(subject.model)[index + 1 :]
+    measured = subject.divergence([repair.repair(plans[kind]).block, *later], index)
+    return max(measured, LEAST_NATS) / predicted
 
 
 @torch.no_grad()
@@ -119,28 +209,19 @@ def _token_costs(subject: _Subject) -> tuple[tuple[float, ...], ...]:
     next attention makes of it 0.8 to 1.5; the gradient times the error, summed over an image's tokens before the
     square, 0.7 to 1.1; and each of these scaled by one or two measured shares of every block 0.6 to 1.1.
     """
-    model, blocks = subject.model, list(blocks_of(subject.model))
+    blocks = list(blocks_of(subject.model))
     if not subject.reduces_tokens:
         return ((),) * len(blocks)
-    anatomies, device = subject.anatomy.blocks, next(model.parameters()).device
-    probe = subject.probe.take(slice(0, TOKEN_IMAGES))
+    anatomies = subject.anatomy.blocks
     slim = [
         as_slim(block, anatomy, is_last=block is blocks[-1]) for block, anatomy in zip(blocks, anatomies, strict=True)
     ]
     costs = np.zeros((len(blocks), len(REMOVED_SHARES)))
-    for pixels, _ in probe.batches(subject.batch_size, device):
-        with autocast(device, subject.precision):
-            streams = [embed(model, pixels)]
-            for block in blocks:
-                streams.append(block(streams[-1]))
-            dense_logits = classify(model, streams.pop()).float()
-            for index, stream in enumerate(streams):
-                for column, count in enumerate(yielding_between(_tokens_left(subject))):
-                    x = _reducing_block(subject, index, count)(stream)
-                    for block in slim[index + 1 :]:
-                        x = block(x)
-                    cost = divergence(dense_logits, classify(model, x).float()).item()
-                    costs[index, column] += cost * len(pixels) / len(probe)
+    for index in range(len(blocks)):
+        for column, count in enumerate(_tokens_left(subject)):
+            costs[index, column] = subject.divergence(
+                [_reducing_block(subject, index, count), *slim[index + 1 :]], index
+            )  # fmt: skip
     return tuple(tuple(row) for row in np.maximum.accumulate(costs, axis=1).tolist())
 
 
@@ -200,16 +281,22 @@ def _trial_plan(subject: _Subject, profile: Profile, share_of_macs: float, *, to
 
 def _forward_passes(subject: _Subject, is_sensitivity_known: bool, are_curves_known: bool) -> float:
     """The cost of a profile, in forward passes over the calibration images."""
-    calibration, probe = len(subject.calibration), len(subject.probe)
-    # Sensitivity 3; curves 2: the dense stream, and every block once more for the moments.
-    passes = (0.0 if is_sensitivity_known else 3.0) + (0.0 if are_curves_known else 2.0)
+    calibration, probe, depth = len(subject.calibration), len(subject.probe), subject.anatomy.depth
+    num_images = min(TOKEN_IMAGES, probe)
+    passes = 0.0 if is_sensitivity_known else 3.0
+    if not are_curves_known:
+        passes += 2.0  # the dense stream, and every block once more for the moments
+        for index in subject.trial_blocks:  # a repair of the block, which then runs with all later ones
+            passes += len(CHANNEL_TRIALS) * (1.5 + (depth - index) * num_images / calibration) / depth
+    if not are_curves_known or subject.reduces_tokens:
+        passes += num_images / calibration
     # The model with fewer channels: its repair, its answers and those of the dense one.
     passes += (REPAIR_PASSES - 3) * min(SCALE_IMAGES, calibration) / calibration
     passes += 2 * min(SCALE_IMAGES, probe) / calibration
     if subject.reduces_tokens:
-        depth, num_patches = subject.anatomy.depth, subject.anatomy.blocks[0].num_patches
+        num_patches = subject.anatomy.blocks[0].num_patches
         # A removal runs its own block and the later ones, (depth + 1) / 2 of them on average, with the tokens left.
         removals = (depth + 1) / 2 * sum(count / num_patches for count in _tokens_left(subject))
-        passes += (1 + removals) * min(TOKEN_IMAGES, probe) / calibration
+        passes += removals * num_images / calibration
         passes += TOKEN_TRIAL * min(SCALE_IMAGES, probe) / calibration
     return passes

@@ -23,8 +23,8 @@ from search.records.files import write_by
 from search.trial.context import ContextPart
 from search.trial.prepare import Step
 
-FORMAT = 3
-"""The format of the files, a part of their names: a file of another format is not found, and measured anew."""
+FORMAT = 4
+"""The format of the files and of what they mean, a part of their names: others are not found, and measured anew."""
 
 
 class PartCache:

@@ -136,6 +136,7 @@ def prune_by_cascade(job: PruningJob) -> Pruned:
             seed=context.config.data.seed,
         ),
         sensitivity=context.sensitivities.get(candidate.exit_block),  # none is needed where all stays
+        dense=context.dense_stream,
         prefix_cache=job.prefix_cache,
     )
     return Pruned(

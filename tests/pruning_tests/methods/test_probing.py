@@ -86,7 +86,7 @@ def test_a_block_that_changes_nothing_is_accepted_after_one_batch_unless_it_has_
     assert probing.block_images - images_run == 3 * (90 - 16)  # goes on where it stopped, through three blocks
 
 
-def test_accepted_images_are_ordered_by_their_margins_the_wrong_ones_first() -> None:
+def test_accepted_images_are_ordered_by_the_size_of_their_margins() -> None:
     model, probing = prober()
     probe = Probe(probing.repair(narrow(model, 0, 10)), Threshold(90), probing.num_correct)
     probing.is_within(probe, surely=True)
@@ -94,8 +94,29 @@ def test_accepted_images_are_ordered_by_their_margins_the_wrong_ones_first() -> 
     logits = predict(with_blocks(model, [probe.repaired.block, *blocks_of(model)[1:]]), PROBE)[probing.order]
     right = logits.gather(1, probing.labels[:, None])[:, 0]
     margins = right - logits.scatter(1, probing.labels[:, None], -torch.inf).amax(dim=1)
-    assert (margins.diff() >= -1e-4).all()
-    assert probing.is_right.tolist() == sorted(probing.is_right.tolist())
+    assert (margins.abs().diff() >= -1e-4).all()
+    assert torch.equal(probing.is_right, margins > 0)
+
+
+def test_an_accepted_block_is_not_run_again_to_go_on() -> None:
+    model, probing = prober()
+    probe = Probe(probing.repair(narrow(model, 0, 10)), Threshold(90), probing.num_correct)
+    probing.is_within(probe, surely=True)
+    probing.accept(probe)
+    images_run = probing.block_images
+    probing.advance(probe.repaired.block)
+    assert probing.block_images - images_run == 2 * len(CALIBRATION)  # as they are, and low-pass filtered
+    expected = entering(model, PROBE, [probe.repaired.block])[probing.order]
+    torch.testing.assert_close(probing.x_probe, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_being_sure_a_block_is_refused_once_it_costs_more_than_chance_explains() -> None:
+    model, probing = prober()
+    empty = probing.repair(narrow(model, 0, 1))
+    empty.block.mlp.fc2.weight.normal_(std=30.0)  # it answers anything
+    probe = Probe(empty, Threshold(0), probing.num_correct)
+    assert not probing.is_within(probe, surely=False)
+    assert probe.num_seen < 90 and probe.num_changed > 0
 
 
 def test_bottom_up_a_block_sees_what_the_finished_ones_pass_on_and_dense_ones_come_behind_it() -> None:

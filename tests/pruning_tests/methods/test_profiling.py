@@ -14,7 +14,7 @@ from pruning.measure.accuracy import predict
 from pruning.measure.cost import count_macs
 from pruning.methods.allocation import allocate
 from pruning.methods.profile import REMOVED_SHARES, Profile, block_costs
-from pruning.methods.profiling import SCALE_IMAGES, TOKEN_IMAGES, measure_profile
+from pruning.methods.profiling import CHANNEL_TRIALS, SCALE_IMAGES, TOKEN_IMAGES, measure_profile
 from pruning.model.anatomy import Anatomy, examine
 from pruning.model.surgery import apply_plan, check_plan, keep_all_block, keep_all_plan
 from pruning.plan import Plan, TokenReduction
@@ -49,6 +49,26 @@ def test_what_removing_tokens_costs_is_the_divergence_of_a_model_that_does_so_in
                 measured = divergence(model(pixels), apply_plan(model, plan)(pixels)).item()
             highest = max(highest, measured)
             assert cost == pytest.approx(highest, rel=2e-3, abs=2e-6)
+
+
+@pytest.mark.parametrize("family", ["vit", "average_pooling"])
+def test_a_curve_says_what_a_model_costs_that_lost_those_channels_in_one_block(family: str) -> None:
+    profile, model = profile_of(family, "none"), builders.toy_model(family)
+    pixels, dense = PROBE.normalized(slice(0, TOKEN_IMAGES)), keep_all_plan(examine(model))
+    dense = replace(dense, token_reduction="none")
+    for index, curves in enumerate(profile.channels):
+        for kind, share in CHANNEL_TRIALS.items():
+            order = getattr(curves, f"{kind}_order")
+            removed = order.shape[-1] - round(order.shape[-1] * (1 - share))
+            kept = order[..., removed:].sort(dim=-1).values.tolist()
+            kept = tuple(map(tuple, kept)) if order.ndim == 2 else tuple(kept)
+            blocks = list(dense.blocks)
+            blocks[index] = replace(blocks[index], **{f"keep_{kind}": kept})
+            plan = replace(dense, blocks=tuple(blocks))
+            with torch.no_grad():
+                pruned = repaired_model(model, plan, CALIBRATION, batch_size=30).model
+                measured = divergence(model(pixels), pruned(pixels)).item()
+            assert float(getattr(curves, kind)[removed]) == pytest.approx(measured, rel=2e-2, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["vit", "qk_norm"])
@@ -114,19 +134,17 @@ def test_forward_passes_are_counted_as_by_hand(kind: TokenReduction) -> None:
     model = builders.toy_model()
     profile = measure_profile(model, calibration, probe, token_reduction=kind)
     repair = REPAIR_PASSES - 3  # its sensitivity is known
-    images = (
-        80 * (3 + 2) + 64 * repair + 64 * 2
-    )  # sensitivity and curves; a model with fewer channels and the dense one
+    curves = 80 * 2 + 3 * (80 * 1.5 + 24 * 2)  # and three trials of each block, with the later ones: 3, 2, and 1 of 3
+    images = 80 * 3 + 24 + 64 * repair + 64 * 2  # sensitivity; the dense model; one with fewer channels
     if kind != "none":
-        # Shares of 1/24, 1/6, 1/2, 3/4, 11/12 leave 15, 13, 8, 4, 1 of 16 patches; a block and those behind it are 3,
-        # 2, and 1 of 3.
-        images += 64 * 0.65 + 24 * (1 + (15 + 13 + 8 + 4 + 1) / 16 * 2)
-    assert profile.forward_passes == pytest.approx(images / 80)
+        # Shares of 1/24, 1/6, 1/2, 3/4, 11/12 leave 15, 13, 8, 4, 1 of 16 patches.
+        images += 64 * 0.65 + 24 * (15 + 13 + 8 + 4 + 1) / 16 * 2
+    assert profile.forward_passes == pytest.approx((images + curves) / 80)
     known = measure_profile(
         model, calibration, probe, token_reduction=kind, channels=profile.channels,
         sensitivity=measure_sensitivity(model, calibration),
     )  # fmt: skip
-    assert known.forward_passes == pytest.approx(images / 80 - 5)
+    assert known.forward_passes == pytest.approx((images - 80 * 3 - (24 if kind == "none" else 0)) / 80)
 
 
 def test_tokens_that_nobody_reads_any_more_go_for_nothing() -> None:

@@ -8,22 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from pruning.data import Images
 from pruning.model.anatomy import blocks_of, classify, embed, examine, parts_of
-from pruning.repair.sensitivity import PATCH_FLOOR, StreamSensitivity, measure_sensitivity
+from pruning.repair.sensitivity import PATCH_FLOOR, SHRINKAGE, StreamSensitivity, fisher_noise, measure_sensitivity
 from tests.pruning_tests import builders
-
-
-def drawn(shares: list[float], luck: float) -> int:
-    """Draws a class by how often the model expects it: the first up to which the shares come to `luck`."""
-    passed = 0.0
-    for label, share in enumerate(shares):
-        passed += share
-        if passed >= luck:
-            return label
-    return len(shares) - 1
 
 
 def slow(model: nn.Module, images: Images, *, seed: int) -> list[tuple[Tensor, float]]:
@@ -33,11 +22,11 @@ def slow(model: nn.Module, images: Images, *, seed: int) -> list[tuple[Tensor, f
     places, width, prefix = 2 * anatomy.depth, block_anatomy.width, block_anatomy.num_prefix_tokens
     metrics = [torch.zeros(width, width, dtype=torch.float64) for _ in range(places)]
     energy = torch.zeros(places, 2, dtype=torch.float64)
-    lucks = torch.rand(len(images), generator=generator).tolist()
+    with torch.no_grad():
+        num_classes = model(images.normalized(slice(0, 1))).shape[1]
+    signs = torch.randint(2, (len(images), num_classes), generator=generator, dtype=torch.int8) * 2 - 1
     for pixels, _ in images.batches(len(images)):
-        with torch.no_grad():
-            labels = [drawn(*pair) for pair in zip(model(pixels).softmax(dim=1).tolist(), lucks, strict=True)]
-        for image, label in zip(pixels, labels, strict=True):
+        for image, signs_of_image in zip(pixels, signs.tolist(), strict=True):
             x, stream = embed(model, image[None]), []
             block: Any
             for block in blocks_of(model):
@@ -46,13 +35,20 @@ def slow(model: nn.Module, images: Images, *, seed: int) -> list[tuple[Tensor, f
                 stream.append(x)
                 x = x + parts.ls2(block.mlp(parts.norm2(x)))
                 stream.append(x)
-            loss = -F.log_softmax(classify(model, x), dim=1)[0, label]
-            for place, gradient in enumerate(torch.autograd.grad(loss, stream)):
+            logs = F.log_softmax(classify(model, x), dim=1)[0]
+            # The gradients of all labels, each as often as the model expects it, with a random sign.
+            total = sum(sign * log.detach().exp().sqrt() * log for sign, log in zip(signs_of_image, logs, strict=True))
+            assert isinstance(total, Tensor)
+            for place, gradient in enumerate(torch.autograd.grad(total, stream)):
                 for token, g in enumerate(gradient[0].double()):
                     metrics[place] += torch.outer(g, g)
                     energy[place, int(token >= prefix)] += g @ g
     shares = energy[:, 0] / energy.sum(dim=1)
-    return [(metric / len(images), float(share)) for metric, share in zip(metrics, shares, strict=True)]
+    return [(shrunk(metric / len(images)), float(share)) for metric, share in zip(metrics, shares, strict=True)]
+
+
+def shrunk(metric: Tensor) -> Tensor:
+    return (1 - SHRINKAGE) * metric + SHRINKAGE * metric.trace() / len(metric) * torch.eye(len(metric)).double()
 
 
 @pytest.mark.parametrize("family", ["vit", "distilled", "average_pooling", "registers", "layer_scale", "qk_norm"])
@@ -69,7 +65,7 @@ def test_sensitivity_equals_a_slow_loop_over_images_and_tokens(family: str) -> N
         assert place.prefix_share == pytest.approx(share, rel=1e-4, abs=1e-7)
 
 
-def test_labels_are_drawn_by_the_seed_and_those_of_the_images_are_not_looked_at() -> None:
+def test_signs_are_drawn_by_the_seed_and_labels_are_not_looked_at() -> None:
     model, images = builders.model(), builders.images(8)
     other = Images(pixels=images.pixels, labels=(images.labels + 1) % 7, mean=images.mean, std=images.std)
     first, again, reseeded = (
@@ -81,7 +77,7 @@ def test_labels_are_drawn_by_the_seed_and_those_of_the_images_are_not_looked_at(
 
 @pytest.mark.parametrize("family", ["vit", "average_pooling"])
 def test_the_size_of_a_batch_changes_rounding_alone(family: str) -> None:
-    """Each image has its own luck, so the same labels are drawn."""
+    """Each image has its own signs."""
     model, images = builders.model(family), builders.images(24)
     at_once, *in_batches = (measure_sensitivity(model, images, batch_size=size, seed=2) for size in (24, 1, 7, 16))
     for split in in_batches:
@@ -92,29 +88,21 @@ def test_the_size_of_a_batch_changes_rounding_alone(family: str) -> None:
                 assert again.prefix_share == pytest.approx(place.prefix_share, rel=1e-5, abs=1e-9)
 
 
-class DrawnLabels(TorchFunctionMode):
-    """Writes down the labels of every cross-entropy."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.labels: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.cross_entropy:
-            self.labels.append(args[1])
-        return func(*args, **(kwargs or {}))
+def test_noise_has_the_covariance_of_the_gradients_of_all_labels() -> None:
+    logits = torch.tensor([3.0, 0.0, -1.0, 1.0, 2.5])
+    p = logits.double().softmax(dim=0)
+    of_labels = torch.eye(5).double() - p  # (label, logit): the gradient of each label's log-likelihood
+    signs = torch.cartesian_prod(*[torch.tensor([-1, 1])] * 5)
+    noise = fisher_noise(logits.expand(32, -1), signs).double()
+    torch.testing.assert_close(noise.T @ noise / 32, of_labels.T @ p.diag() @ of_labels, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(noise.mean(dim=0), torch.zeros(5).double(), rtol=0, atol=1e-7)
 
 
-def test_labels_are_drawn_as_often_as_the_model_expects_them() -> None:
-    model, images = builders.model(), builders.images(1)
-    many = images.take(torch.zeros(1500, dtype=torch.long))
-    with DrawnLabels() as drawn_labels:
-        measure_sensitivity(model, many, batch_size=500)
-    with torch.no_grad():
-        expected = model(images.normalized(slice(None))).softmax(dim=1)[0]
-    shares = torch.cat(drawn_labels.labels).bincount(minlength=7) / 1500
-    deviation = (expected * (1 - expected) / 1500).sqrt()
-    assert ((shares - expected).abs() < 4 * deviation + 1e-6).all() and (shares > 0.02).sum() > 1
+def test_no_direction_is_free_though_there_are_fewer_images_than_directions() -> None:
+    for block in measure_sensitivity(builders.model(), builders.images(2)):
+        for place in (block.mid, block.out):
+            values = torch.linalg.eigvalsh(place.metric)
+            assert values[0] >= SHRINKAGE * values.mean() * (1 - 1e-6) > 0
 
 
 def test_small_errors_cost_what_the_metric_says() -> None:

@@ -30,6 +30,7 @@ from pruning.plan import BlockPlan, Plan
 from pruning.repair.compensation import RepairedBlock
 from pruning.repair.flow import DenseStream
 from pruning.repair.sensitivity import BlockSensitivity
+from pruning.scores.channel import ChannelScores
 from pruning.scores.criteria import CRITERIA
 
 Order = Literal["bottom-up", "top-down"]
@@ -69,7 +70,11 @@ class CascadeResult:
     block_drops: tuple[float, ...]
     """Accuracy points that each block cost on the probe images, at most its budget; below 0 where it gained."""
     forward_passes: float
-    """Cost, in forward passes of the given model over the probe images (a backward pass counts as two)."""
+    """Cost, in forward passes of the given model over the probe images.
+
+    A block that runs on fewer tokens counts as much less; a gradient of weights counts as two passes, one of a stream
+    as one.
+    """
     notes: tuple[str, ...]
     """Layers of which only the bias could be repaired, for want of calibration images."""
 
@@ -276,14 +281,15 @@ def _prune_block(state: CascadeState, spending: _Spending) -> CascadeState:
     Only the last choice is run on all probe images: with channels gone too, these show what the block costs in all.
     """
     prober, index, correct_before = state.prober, state.prober.index, state.prober.num_correct
-    tokens, channels = _token_removal(state, spending), None
+    tokens, channels, scores = _token_removal(state, spending), None, None
     num_tokens = num_channels = 0  # that go
     if tokens is not None:
         num_tokens = tokens.most_within(state.guesses["tokens"])
     while True:
         left = state.plans[index] if tokens is None else tokens.plan_without(num_tokens)
         if not state.reaches(spending.target, left):
-            channels = _channel_removal(state, spending, left)
+            scores = prober.score(prober.stream.slim(left)) if scores is None else scores
+            channels = _channel_removal(state, spending, left, scores)
             num_channels = channels.most_surely_within(channels.most_within(state.guesses["channels"]))
         if num_channels or tokens is None:
             break
@@ -327,14 +333,13 @@ def _token_removal(state: CascadeState, spending: _Spending) -> _Removal | None:
     )  # fmt: skip
 
 
-def _channel_removal(state: CascadeState, spending: _Spending, left: BlockPlan) -> _Removal:
+def _channel_removal(state: CascadeState, spending: _Spending, left: BlockPlan, scores: ChannelScores) -> _Removal:
     """The removals of channels from the next block, whose tokens are reduced as `left` says."""
     prober, settings, index = state.prober, state.settings, state.prober.index
     block, num_prefix = prober.anatomy.blocks[index], prober.anatomy.blocks[index].num_prefix_tokens
     allowed = settings.allowed_widths[index] if settings.allowed_widths else multiples(block, 1)
     ranking = Ranking(
-        prober.score(prober.stream.slim(left)), block, state.plans[index].num_tokens + num_prefix,
-        left.num_tokens + num_prefix, allowed,
+        scores, block, state.plans[index].num_tokens + num_prefix, left.num_tokens + num_prefix, allowed
     )  # fmt: skip
     return _Removal(
         state, ranking.max_removed, lambda removed: ranking.plan(removed, left.num_tokens), spending.channels[index],

@@ -35,8 +35,11 @@ from pruning.spectrum import low_pass
 SENSITIVITY_PASSES = 3
 """Cost of the sensitivity: one forward and one backward pass, in forward passes."""
 
-BATCHES = 8
+BATCHES = 12
 """The fewest batches in which the probe images come to a block that is tried: most are decided by the first two."""
+
+GRADIENT_IMAGES = 64
+"""The most calibration images whose gradients score channels."""
 
 SMALLEST_BATCH = 16
 """The fewest images a batch, where that takes fewer batches."""
@@ -114,7 +117,7 @@ class Prober:
         self.num_probe = len(probe)
         self.probe_batch_size = min(settings.batch_size, max(SMALLEST_BATCH, self.num_probe // BATCHES))
         self.block_images = 0.0
-        """Blocks run, times images; a backward pass counts as two forward passes."""
+        """Blocks run, times images, times the share of their tokens that is left."""
         if sensitivity is None:
             self.block_images += SENSITIVITY_PASSES * anatomy.depth * len(calibration)
             sensitivity = measure_sensitivity(
@@ -143,6 +146,12 @@ class Prober:
         other.stream = self.stream.copy()
         other.block_repair = BlockRepair(other.stream)
         return other
+
+    def _count(self, num_blocks: float, num_images: int, num_tokens: int) -> None:
+        block = self.anatomy.blocks[self.index]
+        self.block_images += (
+            num_blocks * num_images * min(1.0, num_tokens / (block.num_patches + block.num_prefix_tokens))
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -208,7 +217,8 @@ class Prober:
         The calibration images run through the block, and before that their sampled tokens through its attention; from
         the second plan with the same attention on, through the first layer of the MLP alone.
         """
-        self.block_images += (0.5 if self.block_repair.has_attention(plan) else 1.5) * len(self.calibration)
+        num_blocks = 0.5 if self.block_repair.has_attention(plan) else 1.5
+        self._count(num_blocks, len(self.calibration), self.stream.num_all_tokens)
         return self.block_repair.repair(plan)
 
     def is_within(self, probe: Probe, *, surely: bool) -> bool:
@@ -242,12 +252,13 @@ class Prober:
         batch = slice(probe.num_seen, probe.num_seen + self.probe_batch_size)
         x, labels = self.x_probe[batch], self.labels[batch]
         with autocast(x.device, self.settings.precision):
+            self._count(1, len(labels), x.shape[1])
             x = probe.repaired.block(x)
             probe.after.append(x)
+            self._count(len(self.later), len(labels), x.shape[1])
             for block in self.later:
                 x = block(x)
             logits = classify(self.model, x).float()
-        self.block_images += (1 + len(self.later)) * len(labels)
         largest_other = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
         probe.take(logits.gather(1, labels[:, None])[:, 0] - largest_other, self.is_right[batch])
 
@@ -261,22 +272,25 @@ class Prober:
 
     def score(self, block: nn.Module) -> ChannelScores:
         """Scores the channels of the current block, whose tokens may be reduced already."""
-        settings = self.settings
+        settings, images = self.settings, slice(None)
+        num_tokens = self.stream.num_all_tokens
         if settings.criterion in ("lfs", "taylor"):
-            self.block_images += 3 * (1 + len(self.later)) * len(self.calibration)
+            # Of this block's weights a gradient is taken, which costs as much as two passes; through later ones, one.
+            images = slice(0, GRADIENT_IMAGES)
+            self._count(3 + 2 * len(self.later), min(GRADIENT_IMAGES, len(self.calibration)), num_tokens)
         elif settings.criterion != "random":
-            self.block_images += len(self.calibration)
+            self._count(1, len(self.calibration), num_tokens)
         scoring_input = ScoringInput(
             model=self.model, anatomy=self.anatomy.blocks[self.index], index=self.index,
-            blocks=[block, *self.later], x=self.stream.x, x_low=self.x_low, targets=self.summaries[self.index],
-            labels=self.calibration_labels, alpha=settings.alpha, batch_size=settings.batch_size,
-            precision=settings.precision, seed=settings.seed, repair=self.block_repair,
+            blocks=[block, *self.later], x=self.stream.x[images], x_low=self.x_low[images],
+            targets=self.summaries[self.index][images], labels=self.calibration_labels[images], alpha=settings.alpha,
+            batch_size=settings.batch_size, precision=settings.precision, seed=settings.seed, repair=self.block_repair,
         )  # fmt: skip
         return CRITERIA[settings.criterion](scoring_input)
 
     def advance(self, block: nn.Module) -> None:
         """Takes all activations through the finished block, on to the next."""
-        self.block_images += len(self.calibration)
+        self._count(1, len(self.calibration), self.stream.num_all_tokens)
         self.stream.advance(block)
         if self.accepted is not None and self.accepted[0] is block:
             self.x_probe = self.accepted[1]
@@ -298,7 +312,7 @@ class Prober:
 
     @torch.no_grad()
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        self.block_images += len(x)
+        self._count(1, len(x), x.shape[1])
         with autocast(x.device, self.settings.precision):
             return _cat(block(batch) for batch in yielding_between(x.split(self.settings.batch_size)))
 

@@ -210,7 +210,7 @@ def test_forward_passes_are_counted_as_by_hand() -> None:
     blocks_run = (
         2 * 3 * calibration  # sensitivity, forward and backward
         + 2 * calibration + 2 * probe  # the dense model for its stream, and for its accuracy
-        + 3 * 2 * calibration + 1.5 * calibration + 2 * probe  # block 0: gradients, repair, probe
+        + (3 + 2) * calibration + 1.5 * calibration + 2 * probe  # block 0: gradients, repair, probe
         + 2 * calibration  # on to block 1: as pruned, and low-pass filtered; the probe has run the others
         + 3 * calibration + 1.5 * calibration + probe  # block 1, with no later one
         + 2 * calibration

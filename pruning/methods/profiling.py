@@ -51,8 +51,8 @@ NUM_TRIAL_BLOCKS = 6
 """Number of blocks, evenly from the first to the last, whose curves are scaled so; between two, the logarithms of the
 scales are interpolated."""
 
-LEAST_NATS = 1e-5
-"""The least cost that a removal is said to have: less is rounding."""
+MOST_SCALE = 100.0
+"""The most that a curve is raised or lowered; a model that answers anything loses nothing by any removal."""
 
 SCALE_IMAGES = 64
 """The calibration images that repair the model with fewer channels, and the probe images that measure both models."""
@@ -123,17 +123,18 @@ def measure_profile(
     model: nn.Module, calibration: Images, probe: Images, *, token_reduction: TokenReduction,
     cutoff_token: float = 0.85, batch_size: int = 64, precision: Precision = "float32",
     sensitivity: list[BlockSensitivity] | None = None, channels: tuple[RemovalCurves, ...] | None = None,
+    tokens: tuple[tuple[float, ...], ...] | None = None,
 ) -> Profile:  # fmt: skip
     """Measures the profile of a dense model in eval mode; its tensors are on the CPU.
 
     Args:
         calibration: for the channel curves; the first `SCALE_IMAGES` of them repair a pruned model.
-        probe: the first `TOKEN_IMAGES` tell what removing tokens costs, the first `SCALE_IMAGES` what pruned models do.
+        probe: the first `TOKEN_IMAGES` tell what single removals cost, the first `SCALE_IMAGES` what pruned models do.
         sensitivity: of the model on the calibration images; measured if it is not given.
-        channels: the curves of another profile of the same model and images; they are the same for every token
-            reduction. Measured if they are not given.
+        channels: of `measure_channel_curves`; they are the same for every token reduction.
+        tokens: of `measure_token_costs`.
     """
-    is_sensitivity_known, are_curves_known = sensitivity is not None, channels is not None
+    parts = _Known(sensitivity=sensitivity is not None, channels=channels is not None, tokens=tokens is not None)
     if sensitivity is None:
         sensitivity = measure_sensitivity(model, calibration, batch_size=batch_size, precision=precision)
     subject = _Subject(
@@ -141,12 +142,43 @@ def measure_profile(
         token_reduction=token_reduction, cutoff_token=cutoff_token, batch_size=batch_size, precision=precision,
     )  # fmt: skip
     profile = Profile(
-        channels=channels or _channel_curves(subject), channel_scale=1.0, token_scale=1.0, tokens=_token_costs(subject),
-        token_reduction=token_reduction, cutoff_token=cutoff_token,
-        forward_passes=_forward_passes(subject, is_sensitivity_known, are_curves_known),
+        channels=_channel_curves(subject) if channels is None else channels, channel_scale=1.0, token_scale=1.0,
+        tokens=_token_costs(subject) if tokens is None else tokens,
+        token_reduction=token_reduction, cutoff_token=cutoff_token, forward_passes=_forward_passes(subject, parts),
     )  # fmt: skip
     channel_scale, token_scale = _scales(subject, profile)
     return replace(profile, channel_scale=channel_scale, token_scale=token_scale)
+
+
+def measure_channel_curves(
+    model: nn.Module, calibration: Images, probe: Images, sensitivity: list[BlockSensitivity], *,
+    batch_size: int = 64, precision: Precision = "float32",
+) -> tuple[RemovalCurves, ...]:  # fmt: skip
+    """Measures the part of a profile that is about channels; the arguments are those of `measure_profile`."""
+    return _channel_curves(_Subject(
+        model=model, anatomy=examine(model), sensitivity=sensitivity, calibration=calibration, probe=probe,
+        token_reduction="none", cutoff_token=1.0, batch_size=batch_size, precision=precision,
+    ))  # fmt: skip
+
+
+def measure_token_costs(
+    model: nn.Module, probe: Images, *, token_reduction: TokenReduction, cutoff_token: float = 0.85,
+    batch_size: int = 64, precision: Precision = "float32",
+) -> tuple[tuple[float, ...], ...]:  # fmt: skip
+    """Measures the part of a profile that is about tokens; the arguments are those of `measure_profile`."""
+    return _token_costs(_Subject(
+        model=model, anatomy=examine(model), sensitivity=[], calibration=probe, probe=probe,
+        token_reduction=token_reduction, cutoff_token=cutoff_token, batch_size=batch_size, precision=precision,
+    ))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """Parts of a profile that were measured before."""
+
+    sensitivity: bool
+    channels: bool
+    tokens: bool
 
 
 def _channel_curves(subject: _Subject) -> tuple[RemovalCurves, ...]:
@@ -196,7 +228,7 @@ def _curve_scale(subject: _Subject, repair: BlockRepair, curves: RemovalCurves, 
     }
     later = blocks_of(subject.model)[index + 1 :]
     measured = subject.divergence([repair.repair(plans[kind]).block, *later], index)
-    return max(measured, LEAST_NATS) / predicted
+    return min(max(measured / predicted, 1 / MOST_SCALE), MOST_SCALE)
 
 
 @torch.no_grad()
@@ -279,24 +311,26 @@ def _trial_plan(subject: _Subject, profile: Profile, share_of_macs: float, *, to
         return None
 
 
-def _forward_passes(subject: _Subject, is_sensitivity_known: bool, are_curves_known: bool) -> float:
+def _forward_passes(subject: _Subject, known: _Known) -> float:
     """The cost of a profile, in forward passes over the calibration images."""
     calibration, probe, depth = len(subject.calibration), len(subject.probe), subject.anatomy.depth
     num_images = min(TOKEN_IMAGES, probe)
-    passes = 0.0 if is_sensitivity_known else 3.0
-    if not are_curves_known:
+    passes = 0.0 if known.sensitivity else 3.0
+    if not known.channels:
         passes += 2.0  # the dense stream, and every block once more for the moments
         for index in subject.trial_blocks:  # a repair of the block, which then runs with all later ones
             passes += len(CHANNEL_TRIALS) * (1.5 + (depth - index) * num_images / calibration) / depth
-    if not are_curves_known or subject.reduces_tokens:
+    measures_tokens = subject.reduces_tokens and not known.tokens
+    if not known.channels or measures_tokens:
         passes += num_images / calibration
     # The model with fewer channels: its repair, its answers and those of the dense one.
     passes += (REPAIR_PASSES - 3) * min(SCALE_IMAGES, calibration) / calibration
     passes += 2 * min(SCALE_IMAGES, probe) / calibration
-    if subject.reduces_tokens:
+    if measures_tokens:
         num_patches = subject.anatomy.blocks[0].num_patches
         # A removal runs its own block and the later ones, (depth + 1) / 2 of them on average, with the tokens left.
         removals = (depth + 1) / 2 * sum(count / num_patches for count in _tokens_left(subject))
         passes += removals * num_images / calibration
+    if subject.reduces_tokens:
         passes += TOKEN_TRIAL * min(SCALE_IMAGES, probe) / calibration
     return passes

@@ -75,7 +75,8 @@ class PartCache:
 
     def _path(self, step: Step) -> Path:
         depends_on: dict[str, list[Any]] = {
-            "exits": self._exits, "sensitivity": self._exits, "widths": self._timed, "profile": []
+            "exits": self._exits, "sensitivity": self._exits, "widths": self._timed, "curves": [],
+            "profile": [],
         }  # fmt: skip
         key = fingerprint_of_text(json.dumps([self._all, depends_on[step.kind]], sort_keys=True))[:16]
         return self._folder / f"{step.id}{FORMAT}-{key}.pt"
@@ -97,6 +98,7 @@ def _from_plain(record: dict[str, Any]) -> ContextPart:
             ]
             for block, blocks in record["sensitivities"].items()
         },
+        channel_curves=_curves(record["channel_curves"]),
         profiles={kind: _profile(profile) for kind, profile in record["profiles"].items()},
         allowed_widths={
             kind: tuple(AllowedWidths(**widths) for widths in blocks)
@@ -106,5 +108,8 @@ def _from_plain(record: dict[str, Any]) -> ContextPart:
 
 
 def _profile(record: dict[str, Any]) -> Profile:
-    channels = tuple(RemovalCurves(**curves) for curves in record["channels"])
-    return Profile(**record | {"channels": channels, "tokens": tuple(map(tuple, record["tokens"]))})
+    return Profile(**record | {"channels": _curves(record["channels"]), "tokens": tuple(map(tuple, record["tokens"]))})
+
+
+def _curves(records: Sequence[dict[str, Any]]) -> tuple[RemovalCurves, ...]:
+    return tuple(RemovalCurves(**curves) for curves in records)

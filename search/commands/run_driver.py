@@ -114,9 +114,8 @@ class SweepDriver:
         if self.ended_by is None:
             self.ended_by = self._why_it_ends()
         if self.ended_by is None:
-            # One slot at least has trials, so that the front grows.
-            has_room = self._num_early == 0 or self._preparation.num_running < self._sweep.num_slots - 1
-            if has_room and not self._preparation.is_handed_out:
+            # The first candidates need hardly anything: a front is there before all slots prepare.
+            if self._num_early == 0 and not self._preparation.is_handed_out:
                 return self._preparation.next()
             suggestion = self._ask()
             if suggestion is not None and not self._fits(suggestion.candidate):

@@ -35,11 +35,6 @@ class Preparation:
         return not self._waiting
 
     @property
-    def num_running(self) -> int:
-        """Number of steps that a slot was given and that are not measured yet."""
-        return len(self.steps) - len(self._waiting) - len(self._measured)
-
-    @property
     def is_done(self) -> bool:
         """True once all is measured."""
         return self._measured >= self.steps.keys()

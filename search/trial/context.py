@@ -22,6 +22,7 @@ from pruning.plan import Plan, TokenReduction
 from pruning.precision import Precision, synchronize
 from pruning.repair.flow import DenseStream
 from pruning.repair.sensitivity import BlockSensitivity
+from pruning.scores.curves import RemovalCurves
 from search.config import Config
 from search.trial.lease import Lease, lease_of
 
@@ -41,6 +42,8 @@ class ContextPart:
     sensitivities: Mapping[int, list[BlockSensitivity]] = field(default_factory=dict[int, list[BlockSensitivity]])
     """The sensitivities of the dense model cut at every exit, for the methods that repair in closed form. Two float64
     matrices a block: at 12 blocks 7 MB for a ViT-Tiny, 113 MB for a ViT-Base."""
+    channel_curves: tuple[RemovalCurves, ...] = ()
+    """The part of all profiles that is about channels; empty while it is not measured."""
     profiles: Mapping[TokenReduction, Profile] = field(default_factory=dict[TokenReduction, Profile])
     """Profiles of the uncut dense model by token reduction, for methods that allocate by one and for proposals."""
     allowed_widths: Mapping[TokenReduction, tuple[AllowedWidths, ...]] = field(
@@ -64,6 +67,7 @@ class ContextPart:
         return ContextPart(
             exit_heads={**self.exit_heads, **other.exit_heads},
             sensitivities={**self.sensitivities, **other.sensitivities},
+            channel_curves=other.channel_curves or self.channel_curves,
             profiles={**self.profiles, **other.profiles},
             allowed_widths={**self.allowed_widths, **other.allowed_widths},
         )

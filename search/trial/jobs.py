@@ -253,7 +253,11 @@ def _answer(job: Job, workplace: Workplace) -> Tensor:
 def _run_step(job: Job, workplace: Workplace) -> ContextPart:
     assert isinstance(job.subject, Step)
     context = workplace.context(job.needs)
-    return run_step(context, job.subject, workplace.inputs.space, time_widths=workplace.time_widths)
+    curves_id = Step(kind="curves").id
+    return run_step(
+        context, job.subject, workplace.inputs.space, time_widths=workplace.time_widths,
+        curves=lambda: workplace.context([curves_id]).known.channel_curves,
+    )  # fmt: skip
 
 
 def _rebuild(job: Job, workplace: Workplace) -> tuple[Measurement, nn.Module]:

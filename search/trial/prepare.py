@@ -17,11 +17,12 @@ from pruning.artifact import save_weights
 from pruning.data import Splits
 from pruning.measure.stopwatch import keep_freed_memory, time_against_dense
 from pruning.measure.widths import AllowedWidths, measure_allowed_widths
-from pruning.methods.profiling import measure_profile
+from pruning.methods.profiling import measure_channel_curves, measure_profile, measure_token_costs
 from pruning.model.exits import exit_head_of, fit_exits, truncate
 from pruning.plan import TokenReduction
 from pruning.precision import Precision
 from pruning.repair.sensitivity import measure_sensitivity
+from pruning.scores.curves import RemovalCurves
 from search.config import Config
 from search.method import METHODS, Method
 from search.outcome import Candidate, Measurement
@@ -40,9 +41,9 @@ WidthTimer = Callable[..., tuple[AllowedWidths, ...]]
 class Step:
     """One step of the preparation."""
 
-    kind: Literal["exits", "sensitivity", "widths", "profile"]
-    """Thing that is measured: the classifiers of all exits, the sensitivities of the model cut at one exit, or the
-    allowed widths or the profile for one token reduction."""
+    kind: Literal["exits", "sensitivity", "widths", "curves", "profile"]
+    """Thing that is measured: the classifiers of all exits, the sensitivities of the model cut at one exit, the part of
+    all profiles that is about channels, or the allowed widths or the profile for one token reduction."""
     subject: Any = None
     """Exit block of a sensitivity; token reduction of widths and profile."""
 
@@ -71,7 +72,8 @@ def steps_of(space: Space, exit_blocks: Sequence[int] | None = None, *, proposes
             tokenless = ()
         steps += [Step(kind="widths", subject=kind) for kind in dict.fromkeys(space.token_reduction + tokenless)]
     if allocates_by_profile(space) or proposes:
-        steps += [Step(kind="profile", subject=kind) for kind in profiled_reductions(space)]
+        profiles = [Step(kind="profile", subject=kind) for kind in profiled_reductions(space)]
+        steps += [Step(kind="curves"), *profiles] if profiles else []
     if has_repairs:
         steps += [Step(kind="sensitivity", subject=block) for block in exit_blocks if block != space.depth]
     return steps
@@ -81,16 +83,20 @@ def steps_of_method(name: Method, space: Space) -> list[Step]:
     """Gives the steps that some candidate of a method needs."""
     traits = METHODS[name]
     kinds = {
-        "exits": True, "sensitivity": traits.repairs, "widths": traits.takes_channels, "profile": traits.needs_profile
+        "exits": True, "sensitivity": traits.repairs, "widths": traits.takes_channels,
+        "curves": traits.needs_profile, "profile": traits.needs_profile,
     }  # fmt: skip
     return [step for step in steps_of(space, proposes=False) if kinds[step.kind]]
 
 
 def steps_before(step: Step, space: Space) -> list[Step]:
-    """Gives the steps that a step needs."""
+    """Gives the steps that a step needs before it begins.
+
+    A profile needs the curves too, but late: they are handed out before it, and may be measured at the same time.
+    """
     if step.kind == "sensitivity" and step.subject != space.depth:
         return [Step(kind="exits")]
-    if step.kind == "profile" and any(METHODS[name].repairs for name in space.method):
+    if step.kind in ("curves", "profile") and any(METHODS[name].repairs for name in space.method):
         return [Step(kind="sensitivity", subject=space.depth)]
     return []
 
@@ -107,7 +113,7 @@ def steps_for(candidate: Candidate, space: Space) -> list[Step]:
     if method.takes_channels and candidate.round_to == "auto":
         steps.append(Step(kind="widths", subject=candidate.token_reduction))
     if method.needs_profile:
-        steps.append(Step(kind="profile", subject=candidate.token_reduction))
+        steps += [Step(kind="curves"), Step(kind="profile", subject=candidate.token_reduction)]
     return steps
 
 
@@ -118,13 +124,14 @@ def is_whole(candidate: Candidate) -> bool:
 
 def run_step(
     context: TrialContext, step: Step, space: Space, exit_blocks: Sequence[int] | None = None,
-    time_widths: WidthTimer = measure_allowed_widths,
+    time_widths: WidthTimer = measure_allowed_widths, curves: Callable[[], tuple[RemovalCurves, ...]] | None = None,
 ) -> ContextPart:  # fmt: skip
     """Runs one step in a context that has what it needs.
 
     Args:
         exit_blocks: the exits that are fitted; by default those of the space.
         time_widths: measures the allowed widths.
+        curves: gives the channel curves to a profile, once they are measured; by default those of the context.
 
     Returns:
         What it measured, on the CPU.
@@ -143,19 +150,26 @@ def run_step(
         return ContextPart(exit_heads=heads).to("cpu")
     if step.kind == "sensitivity":
         truncated = truncate(context.model, step.subject, context.exit_heads[step.subject])
-        measured = measure_sensitivity(truncated, context.splits.calibration, **batches)
-        return ContextPart(sensitivities={step.subject: measured}).to("cpu")
+        of_blocks = measure_sensitivity(truncated, context.splits.calibration, **batches)
+        return ContextPart(sensitivities={step.subject: of_blocks}).to("cpu")
     if step.kind == "widths":
         with context.lease.exclusive():
             widths = time_widths(
                 context.model, config.measure.batch_size, token_reduction=step.subject, precision=context.precision
             )
         return ContextPart(allowed_widths={step.subject: widths})
-    splits = profile_splits(space, context.splits)
+    splits, sensitivity = profile_splits(space, context.splits), context.sensitivities.get(space.depth)
+    if step.kind == "curves":
+        if sensitivity is None:
+            sensitivity = measure_sensitivity(context.model, splits.calibration, **batches)
+        measured_curves = measure_channel_curves(
+            context.model, splits.calibration, splits.probe, sensitivity, **batches
+        )
+        return ContextPart(channel_curves=measured_curves)
+    tokens = measure_token_costs(context.model, splits.probe, token_reduction=step.subject, **batches)
     profile = measure_profile(
-        context.model, splits.calibration, splits.probe, token_reduction=step.subject,
-        sensitivity=context.sensitivities.get(space.depth),
-        channels=next((profile.channels for profile in context.profiles.values()), None), **batches,
+        context.model, splits.calibration, splits.probe, token_reduction=step.subject, sensitivity=sensitivity,
+        channels=context.known.channel_curves if curves is None else curves(), tokens=tokens, **batches,
     )  # fmt: skip
     return ContextPart(profiles={step.subject: profile})
 
@@ -223,6 +237,8 @@ def is_known(step: Step, known: ContextPart) -> bool:
     of_kind: dict[str, Mapping[Any, Any]] = {
         "sensitivity": known.sensitivities, "widths": known.allowed_widths, "profile": known.profiles
     }  # fmt: skip
+    if step.kind == "curves":
+        return bool(known.channel_curves)
     return step.kind != "exits" and step.subject in of_kind[step.kind]
 
 

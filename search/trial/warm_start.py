@@ -30,8 +30,8 @@ and 0.71, 0.86, 0.93. Tried and lost: four at 3/4, 1/2, 1, 1/4, which end at 0.9
 two; half, a quarter and three quarters of the range, which end at 0.38 and 0.41."""
 
 GLOBAL_TOKEN_SHARE = 0.4
-"""The weight of tokens against channels in the proposals for `global`: 0.35 and 0.5 diverge alike from the dense ViT-Tiny
-at 0.57 to 0.30 of the MACs (384 training images), 0.65 by a quarter more."""
+"""The weight of tokens against channels in the proposals for `global`: 0.35 and 0.5 diverge alike from the dense
+ViT-Tiny at 0.57 to 0.30 of the MACs (384 training images), 0.65 by a quarter more."""
 
 NUM_FEW = 4
 """The number of these targets for a method that has budgets, whose trials take many times as long as others."""

@@ -22,6 +22,7 @@ FINGERPRINTS = Fingerprints(weights="weights", preprocessing="as timm", train="i
 EXITS = Step(kind="exits")
 CUT, UNCUT = Step(kind="sensitivity", subject=2), Step(kind="sensitivity", subject=3)
 WIDTHS, PROFILE = Step(kind="widths", subject="lfe"), Step(kind="profile", subject="lfe")
+CURVES = Step(kind="curves")
 STEPS = [EXITS, CUT, UNCUT, WIDTHS, PROFILE]
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -68,6 +69,7 @@ def parts(context: TrialContext) -> dict[Step, ContextPart]:
         CUT: ContextPart(sensitivities={2: known.sensitivities[2]}),
         UNCUT: ContextPart(sensitivities={3: known.sensitivities[3]}),
         WIDTHS: ContextPart(allowed_widths={"lfe": known.allowed_widths["lfe"]}),
+        CURVES: ContextPart(channel_curves=known.channel_curves),
         PROFILE: ContextPart(profiles=known.profiles),
     }
 

@@ -28,7 +28,7 @@ from search.trial.warm_start import early_candidates, first_candidates, propose
 from tests.search_tests import builders, tiny
 from tests.search_tests.commands.driving import SPACE, Run
 
-STEPS = ["sensitivity-3", "exits", "widths-lfe", "profile-lfe", "sensitivity-2"]
+STEPS = ["sensitivity-3", "exits", "widths-lfe", "curves", "profile-lfe", "sensitivity-2"]
 EARLY = early_candidates(Space(tiny.config(space=SPACE).space, tiny.DEPTH))
 """The dense model, and the model cut at block 2."""
 
@@ -48,24 +48,23 @@ def rebuilds(*ids: str) -> list[str]:
 def test_one_slot_looks_tries_what_needs_no_profile_prepares_searches_and_confirms(tmp_path: Path) -> None:
     run = Run(tmp_path).to_the_end()
     assert run.names == [
-        LOOK, "t000", "exits", "t001", "sensitivity-3", "widths-lfe", "profile-lfe", "sensitivity-2",
+        LOOK, "t000", "exits", "t001", "sensitivity-3", "widths-lfe", "curves", "profile-lfe", "sensitivity-2",
         "t002", "t003", "t004", "timing", *rebuilds(*trial_ids(5)),
     ]  # fmt: skip
     assert [suggestion.candidate for suggestion in run.trials[:2]] == EARLY
     assert all(map(is_whole, EARLY))
-    assert run.watcher.of("prepared") == [[8.0]]
-    assert run.driver.prepared_s == 8.0
+    assert run.watcher.of("prepared") == [[9.0]]
+    assert run.driver.prepared_s == 9.0
     assert sorted(run.parts.written) == sorted(STEPS)
     assert run.driver.ended_by == "trials"
 
 
-def test_two_slots_prepare_beside_the_look_and_beside_the_first_trials(tmp_path: Path) -> None:
+def test_two_slots_prepare_beside_the_look_and_after_the_first_trials(tmp_path: Path) -> None:
     run = Run(tmp_path, num_slots=2).to_the_end()
     assert run.names[:2] == [LOOK, "sensitivity-3"]
     assert run.piece("sensitivity-3").begin == 0.0
-    assert set(run.names[2:8]) == {"t000", "t001", *STEPS[1:]}
-    assert run.names[2:5] == ["t000", "exits", "t001"]
-    assert run.names[8:11] == trial_ids(3, first=2)
+    assert run.names[2:9] == ["t000", "exits", "t001", *STEPS[2:]]
+    assert run.names[9:12] == trial_ids(3, first=2)
     assert sorted(run.parts.written) == sorted(STEPS)  # also the part that was there before the cache was
     assert len({piece.slot for piece in run.pieces if piece.name in rebuilds(*trial_ids(5))}) == 2
 
@@ -76,7 +75,7 @@ def test_eight_slots_do_all_that_there_is_at_once_and_nothing_twice(tmp_path: Pa
     at_look = [piece.name for piece in run.pieces if piece.begin == 0.0]
     assert at_look == [LOOK, "sensitivity-3"]  # the rest is not known to be of use, or waits for the exits
     after_look = [piece.name for piece in run.pieces if piece.begin == 1.0]
-    assert set(after_look) == {*STEPS[1:], *trial_ids(3)}
+    assert set(after_look) == {*STEPS[1:], *trial_ids(2)}
     assert sorted(suggestion.id for suggestion in run.trials) == trial_ids(5)
     timing = run.piece("timing")
     assert timing.begin >= max(piece.end for piece in run.pieces if piece.name.startswith("t0"))
@@ -92,7 +91,7 @@ def test_where_all_is_cached_nothing_is_prepared(tmp_path: Path, num_slots: int)
 
 
 def test_a_step_that_is_known_is_not_measured_again(tmp_path: Path) -> None:
-    run = Run(tmp_path, known=["exits", "profile-lfe"]).to_the_end()
+    run = Run(tmp_path, known=["exits", "curves", "profile-lfe"]).to_the_end()
     assert [name for name in run.names if name in STEPS] == ["sensitivity-3", "widths-lfe", "sensitivity-2"]
     assert "exits" in run.pieces[-1].work.needs or run.piece("t001").work[1] == (LOOK, "exits")
 
@@ -187,7 +186,7 @@ def test_a_trial_that_was_begun_is_not_tried_twice_and_no_sampler_is_asked_befor
     assert len({suggestion.candidate for suggestion in run.trials}) == len(run.trials)
     assert run.names[:3] == [LOOK, "exits", "t001"]
     events = run.watcher.events
-    assert events.index(("started", "t002")) > events.index(("prepared", 7.0))
+    assert events.index(("started", "t002")) > events.index(("prepared", 8.0))
 
 
 def test_a_resumed_sweep_that_has_all_its_trials_only_confirms(tmp_path: Path) -> None:

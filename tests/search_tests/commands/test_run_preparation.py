@@ -17,10 +17,10 @@ from tests.search_tests import tiny
 ALL: dict[str, Any] = {
     "method": ["cascade", "global"], "exit_block": [2, 3], "token_reduction": "lfe", "round_to": [8, "auto"]
 }  # fmt: skip
-IDS = ["sensitivity-3", "exits", "widths-lfe", "profile-lfe", "sensitivity-2"]
+IDS = ["sensitivity-3", "exits", "widths-lfe", "curves", "profile-lfe", "sensitivity-2"]
 NEEDS = {
-    "sensitivity-3": (DENSE,), "exits": (DENSE,), "widths-lfe": (DENSE,), "profile-lfe": (DENSE, "sensitivity-3"),
-    "sensitivity-2": (DENSE, "exits"),
+    "sensitivity-3": (DENSE,), "exits": (DENSE,), "widths-lfe": (DENSE,), "curves": (DENSE, "sensitivity-3"),
+    "profile-lfe": (DENSE, "sensitivity-3"), "sensitivity-2": (DENSE, "exits"),
 }  # fmt: skip
 
 
@@ -38,9 +38,9 @@ def ids_of(jobs: list[Job | None]) -> list[str | None]:
 
 def test_every_step_is_handed_out_once_after_those_that_it_needs() -> None:
     steps = preparation()
-    jobs = [steps.next() for _ in range(7)]
+    jobs = [steps.next() for _ in range(8)]
     assert ids_of(jobs) == [*IDS, None, None]
-    for job in jobs[:5]:
+    for job in jobs[:6]:
         assert job is not None
         assert (job.kind, job.needs) == ("step", NEEDS[job.id])
         assert job.subject == steps.steps[job.id]
@@ -57,12 +57,12 @@ def test_handed_out_is_not_measured() -> None:
         assert not steps.is_done
         steps.measured(step_id, ContextPart(exit_heads={number: {}}))
     assert steps.is_done
-    assert sorted(steps.known.exit_heads) == [0, 1, 2, 3, 4]
+    assert sorted(steps.known.exit_heads) == [0, 1, 2, 3, 4, 5]
 
 
 def test_known_steps_are_not_handed_out_and_count_as_measured() -> None:
     part = ContextPart(exit_heads={2: {"head.bias": torch.zeros(4)}})
-    steps = Preparation(space_of(), {"exits": part, "profile-lfe": ContextPart()})
+    steps = Preparation(space_of(), {"exits": part, "curves": ContextPart(), "profile-lfe": ContextPart()})
     assert steps.known.exit_heads == part.exit_heads
     jobs = [steps.next() for _ in range(4)]
     assert ids_of(jobs) == ["sensitivity-3", "widths-lfe", "sensitivity-2", None]
@@ -107,10 +107,10 @@ def test_steps_that_most_trials_need_go_beside_the_look(
 
 def test_a_step_that_is_needed_now_comes_before_its_turn() -> None:
     steps = preparation()
-    needs = ("look", "sensitivity-2", "profile-lfe")
-    jobs = [steps.missing(needs) for _ in range(5)]
+    needs = ("look", "sensitivity-2", "curves", "profile-lfe")
+    jobs = [steps.missing(needs) for _ in range(6)]
     # In the order of the steps, each with what it needs itself.
-    assert ids_of(jobs) == ["sensitivity-3", "profile-lfe", "exits", "sensitivity-2", None]
+    assert ids_of(jobs) == ["sensitivity-3", "curves", "profile-lfe", "exits", "sensitivity-2", None]
     assert ids_of([steps.next(), steps.next()]) == ["widths-lfe", None]
 
 

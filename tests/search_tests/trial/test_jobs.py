@@ -253,7 +253,10 @@ def test_products_of_steps_lie_on_the_cpu_and_hold_no_context() -> None:
         part = do(place, step_job(place, step))
         assert isinstance(part, ContextPart)
         filled = [f.name for f in fields(part) if getattr(part, f.name)]
-        kind = {"exits": "exit_heads", "sensitivity": "sensitivities", "widths": "allowed_widths"}
+        kind = {
+            "exits": "exit_heads", "sensitivity": "sensitivities", "widths": "allowed_widths",
+            "curves": "channel_curves",
+        }  # fmt: skip
         assert filled == [kind.get(step.kind, "profiles")]
 
 

@@ -221,17 +221,17 @@ ALL: dict[str, Any] = {
     [
         (
             ALL,
-            "sensitivity-3 exits widths-lfe widths-merge profile-lfe profile-merge sensitivity-1 sensitivity-2",
+            "sensitivity-3 exits widths-lfe widths-merge curves profile-lfe profile-merge sensitivity-1 sensitivity-2",
         ),
-        ({"method": "cascade", "exit_block": 3, "round_to": 8}, "sensitivity-3 profile-lfe"),
-        ({"method": "cascade", "token_reduction": ["lfe", "merge"], "round_to": 1}, "sensitivity-3 profile-lfe"),
-        ({"method": "cascade", "exit_block": 2, "round_to": 1}, "sensitivity-3 exits profile-lfe sensitivity-2"),
+        ({"method": "cascade", "exit_block": 3, "round_to": 8}, "sensitivity-3 curves profile-lfe"),
+        ({"method": "cascade", "token_reduction": ["lfe", "merge"], "round_to": 1}, "sensitivity-3 curves profile-lfe"),
+        ({"method": "cascade", "exit_block": 2, "round_to": 1}, "sensitivity-3 exits curves profile-lfe sensitivity-2"),
         ({"method": "constant", "round_to": 8}, "sensitivity-3"),
         ({"method": "learned", "exit_block": [2, 3], "round_to": 8}, "exits"),
         ({"method": "soft-mask", "exit_block": 3, "round_to": "auto"}, "widths-none"),
         (
             {"method": ["cascade", "soft-mask"], "exit_block": 3, "round_to": "auto"},
-            "sensitivity-3 widths-lfe widths-none profile-lfe",
+            "sensitivity-3 widths-lfe widths-none curves profile-lfe",
         ),
         ({"method": "unstructured", "exit_block": 3, "round_to": 8}, ""),
     ],
@@ -272,7 +272,7 @@ def test_a_candidate_with_nothing_pruned_but_its_depth_needs_no_profile_and_no_s
         assert steps_for(dense, space) == []
         assert ids(steps_for(replace(dense, exit_block=2), space)) == ["exits"]
         pruned = ids(steps_for(replace(dense, target_ratio=0.99, exit_block=2), space))
-        assert pruned == ["exits", "sensitivity-2", "widths-merge", *["profile-merge"] * (method == "global")]
+        assert pruned == ["exits", "sensitivity-2", "widths-merge", *["curves", "profile-merge"] * (method == "global")]
     assert not is_whole(new_candidate("soft-mask"))  # it trains, whatever the target
     assert not is_whole(new_candidate("unstructured"))
 
@@ -282,7 +282,7 @@ def test_a_candidate_with_nothing_pruned_but_its_depth_needs_no_profile_and_no_s
     [
         ("cascade", {"target_ratio": 0.6, "round_to": 8}, "sensitivity-3"),
         ("cascade", {"target_ratio": 0.6, "round_to": "auto", "token_reduction": "lfe"}, "sensitivity-3 widths-lfe"),
-        ("global", {"target_ratio": 0.6, "round_to": 8, "token_reduction": "lfe"}, "sensitivity-3 profile-lfe"),
+        ("global", {"target_ratio": 0.6, "round_to": 8, "token_reduction": "lfe"}, "sensitivity-3 curves profile-lfe"),
         ("constant", {"target_ratio": 0.6, "round_to": "auto", "token_reduction": "lfe"}, "sensitivity-3"),
         ("constant", {"target_ratio": 0.6, "exit_block": 2, "token_reduction": "lfe"}, "exits sensitivity-2"),
         ("learned", {"target_ratio": 0.6, "round_to": 8}, "exits"),
@@ -305,6 +305,7 @@ def test_a_trial_runs_with_the_steps_that_it_needs_and_no_others(
             "exits": ContextPart(exit_heads=known.exit_heads),
             "sensitivity": ContextPart(sensitivities={step.subject: known.sensitivities.get(step.subject, [])}),
             "widths": ContextPart(allowed_widths={step.subject: known.allowed_widths.get(step.subject, ())}),
+            "curves": ContextPart(channel_curves=known.channel_curves),
             "profile": ContextPart(profiles={step.subject: known.profiles.get(step.subject)}),  # type: ignore[dict-item]
         }[step.kind]
         own = own.joined(part)

@@ -180,6 +180,6 @@ def evenly(anatomy: Anatomy, removed: float) -> Plan:
 
 
 def test_a_model_whose_blocks_are_the_least_of_it_has_a_profile_too() -> None:
-    model, images = builders.model(num_classes=100_000), builders.images(8)
+    model, images = builders.model(num_classes=300_000), builders.images(8)
     profile = measure_profile(model, images, images, token_reduction="merge")
     assert (profile.channel_scale, profile.token_scale) == (1.0, 1.0)

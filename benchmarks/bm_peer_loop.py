@@ -91,15 +91,21 @@ TASKS = {
 # ------------------------------------------------------------------------------------------------------------ vitfront
 
 
-def vitfront(recipe: str, seed: int, seconds: float) -> list[Point]:
-    """Runs the command, and returns the points of its front, as if all of them had come at its end."""
+def vitfront(recipe: str, seed: int, seconds: float) -> tuple[list[Point], float]:
+    """Runs the command.
+
+    Returns:
+        The points of its front, as if all of them had come at its end, and the share of the seconds that slots worked.
+    """
     name = f"peer-loop-{Path(recipe).stem}-{seed}"
     forget(name)
     done = run_command([*arguments_of(recipe, name, seed), "--time-budget", f"{seconds:g}"])
     print(f"  the command took {done.command_s:.0f} s of {seconds:g}", file=sys.stderr, flush=True)
     front = Folder(RUNS, name).read_front()
     measurements = [point.measurement for point in front.points]
-    return [Point(done.command_s, one.top1, one.speedup) for one in measurements if one is not None]
+    points = [Point(done.command_s, one.top1, one.speedup) for one in measurements if one is not None]
+    assert front.busy_share is not None
+    return points, front.busy_share
 
 
 def papers(recipe: str, seed: int, seconds: float) -> list[Point]:
@@ -403,12 +409,14 @@ def measure(name: str, seed: int, peers: Sequence[str], checkout: Path | None, r
     for peer in dict.fromkeys(peer for _, peer in wanted):
         points = runs[peer]()
         for seconds, _ in filter(lambda pair: pair[1] == peer, wanted):
-            ours, theirs = volume(fronts[seconds], dense_top1, math.inf), volume(points, dense_top1, seconds)
+            own, busy_share = fronts[seconds]
+            ours, theirs = volume(own, dense_top1, math.inf), volume(points, dense_top1, seconds)
             rows[name, seed, seconds, peer] = {
                 "task": name, "seed": seed, "seconds": seconds, "name": peer, "vitfront": ours, "peer": theirs,
-                "ratio": ours / theirs if theirs else None, "command_s": fronts[seconds][0].ended_s,
+                "ratio": ours / theirs if theirs else None, "command_s": own[0].ended_s,
+                "busy_share": busy_share,
                 "peer_trials": sum(point.ended_s <= seconds for point in points), "dense_top1": dense_top1,
-                "points": {"vitfront": fronts[seconds], "peer": points},
+                "points": {"vitfront": own, "peer": points},
             }  # fmt: skip
             print({key: value for key, value in rows[name, seed, seconds, peer].items() if key != "points"},
                   file=sys.stderr, flush=True)  # fmt: skip
@@ -428,9 +436,10 @@ def text_of(rows: list[dict[str, Any]], command: str) -> str:
         f"{device_name(torch.device('cpu'))}, two trials at a time on each side, {versions}.", "",
         "Hypervolume above half the dense accuracy and speed-up 1: of vitfront's final front, whose command took the",
         "seconds in brackets, and of the peer's trials that ended within the seconds. Speed-up: the largest that costs",
-        "at most 0.02 of val top-1. What counts is in the docstring of the benchmark.", "",
-        "| task | seed | seconds | peer | vitfront | peer's | ratio | peer's trials | speed-up at -0.02 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "at most 0.02 of val top-1. Busy: share of the command's seconds in which vitfront's slots worked. What counts",
+        "is in the docstring of the benchmark.", "",
+        "| task | seed | seconds | peer | vitfront | peer's | ratio | peer's trials | speed-up at -0.02 | busy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
         seconds, least, points = row["seconds"], row["dense_top1"] - 0.02, row["points"]
@@ -439,13 +448,13 @@ def text_of(rows: list[dict[str, Any]], command: str) -> str:
         lines.append(
             f"| {row['task']} | {row['seed']} | {seconds:g} ({row['command_s']:.0f}) | {row['name']} "
             f"| {row['vitfront']:.4f} | {row['peer']:.4f} | {ratio} | {row['peer_trials']} "
-            f"| {' / '.join(f'{one:.2f}' for one in speedups)} |"
+            f"| {' / '.join(f'{one:.2f}' for one in speedups)} | {100 * row['busy_share']:.0f} % |"
         )
     for task, seconds, peer in dict.fromkeys((row["task"], row["seconds"], row["name"]) for row in rows):
         alike = [row for row in rows if (row["task"], row["seconds"], row["name"]) == (task, seconds, peer)]
         ours, theirs = fmean(row["vitfront"] for row in alike), fmean(row["peer"] for row in alike)
         ratio = f"{ours / theirs:.2f}" if theirs else ""
-        lines.append(f"| {task} | mean | {seconds:g} | {peer} | {ours:.4f} | {theirs:.4f} | {ratio} | | |")
+        lines.append(f"| {task} | mean | {seconds:g} | {peer} | {ours:.4f} | {theirs:.4f} | {ratio} | | | |")
     return "\n".join([*lines, "", "![hypervolume over seconds](peer_loop.png)"]) + "\n"
 
 
@@ -485,12 +494,15 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=["tome", "papers", "torch-pruning"])
     parser.add_argument("--tasks", nargs="*", choices=[*TASKS], default=[*TASKS])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--seconds", nargs="*", type=float, help="times of each search; by default those of the task")
     args = parser.parse_args()
     tasks, seeds, peers = (["digits"], [0], ["tome"]) if args.quick else (args.tasks, args.seeds, args.peers)
     if args.quick:
         TASKS["digits"] = replace(TASKS["digits"], seconds=(60,))
     if args.old is not None and "old" not in peers:
         peers = [*peers, "old"]
+    if args.seconds:
+        TASKS.update({name: replace(TASKS[name], seconds=tuple(args.seconds)) for name in tasks})
     command, rows = " ".join(["python", *sys.argv]), read_rows(args.out) if args.resume else {}
     if "digits" in tasks:
         train_dense()

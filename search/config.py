@@ -200,7 +200,7 @@ class SpaceConfig(_Section):
     """Cut-off frequency of the token filter of lfe and lfe-merge, in (0, 1]."""
     drop_budget: Bounds[Points] = (0.0, 2.0)
     """Accuracy points that pruning one block may cost, for method cascade; each block has its own."""
-    token_share: Bounds[Share] = (0.2, 0.8)
+    token_share: Bounds[Share] = (0.0, 1.0)
     """Method cascade: share of each block's budget that tokens may spend first. Method global: weight of tokens against
     channels, 0.5 as the profile says, 0 channels alone, 1 tokens alone."""
     target_ratio: Bounds[PositiveShare] = (0.2, 1.0)

@@ -31,7 +31,7 @@ from search.suggest.samplers import SamplerSettings
 from search.trial.context import ContextPart
 from search.trial.jobs import DENSE, LOOK, Job, Looked, Timed, answers_id
 from search.trial.prepare import first_context, profiled_reductions, steps_for
-from search.trial.warm_start import early_candidates, first_candidates, propose
+from search.trial.warm_start import candidates_between, early_candidates, first_candidates, propose
 
 PART_IMAGES = 256
 """Number of val images, at least, that a worker answers for the look at the dense model."""
@@ -135,7 +135,10 @@ class SweepDriver:
         if self._num_early > 0:
             self._num_early -= 1
             return self._search.ask()
-        suggestion = self._search.ask(self._preparation.ready_methods())
+        ready = self._preparation.ready_methods()
+        if not self._has_proposed and self._between and self._between[0].method in ready:
+            self._search.add_first([self._between.pop(0)])
+        suggestion = self._search.ask(ready)
         return self._search.ask() if suggestion is None and self._search.is_waiting else suggestion
 
     def _fits(self, candidate: Candidate) -> bool:
@@ -249,6 +252,7 @@ class SweepDriver:
         early = [candidate for candidate in early_candidates(sweep.space) if candidate not in tried]
         prior_front = [outcome.candidate for outcome in front_of(self._prior_outcomes, self.goal)]
         self._num_early = len(unfinished) + len(early)
+        self._between = [candidate for candidate in candidates_between(sweep.space) if candidate not in tried]
         self._search = CandidateSearch(
             sweep.space,
             SamplerSettings(

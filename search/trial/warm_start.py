@@ -39,6 +39,9 @@ NUM_FEW = 4
 SCHEDULE_TARGETS = (0.6, 0.47, 0.75, 0.53)
 """The first targets of a schedule, in their order: with tokens alone, hardly any accuracy is left below."""
 
+BETWEEN_TARGETS = (0.67, 0.85, 0.42)
+"""The next targets of a schedule."""
+
 
 def first_candidates(space: Space, proposed: Sequence[Candidate] = ()) -> list[Candidate]:
     """Gives the candidates that a search begins with, all within the space, none twice.
@@ -76,11 +79,20 @@ def early_candidates(space: Space) -> list[Candidate]:
     The dense model comes first; then a schedule of tokens at a few targets, which is the whole front of ToMe; then the
     exits with nothing else pruned.
     """
-    early = _dense(space)
-    schedules = [name for name in space.method if METHODS[name].is_schedule]
-    early += [_paper_setting(space, name, target) for name in schedules[:1] for target in SCHEDULE_TARGETS]
+    early = [*_dense(space), *_scheduled(space, SCHEDULE_TARGETS)]
     early += [replace(dense, exit_block=block) for dense in early[:1] for block in reversed(space.exit_blocks)]
     return list(dict.fromkeys(early))
+
+
+def candidates_between(space: Space) -> list[Candidate]:
+    """Gives candidates for slots that have nothing else to do while others prepare: more targets of the schedule."""
+    return list(dict.fromkeys(_scheduled(space, BETWEEN_TARGETS)))
+
+
+def _scheduled(space: Space, targets: Sequence[float]) -> list[Candidate]:
+    """Gives the first schedule of the space at these targets; nothing where it has none."""
+    schedules = [name for name in space.method if METHODS[name].is_schedule]
+    return [_paper_setting(space, name, target) for name in schedules[:1] for target in targets]
 
 
 def _dense(space: Space) -> list[Candidate]:

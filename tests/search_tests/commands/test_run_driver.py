@@ -24,7 +24,7 @@ from search.trial.context import ContextPart, TrialContext
 from search.trial.first_look import FirstLook
 from search.trial.jobs import LOOK, Looked
 from search.trial.prepare import is_whole
-from search.trial.warm_start import early_candidates, first_candidates, propose
+from search.trial.warm_start import candidates_between, early_candidates, first_candidates, propose
 from tests.search_tests import builders, tiny
 from tests.search_tests.commands.driving import SPACE, Run
 
@@ -139,6 +139,21 @@ def test_candidates_that_the_profile_proposes_come_once_all_is_prepared(tmp_path
     expected = [one for one in first_candidates(run.sweep.space, proposed) if one not in EARLY]
     assert len(proposed) >= 4 and expected[0] == proposed[0]
     assert [suggestion.candidate for suggestion in run.trials[2:]] == expected[:5]
+
+
+def test_a_slot_that_waits_for_the_profile_tries_more_targets_of_the_schedule(tmp_path: Path) -> None:
+    space = SPACE | {"method": ["global", "constant"], "token_reduction": "merge", "exit_block": tiny.DEPTH}
+    run = Run(tmp_path, num_slots=2, space=space, seconds={"profile-merge": 2.5}, search__trials=12).to_the_end()
+    between = candidates_between(run.sweep.space)
+    early = early_candidates(run.sweep.space)
+    candidates = [suggestion.candidate for suggestion in run.trials]
+    assert candidates[: len(early)] == early
+    tried = [one for one in candidates if one in between]
+    assert 0 < len(tried) < len(between)
+    assert candidates[len(early) : len(early) + len(tried)] == tried == between[: len(tried)]
+    prepared_s = run.driver.prepared_s
+    assert prepared_s is not None
+    assert all(piece.begin < prepared_s for piece in run.pieces if getattr(piece.work, "kind", None) == "step")
 
 
 def test_the_front_of_earlier_sweeps_comes_after_what_needs_no_profile(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ LIMITS = (
 )
 """Largest share of the dense multiply-adds, True if tokens may be reduced, and the top-1 aimed at."""
 
-TOKEN_SHARES = (0.35, 0.5)
+TOKEN_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
 WANTED_SPEED, WANTED_SPEED_ALONE = 0.85, 0.75
 """Speed-up times share of the multiply-adds that is aimed at, by batches of 16 and of 1."""
 

@@ -104,8 +104,9 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
         f"128 training images to calibrate, 256 to probe, {BUDGET:g} point a block, at most {TARGET:g} of the",
         "multiply-adds. Passes are forward passes over the probe images, of a trial in a sweep, which has the dense",
         "model's sensitivity and stream; a block on fewer tokens counts as much less, a gradient of weights as two",
-        "passes, one of a stream as one. Before: as that commit counted, with the sensitivity (1.5), each block as if it",
-        "had all tokens, and gradients of a stream as two. The released VTC-LFC needs about 300 by our count of its loop.",
+        "passes, one of a stream as one. Before: as that commit counted, with the sensitivity (1.5), each block as if",
+        "it had all tokens, and gradients of a stream as two. The released VTC-LFC needs about 300 by our count of its",
+        "loop.",
         "",
         "| criterion | tokens | passes | most points a block | share of MACs | top-1 of the probes | seconds "
         "| before: passes | share | top-1 | seconds | images gained, lost (p) |",

@@ -115,6 +115,8 @@ class Pruned:
 def prune_by_cascade(job: PruningJob) -> Pruned:
     """Prunes block by block within the budgets (`pruning.methods.cascade`)."""
     context, candidate, fixed = job.context, job.candidate, job.context.config.cascade
+    if is_whole(candidate):  # before widths are measured
+        return Pruned(plan=_whole_plan(job), model=job.truncated, block_drops=(0.0,) * job.anatomy.depth)
     pruned = cascade(
         job.truncated,
         context.splits.probe,
@@ -135,7 +137,7 @@ def prune_by_cascade(job: PruningJob) -> Pruned:
             precision=context.precision,
             seed=context.config.data.seed,
         ),
-        sensitivity=context.sensitivities.get(candidate.exit_block),  # none is needed where all stays
+        sensitivity=context.sensitivities[candidate.exit_block],
         dense=context.dense_stream,
         prefix_cache=job.prefix_cache,
     )

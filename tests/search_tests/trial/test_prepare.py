@@ -290,6 +290,8 @@ def test_a_candidate_with_nothing_pruned_but_its_depth_needs_no_profile_and_no_s
         ("unstructured", {"target_ratio": 0.6, "round_to": 8}, ""),
         ("cascade", {}, ""),
         ("cascade", {"exit_block": 2}, "exits"),
+        *((method, {"round_to": "auto"}, "") for method in ("cascade", "global", "constant")),
+        *((method, {"round_to": "auto", "exit_block": 2}, "exits") for method in ("cascade", "global", "constant")),
     ],
 )
 def test_a_trial_runs_with_the_steps_that_it_needs_and_no_others(

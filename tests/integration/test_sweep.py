@@ -201,7 +201,7 @@ def test_dense_weights_and_all_that_was_prepared_are_kept_for_other_sweeps(first
     *parts, weights = sorted((first.runs / ".cache").iterdir(), key=lambda path: (path.suffix, path.name))
     assert weights == inputs.cache
     kinds = [path.name.rsplit("-", 1)[0].rstrip("0123456789") for path in parts]
-    assert sorted(set(kinds)) == ["exits", "profile-lfe", "sensitivity-"]
+    assert sorted(set(kinds)) == ["curves", "exits", "profile-lfe", "sensitivity-"]
     assert accuracy(inputs.model, inputs.splits.val) == pytest.approx(first.record["dense"]["top1"])
     anatomy = examine(inputs.model)
     whole = first.outcomes[0].plan

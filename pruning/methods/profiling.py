@@ -214,20 +214,16 @@ def _curve_scale(subject: _Subject, repair: BlockRepair, curves: RemovalCurves, 
     Curves know the error of images they were fitted on, and to second order; others lose more: ten times as much in
     the late blocks of ViT-Tiny, half as much in the first one.
     """
-    index, block = repair.index, subject.anatomy.blocks[repair.index]
-    width = block.num_hidden if kind == "hidden" else block.head_dim
+    index, order = repair.index, getattr(curves, f"{kind}_order")
+    width = order.shape[-1]
     left = round(width * (1 - CHANNEL_TRIALS[kind]))
     predicted = float(getattr(curves, kind)[width - left])
     if predicted <= 0:
         return 1.0
-    whole = keep_all_block(block)
-    plans = {
-        "qk": replace(whole, keep_qk=kept_channels(curves.qk_order, min(left, block.head_dim))),
-        "v": replace(whole, keep_v=kept_channels(curves.v_order, min(left, block.head_dim))),
-        "hidden": replace(whole, keep_hidden=kept_units(curves.hidden_order, left)),
-    }
+    kept: Any = kept_units(order, left) if order.ndim == 1 else kept_channels(order, left)
+    plan = replace(keep_all_block(subject.anatomy.blocks[index]), **{f"keep_{kind}": kept})
     later = blocks_of(subject.model)[index + 1 :]
-    measured = subject.divergence([repair.repair(plans[kind]).block, *later], index)
+    measured = subject.divergence([repair.repair(plan).block, *later], index)
     return min(max(measured / predicted, 1 / MOST_SCALE), MOST_SCALE)
 
 

@@ -110,6 +110,16 @@ def test_an_accepted_block_is_not_run_again_to_go_on() -> None:
     torch.testing.assert_close(probing.x_probe, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_blocks_that_run_on_fewer_tokens_count_as_much_less() -> None:
+    model, probing = prober(token_reduction="lfe")
+    plan = keep_all_block(examine(model).blocks[0], 4)
+    probe = Probe(probing.repair(plan), Threshold(90), probing.num_correct)
+    images_run = probing.block_images
+    assert probing.is_within(probe, surely=True)
+    # The block takes all 16 patches and the class token; the two behind it take 4 and the class token.
+    assert probing.block_images - images_run == pytest.approx(90 * (1 + 2 * 5 / 17))
+
+
 def test_without_being_sure_a_block_is_refused_once_it_costs_more_than_chance_explains() -> None:
     model, probing = prober()
     empty = probing.repair(narrow(model, 0, 1))
